@@ -1,0 +1,91 @@
+import math
+
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from ._base import AbstractCell
+from ._parameters import (
+    affine,
+    check_dtype,
+    check_input,
+    check_key,
+    check_sizes,
+    linear,
+    uniform,
+    widen,
+    zeros,
+)
+
+
+class ElmanCell(AbstractCell):
+    r"""The vanilla recurrent cell, with a dense Jacobian.
+
+    $$h_t = \tanh(W x_t + U h_{t-1} + b)$$
+
+    The state is $h$, `[d_state]`.
+
+    ??? cite "Source"
+
+        Elman, "Finding structure in time", Cognitive Science 14 (1990); initialised as
+        `torch.nn.RNN`.
+    """
+
+    W: Float[Array, "d_state d_input"]
+    U: Float[Array, "d_state d_state"]
+    b: Float[Array, " d_state"]
+    d_input: int
+    d_state: int
+
+    def __init__(
+        self,
+        d_input: int,
+        d_state: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `d_input`: size of the input.
+        - `d_state`: size of the state; `d_input` if not given.
+        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
+            parameters have a float32 state.
+        - `key`: a key of `jax.random`. All parameters are drawn uniformly from
+            $\pm 1 / \sqrt{d_{state}}$.
+
+        **Raises:** `ValueError` on a size that is not a positive integer, a key that is
+        not one, or a dtype that is not floating point.
+        """
+        self.d_input, self.d_state = check_sizes("ElmanCell", d_input, d_state)
+        dtype = check_dtype("ElmanCell", dtype)
+        check_key("ElmanCell", key)
+        inputs, hidden, biases = jr.split(key, 3)
+        n, bound = self.d_state, 1 / math.sqrt(self.d_state)
+        (self.W,) = uniform(inputs, 1, (n, self.d_input), bound, dtype)
+        (self.U,) = uniform(hidden, 1, (n, n), bound, dtype)
+        (self.b,) = uniform(biases, 1, (n,), bound, dtype)
+
+    def gates(
+        self, x: Float[Array, "*time d_input"]
+    ) -> tuple[Float[Array, "*time d_state"]]:
+        """`(W x + b,)`; see [`pararnn.AbstractCell.gates`][]."""
+        x = check_input("ElmanCell", x, self.d_input)
+        return (affine(self.W, x, self.b),)
+
+    def update(
+        self,
+        state: Float[Array, " d_state"],
+        gates: tuple[Float[Array, " d_state"]],
+    ) -> Float[Array, " d_state"]:
+        """The next $h$, `[d_state]`, in the dtype of `state`."""
+        h, g, U = widen(state, *gates, self.U)
+        return jnp.tanh(g + linear(U, h)).astype(state.dtype)
+
+    def init_state(self) -> Float[Array, " d_state"]:
+        """Zeros `[d_state]`, at least float32."""
+        return zeros(self.d_state, self.U.dtype)
+
+    def output(self, state: Float[Array, " d_state"]) -> Float[Array, " d_state"]:
+        """The state itself, `[d_state]`."""
+        return state

@@ -1,0 +1,144 @@
+"""What every cell does with its parameters: check, draw, cast and multiply them."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+
+def check_size(where: str, name: str, value) -> int:
+    """`value` as an int, or a `ValueError` if it is not a positive integer."""
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or value < 1:
+        raise ValueError(
+            f"{where}: `{name}` must be a positive integer, got {value!r}. Likely "
+            "causes: (a) a size computed with `/` instead of `//`, (b) arguments in "
+            f"another order. Pass a positive int for `{name}`."
+        )
+    return int(value)
+
+
+def check_sizes(where: str, d_input, d_state) -> tuple[int, int]:
+    """Both sizes; `d_state` is `d_input` if it is `None`."""
+    d_input = check_size(where, "d_input", d_input)
+    if d_state is None:
+        return d_input, d_input
+    return d_input, check_size(where, "d_state", d_state)
+
+
+def check_heads(where: str, heads, d_input: int, d_state: int) -> int:
+    """`heads`, which must divide both sizes."""
+    heads = check_size(where, "heads", heads)
+    for name, size in (("d_input", d_input), ("d_state", d_state)):
+        if size % heads:
+            raise ValueError(
+                f"{where}: `{name}` = {size} is not divisible by `heads` = {heads}, so "
+                "the input matrices cannot be block-diagonal with equal blocks. Choose "
+                f"`heads` among the common divisors of {d_input} and {d_state}, or 1 "
+                "for dense matrices."
+            )
+    return heads
+
+
+def check_key(where: str, key) -> None:
+    """A `ValueError` if `key` is not a key of `jax.random`."""
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(
+            f"{where}: `key` must be a key of `jax.random`, got {key!r}. Likely "
+            "causes: (a) it was left out, (b) a bare integer seed. Pass "
+            "`key=jax.random.key(0)`."
+        )
+
+
+def check_dtype(where: str, dtype: DTypeLike | None) -> np.dtype:
+    """The dtype of the parameters: JAX's default floating point if `None`."""
+    dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{where}: `dtype` must be real floating point, got {dtype}. Pass for "
+            "instance `jnp.float32`, or leave it out."
+        )
+    return dtype
+
+
+def check_input(where: str, x, d_input: int) -> Array:
+    """`x` as an array, or a `ValueError` if it is not floating `[..., d_input]`."""
+    x = jnp.asarray(x)
+    if x.ndim < 1 or x.shape[-1] != d_input:
+        raise ValueError(
+            f"{where}: `x` has shape {x.shape}, expected [..., {d_input}] as `d_input` "
+            f"is {d_input}. Likely causes: (a) the axes are in another order (features "
+            "come last), (b) state and input are swapped: a cell is called as "
+            "`cell(state, x)`, (c) the cell was built for another `d_input`."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{where}: `x` is {x.dtype}, expected real floating point. Likely causes: "
+            "(a) token indices; embed them first, (b) integer or boolean features; "
+            "cast them, for instance with `x.astype(jnp.float32)`."
+        )
+    return x
+
+
+def wide_dtype(*dtypes: DTypeLike) -> np.dtype:
+    """The promoted dtype, at least float32, also where promotion is strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *dtypes)
+
+
+def uniform(
+    key: PRNGKeyArray,
+    count: int,
+    shape: tuple[int, ...],
+    bound: float,
+    dtype: DTypeLike,
+) -> tuple[Array, ...]:
+    """`count` arrays of `shape`, uniform in [-bound, bound)."""
+    # A 16-bit draw has only some hundred different values.
+    values = jr.uniform(key, (count, *shape), wide_dtype(dtype), -bound, bound)
+    return tuple(jnp.unstack(values.astype(dtype)))
+
+
+def zeros(d_state: int, dtype: DTypeLike) -> Float[Array, " d_state"]:
+    """A fresh state beside parameters of `dtype`."""
+    return jnp.zeros(d_state, wide_dtype(dtype))
+
+
+def widen(*arrays: Array) -> tuple[Array, ...]:
+    """All in their promoted dtype, at least float32."""
+    dtype = wide_dtype(*(array.dtype for array in arrays))
+    return tuple(jnp.asarray(array).astype(dtype) for array in arrays)
+
+
+def linear(weight: Array, x: Array) -> Array:
+    """`W x` over the last axis of `x`, accumulated in at least float32.
+
+    **Arguments:** `weight`, `[out, in]`, or `[heads, out // heads, in // heads]` for
+    the diagonal blocks of a matrix `[out, in]`; `x`, `[..., in]`.
+
+    **Returns:** `[..., out]`.
+    """
+    wide = wide_dtype(weight.dtype, x.dtype)
+    if weight.dtype != x.dtype:
+        weight, x = weight.astype(wide), x.astype(wide)
+    options = {
+        # TF32, the default on Ampere and later GPUs, spoils Newton's convergence.
+        "precision": lax.Precision.HIGHEST,
+        # Two 16-bit arrays are multiplied as such, and only summed in 32 bits.
+        "preferred_element_type": wide,
+    }
+    if weight.ndim == 2:
+        return jnp.einsum("...i,oi->...o", x, weight, **options)
+    heads, out, size = weight.shape
+    split = x.reshape(*x.shape[:-1], heads, size)
+    product = jnp.einsum("...hi,hoi->...ho", split, weight, **options)
+    return product.reshape(*x.shape[:-1], heads * out)
+
+
+def affine(weight: Array, x: Array, *biases: Array) -> Array:
+    """`W x` plus biases `[out]`, in at least float32; shapes as in `linear`."""
+    product, *biases = widen(linear(weight, x), *biases)
+    # Equal ranks, as rank promotion may be an error.
+    return product + sum(biases).reshape((1,) * (product.ndim - 1) + (-1,))

@@ -1,0 +1,235 @@
+"""`linear_scan`: the linear recurrence, its checks and its derivative."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Inexact
+
+from ._arithmetic import promote
+from ._backends import Schedule, associative, chunked, sequential
+from ._choose import BACKENDS, Backend, choose_backend
+from ._transitions import AbstractTransition, Layout
+
+
+def linear_scan(
+    transition: AbstractTransition,
+    inputs: Inexact[Array, "T *state"],
+    initial: Inexact[Array, " *state"] | None = None,
+    *,
+    reverse: bool = False,
+    reset: Bool[Array, " T"] | None = None,
+    reset_state: Inexact[Array, " *state"] | None = None,
+    backend: Backend = "auto",
+) -> Inexact[Array, "T *state"]:
+    r"""Every state of $h_t = A_t h_{t-1} + b_t$.
+
+    Differentiable to any order in the transition, the inputs and both states; `vmap`
+    becomes a batch axis inside the scan.
+
+    **Arguments:**
+
+    - `transition`: $A_t$, as a [`pararnn.Diagonal`][], [`pararnn.Scalar`][],
+        [`pararnn.BlockDiagonal`][] or [`pararnn.Dense`][], leaves `[T, ...]`, or
+        `[1, ...]` if constant in time.
+    - `inputs`: $b_t$, `[T, *state]`, real or complex.
+    - `initial`: $h_0$, `[*state]`; zeros if not given.
+    - `reverse`: run from the last step to the first,
+        $h_t = A_t h_{t+1} + b_t$ with `initial` standing after the last step.
+    - `reset`: bool `[T]`. Where true, the state that step t (in the order of the scan)
+        starts from is `reset_state`, whatever came before, infinities and NaN too.
+    - `reset_state`: `[*state]`; zeros if not given.
+    - `backend`: `"sequential"`, `"associative"`, `"chunked"`, or `"auto"`, which picks
+        by platform, structure and size.
+
+    **Returns:** $h_1 \dots h_T$, `[T, *state]`, in the promoted dtype of transition,
+    inputs and states. 16-bit inputs are accumulated in float32 and rounded at the end.
+
+    **Raises:** `ValueError` or `TypeError` on shapes and dtypes that do not fit, while
+    tracing.
+    """
+    layout = _check(transition, inputs, initial, reset, reset_state, backend)
+    if inputs.shape[0] == 0:
+        return inputs
+    dtype = promote(
+        transition.values, inputs, *(s for s in (initial, reset_state) if s is not None)
+    )
+    # Half-precision accumulation loses a long sum; 32 bits are the least.
+    compute = promote(dtype, jnp.float32)
+    shape = inputs.shape[1:]
+
+    def store(state):
+        return jnp.asarray(state).astype(compute).reshape(layout.state_shape)
+
+    a = transition.factors().astype(
+        compute
+        if jnp.issubdtype(transition.values.dtype, jnp.complexfloating)
+        else jnp.finfo(compute).dtype
+    )
+    b = inputs.astype(compute).reshape(inputs.shape[0], *layout.state_shape)
+    h0 = jnp.zeros(layout.state_shape, compute) if initial is None else store(initial)
+    mask = None
+    if reset is not None:
+        mask = jnp.asarray(reset).reshape(-1, *(1,) * len(layout.state_shape))
+        if reset_state is not None:
+            product = Schedule(layout.kind, "after", reverse).product
+            b = b + jnp.where(mask, product(a, store(reset_state)), 0)
+    states = solve_recurrence(layout.kind, a, b, h0, mask, reverse, backend)
+    return states.reshape(inputs.shape[0], *shape).astype(dtype)
+
+
+def solve_recurrence(
+    kind, a, b, h0, reset, reverse: bool = False, backend: Backend = "auto"
+) -> Array:
+    r"""`linear_scan` on the engine's own layout; see `_backends.py` for the shapes.
+
+    The recurrence is the linear system $x_0 = h_0$, $x_t - A_t x_{t-1} = b_t$, given
+    to `lax.custom_linear_solve`. Its transpose is
+    $\lambda_t = g_t + A_{t+1}^\top \lambda_{t+1}$: the same kernels run backwards,
+    emitting before they multiply. Derivatives in $A$ come from `matvec`.
+    """
+    schedule = Schedule(kind, "after", reverse)
+    product = schedule.product
+
+    def matvec(unknowns):
+        x0, x = unknowns
+        if reverse:
+            before = jnp.concatenate([x[1:], x0[None]])
+        else:
+            before = jnp.concatenate([x0[None], x[:-1]])
+        if reset is not None:
+            before = jnp.where(reset, 0, before)
+        carried = product(a, before)
+        if reset is not None:
+            carried = jnp.where(reset, 0, carried)
+        rest = x - carried
+        return _tie(x0, rest[0]), rest
+
+    def solve(_, terms):
+        x0, b = terms
+        x, _ = run_scan(schedule, backend, a, b, x0, reset)
+        return x0, x
+
+    def transpose_solve(_, cotangents):
+        g0, g = cotangents
+        transposed = a if kind == "elementwise" else jnp.swapaxes(a, -1, -2)
+        x, u = run_scan(
+            Schedule(kind, "before", not reverse),
+            backend,
+            transposed,
+            g,
+            jnp.zeros_like(g0),
+            reset,
+        )
+        return g0 + u, x
+
+    terms = _tie(h0, b[0]), _tie(b, h0)
+    _, x = lax.custom_linear_solve(matvec, terms, solve, transpose_solve)
+    return x
+
+
+def _tie(x: Array, to: Array) -> Array:
+    """`x`, which differentiation believes to depend on `to`.
+
+    `lax.custom_linear_solve` can only be transposed if the tangents of all its terms
+    are unknown together (the assertion in its transpose rule), so none may be a known
+    zero while another is not. XLA removes the selection.
+    """
+    return lax.select(jnp.zeros(x.shape, bool), jnp.broadcast_to(to, x.shape), x)
+
+
+def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
+    """Choose the schedule once the batch is known, and run it.
+
+    Under `vmap` the batch becomes an axis of the arrays behind time, instead of a
+    transformation of the loops: a choice by size then sees the true size.
+    """
+
+    @custom_vmap
+    def run(a, b, u, reset):
+        choice = choose_backend(backend, schedule.kind, b.shape[0], a.shape[-1])
+        method = {
+            "sequential": sequential,
+            "associative": associative,
+            "chunked": ft.partial(chunked, segments=choice.segments),
+        }[choice.backend]
+        return method(schedule, a, b, u, reset)
+
+    @run.def_vmap
+    def _(size, batched, a, b, u, reset):
+        def behind_time(v, has_batch):
+            return jnp.moveaxis(v, 0, 1) if has_batch else v[:, None]
+
+        a, reset = jax.tree.map(behind_time, (a, reset), (batched[0], batched[3]))
+        b = behind_time(b, batched[1])
+        u = u if batched[2] else u[None]
+        b = jnp.broadcast_to(b, (b.shape[0], size, *b.shape[2:]))
+        u = jnp.broadcast_to(u, (size, *u.shape[1:]))
+        x, u = run_scan(schedule, backend, a, b, u, reset)
+        return (jnp.moveaxis(x, 1, 0), u), (True, True)
+
+    return run(a, b, u, reset)
+
+
+def _check(transition, inputs, initial, reset, reset_state, backend) -> Layout:
+    if not isinstance(transition, AbstractTransition):
+        raise TypeError(
+            f"linear_scan: `transition` is a {type(transition).__name__}, expected one "
+            "of pararnn.Diagonal, Scalar, BlockDiagonal, Dense. Likely cause: a bare "
+            "array; wrap it, for instance `pararnn.Diagonal(a)` for factors [T, n]."
+        )
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"linear_scan: unknown backend {backend!r}; there are {', '.join(BACKENDS)}."
+        )
+    if not hasattr(inputs, "shape") or inputs.ndim < 1:
+        raise ValueError(
+            "linear_scan: `inputs` must be an array with a leading time axis, "
+            f"[T, *state], got {inputs!r}."
+        )
+    if not jnp.issubdtype(inputs.dtype, jnp.inexact):
+        raise TypeError(
+            f"linear_scan: `inputs` are {inputs.dtype}; a recurrence needs floating "
+            "point or complex numbers. Cast them, for instance with "
+            "`inputs.astype(jnp.float32)`."
+        )
+    steps, shape = inputs.shape[0], inputs.shape[1:]
+    if transition.values.shape[0] not in (1, steps):
+        raise ValueError(
+            f"linear_scan: the transition has {transition.values.shape[0]} steps and "
+            f"the inputs have {steps}. Both have time as their leading axis; only a "
+            "transition that is constant in time has a leading axis of length 1. "
+            "Likely cause: a batch axis in front of time; use `jax.vmap` for it."
+        )
+    for name, state in (("initial", initial), ("reset_state", reset_state)):
+        if state is not None and jnp.shape(state) != shape:
+            raise ValueError(
+                f"linear_scan: `{name}` has shape {jnp.shape(state)}, but one step of "
+                f"`inputs` (shape {inputs.shape}) has shape {shape}."
+            )
+    check_reset("linear_scan", reset, reset_state, steps)
+    return transition.layout(shape)
+
+
+def check_reset(where: str, reset, reset_state, steps: int) -> None:
+    """Refuse resets of another length or dtype, and a reset state without resets."""
+    if reset is None:
+        if reset_state is not None:
+            raise ValueError(
+                f"{where}: `reset_state` was given without `reset`, so it would never "
+                "be used. Pass `reset` as well, or drop it."
+            )
+        return
+    if jnp.shape(reset) != (steps,):
+        raise ValueError(
+            f"{where}: `reset` has shape {jnp.shape(reset)}, expected ({steps},), one "
+            "flag for each step. Under a batch, pass it through the same `jax.vmap`."
+        )
+    if jnp.asarray(reset).dtype != jnp.bool_:
+        raise TypeError(
+            f"{where}: `reset` is {jnp.asarray(reset).dtype}, expected bool: true at "
+            "the steps that start a new sequence. Integers might be positions; write "
+            "`reset = segment_ids != previous_segment_ids` or the like."
+        )

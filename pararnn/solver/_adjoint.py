@@ -1,0 +1,280 @@
+r"""The derivative of a trajectory, at the trajectory.
+
+Differentiating $h_t = f(h_{t-1}, x_t)$ gives a linear recurrence for the tangents,
+
+    dh_t = J_t dh_{t-1} + b_t,   b_t = ∂f/∂x dx_t + ∂f/∂θ dθ,
+
+with the exact Jacobian $J_t$ at the states returned, whatever the solver used on its
+way to them. Its transpose, one linear recurrence backwards in time, is the gradient.
+Nothing differentiates through Newton's iterations.
+
+The recurrence is solved in chunks of time. Inside a chunk everything that is not serial
+is done at once: the cell is linearised at all steps together, so that the weights'
+gradient is one matrix product. A chunk is rematerialised, so the memory beyond the
+states themselves is that of one chunk. What is serial is done on one of two schedules:
+
+- materialised: the J_t are formed (one JVP for each column of a block) and given to the
+  scan engine;
+- sweep: the linearised steps are applied one after the other.
+"""
+
+import functools as ft
+import math
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+
+from ..scan import solve_recurrence
+from ._blocks import from_blocks, to_blocks, transition_factors
+from ._recurrence import Recurrence
+from ._structure import Structure
+
+Adjoint = Literal["auto", "parallel", "sweep"]
+ADJOINTS = ("auto", "parallel", "sweep")
+
+
+class Plan(NamedTuple):
+    """How to solve for the tangents: `chunk` steps at a time."""
+
+    materialise: bool
+    chunk: int
+
+
+def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
+    """Choose the schedule. The measurements are in docs/benchmarks.md.
+
+    A chunk's temporaries should stay in cache, and should be a small part of the whole
+    so that the memory of the gradient is that of the states.
+    """
+    if adjoint == "parallel":
+        return Plan(True, steps)
+    target = max(16, min(2**16 // max(1, structure.width), steps // 8))
+    if adjoint == "sweep":
+        return Plan(False, _divisor(steps, target))
+    return Plan(structure.size <= 4, _divisor(steps, target))
+
+
+def _divisor(steps: int, target: int) -> int:
+    """The largest divisor of `steps` in the upper part of the target, or the target."""
+    target = min(steps, target)
+    for candidate in range(target, target // 3, -1):
+        if steps % candidate == 0:
+            return candidate
+    return target
+
+
+def solve_tangents(recurrence: Recurrence, plan: Plan, structure, primals, tangents):
+    """Tangents of the states, leaves `[T, ...]`.
+
+    `primals` are (parameters, inputs, h0, states); `tangents` those of the first three,
+    `None` where there is none.
+    """
+    parameters, inputs, h0, states = primals
+    t_parameters, t_inputs, t_h0 = tangents
+    if recurrence.has_custom_vjp:
+        return _step_by_step(recurrence, primals, tangents)
+    start = recurrence.ravel(
+        [
+            jnp.zeros_like(h) if t is None else t
+            for h, t in zip(h0, t_h0, strict=True)
+        ]
+    )
+    steps, length = states[0].shape[0], plan.chunk
+    count = steps // length
+    work = ft.partial(_chunk, recurrence, plan, structure)
+    # Before chunk k stands the last state of chunk k - 1.
+    before = tuple(
+        jnp.concatenate([h[None], s[length - 1 : steps - 1 : length]])
+        for h, s in zip(h0, states, strict=True)
+    )
+
+    def body(d, chunk):
+        first, states, inputs, t_inputs = chunk
+        return jax.checkpoint(work, prevent_cse=False)(
+            d, first, states, inputs, t_inputs, parameters, t_parameters
+        )
+
+    def whole(x):
+        return x[: count * length].reshape(count, length, *x.shape[1:])
+
+    along_time = (states, inputs, t_inputs)
+    if count == 1 and steps == length:
+        first = tuple(b[0] for b in before)
+        _, out = jax.checkpoint(work)(
+            start, first, *along_time, parameters, t_parameters
+        )
+        return out
+    d, out = lax.scan(
+        body,
+        start,
+        (tuple(b[:count] for b in before), *jtu.tree_map(whole, along_time)),
+    )
+    out = tuple(o.reshape(count * length, *o.shape[2:]) for o in out)
+    if count * length < steps:
+        rest = jtu.tree_map(lambda x: x[count * length :], along_time)
+        first = tuple(b[count] for b in before)
+        _, tail = jax.checkpoint(work)(d, first, *rest, parameters, t_parameters)
+        out = tuple(jnp.concatenate(pair) for pair in zip(out, tail, strict=True))
+    return out
+
+
+def _chunk(
+    recurrence: Recurrence,
+    plan: Plan,
+    structure: Structure,
+    d,
+    first,
+    states,
+    inputs,
+    t_inputs,
+    parameters,
+    t_parameters,
+):
+    """Tangents of one chunk: the last as a vector, and all as leaves."""
+    before = tuple(
+        jnp.concatenate([f[None], s[:-1]]) for f, s in zip(first, states, strict=True)
+    )
+    terms = _driving_terms(
+        recurrence, before, (parameters, inputs), (t_parameters, t_inputs)
+    )
+    serial = _materialised if plan.materialise else _swept
+    vectors = serial(recurrence, structure, parameters, before, inputs, d, terms)
+    return vectors[-1], jax.vmap(recurrence.unravel)(vectors)
+
+
+def _driving_terms(recurrence: Recurrence, before, primals, tangents):
+    """`b_t` at all steps of the chunk at once, `[steps, width]`."""
+    held, moved = eqx.partition(
+        primals,
+        jtu.tree_map(
+            lambda t: t is None, tangents, is_leaf=lambda t: t is None
+        ),
+    )
+    # `tangents` and `moved` now have the same leaves.
+    leaves = jtu.tree_leaves(moved)
+    if not leaves:
+        return jnp.zeros((before[0].shape[0], recurrence.width), recurrence.dtype)
+
+    def at_all_steps(moved):
+        parameters, inputs = eqx.combine(held, moved)
+        step = jax.vmap(recurrence.step, in_axes=(None, 0, 0))
+        return jax.vmap(recurrence.ravel)(step(parameters, before, inputs))
+
+    return jax.jvp(at_all_steps, (moved,), (tangents,))[1]
+
+
+def _materialised(recurrence, structure, parameters, before, inputs, d, terms):
+    seeds = jnp.asarray(structure.seeds, recurrence.dtype)
+
+    def columns(h, x):
+        def step(v):
+            return recurrence.ravel(
+                recurrence.step(parameters, recurrence.unravel(v), x)
+            )
+
+        _, push = jax.linearize(step, recurrence.ravel(h))
+        return jax.vmap(push)(seeds)
+
+    tangents = jax.vmap(columns, out_axes=1)(before, inputs)
+    reset = inputs[1]
+    kind, factors = transition_factors(structure, tangents)
+    if reset is not None:
+        reset = reset.reshape(-1, *(1,) * (factors.ndim - 1))
+        factors = jnp.where(reset, 0, factors)
+    x = solve_recurrence(
+        kind,
+        factors,
+        to_blocks(structure, terms),
+        to_blocks(structure, d),
+        reset,
+    )
+    return from_blocks(structure, x)
+
+
+def _swept(recurrence, structure, parameters, before, inputs, d, terms):
+    del structure
+
+    def residuals(h, x):
+        """What the linearised step needs to be applied, as leaves."""
+
+        def step(v):
+            return recurrence.ravel(
+                recurrence.step(parameters, recurrence.unravel(v), x)
+            )
+
+        _, push = jax.linearize(step, recurrence.ravel(h))
+        leaves, tree = jtu.tree_flatten(push)
+        residuals.tree = tree
+        return leaves
+
+    # A weight matrix is a residual too; only what changes over time gets a time axis.
+    varies = _depends_on_arguments(
+        residuals, jtu.tree_map(lambda v: v[0], (before, inputs))
+    )
+    stacked = jax.vmap(residuals, out_axes=[0 if v else None for v in varies])(
+        before, inputs
+    )
+    fixed = [None if v else leaf for v, leaf in zip(varies, stacked, strict=True)]
+    moving = [leaf if v else None for v, leaf in zip(varies, stacked, strict=True)]
+    reset = inputs[1]
+
+    def step(d, at_t):
+        moving, term, reset_t = at_t
+        push = jtu.tree_unflatten(residuals.tree, eqx.combine(moving, fixed))
+        ahead = push(d)
+        if reset_t is not None:
+            ahead = jnp.where(reset_t, 0, ahead)
+        d = ahead + term
+        return d, d
+
+    return lax.scan(step, d, (moving, terms, reset))[1]
+
+
+def _depends_on_arguments(fn, args) -> list[bool]:
+    """Which outputs can depend on the arguments, and not only on what `fn` closes over."""
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    reached = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if any(v in reached for v in eqn.invars if isinstance(v, jex.core.Var)):
+            reached.update(eqn.outvars)
+    return [v in reached if isinstance(v, jex.core.Var) else False for v in jaxpr.outvars]
+
+
+def _step_by_step(recurrence: Recurrence, primals, tangents):
+    """The recurrence of the tangents, one JVP of the cell a step.
+
+    Transposed, it is one reverse sweep of per-step VJPs. This is the only schedule for
+    a cell that contains a `custom_vjp` function: such a step can be transposed where it
+    stands, but cannot be batched over columns of a Jacobian.
+    """
+    parameters, inputs, h0, states = primals
+    t_parameters, t_inputs, t_h0 = tangents
+    before = tuple(
+        jnp.concatenate([h[None], s[:-1]]) for h, s in zip(h0, states, strict=True)
+    )
+    start = tuple(
+        jnp.zeros_like(h) if t is None else t for h, t in zip(h0, t_h0, strict=True)
+    )
+
+    def none_leaf(t):
+        return t is None
+
+    def step(d, at_t):
+        h, x, t_x = at_t
+        primals, tangents = (parameters, h, x), (t_parameters, d, t_x)
+        held, moved = eqx.partition(
+            primals, jtu.tree_map(none_leaf, tangents, is_leaf=none_leaf)
+        )
+
+        def moved_step(moved):
+            return recurrence.step(*eqx.combine(held, moved))
+
+        _, d = jax.jvp(moved_step, (moved,), (tangents,))
+        return d, d
+
+    return lax.scan(jax.checkpoint(step, prevent_cse=False), start, (before, inputs, t_inputs))[1]

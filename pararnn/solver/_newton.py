@@ -1,0 +1,301 @@
+"""Newton's method on segments of time (multiple shooting).
+
+Time is cut into S segments. From a guess `s_i` of the state that each segment starts
+from, step all segments side by side and push the tangent along: this gives the end
+states `φ_i(s_i)` and their Jacobians `P_i`. Newton's correction of the guesses solves
+
+    δ_{i+1} = P_i δ_i + (φ_i(s_i) - s_{i+1}),   δ_0 = 0,
+
+a linear recurrence of length S for the scan engine. Solving for the correction, not
+for the new state, keeps the rounding of `P s` out of the answer. S = T is the Newton
+of DEER (Lim et al., 2309.12252) and ParaRNN (Danieli et al., 2510.21450); S = 1 is the
+plain loop. After k sweeps the first k segments are exact, so S sweeps always suffice.
+"""
+
+import math
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool
+
+from ..scan import run_scan, Schedule
+from ._recurrence import Batch
+from ._blocks import from_blocks, to_blocks, transition_factors
+from ._structure import Structure
+
+
+class Newton(eqx.Module):
+    """Newton's method, `segments` stretches of time in parallel.
+
+    **Arguments:**
+
+    - `segments`: from 1 (the plain loop) to T or `None` (every step by itself: most
+        parallel, least robust). In between, each segment is stepped sequentially.
+    - `rtol`, `atol`: the solve has converged when the residual, in the max-norm over
+        time and state, is at most `atol + rtol * max|h|`. Default: 64 and 1 times the
+        rounding of the state's dtype.
+    - `history`: how many steps of the residual history to keep in `stats`.
+    """
+
+    segments: int | None = eqx.field(static=True, default=None)
+    rtol: float | None = eqx.field(static=True, default=None)
+    atol: float | None = eqx.field(static=True, default=None)
+    history: int = eqx.field(static=True, default=0)
+
+    def __check_init__(self):
+        if self.segments is not None and (
+            not isinstance(self.segments, int) or self.segments < 1
+        ):
+            raise ValueError(
+                f"Newton: `segments` is {self.segments!r}; expected a whole number "
+                "from 1 to the number of steps, or None for one segment a step."
+            )
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"Newton: `{name}` is {value!r}; expected >= 0.")
+        if self.history < 0:
+            raise ValueError(f"Newton: `history` is {self.history!r}; expected >= 0.")
+
+
+class Carry(NamedTuple):
+    """The Newton loop's state; `*batch` are the sequences solved together."""
+
+    starts: Array  # [S, *batch, width]
+    num_steps: Array  # int [*batch]
+    done: Bool[Array, "*batch"]
+    nonfinite: Array  # int [*batch]
+    step: Array  # int []
+    history: Array  # [history, *batch]
+
+
+class Attempt(NamedTuple):
+    """A trajectory made from the segments' starts, and its certificate."""
+
+    states: tuple[Array, ...]
+    residual: Array  # [*batch]
+    certified: Bool[Array, "*batch"]
+    carry: Carry
+
+
+def solve_newton(
+    batch: Batch,
+    parameters,
+    inputs,
+    h0,
+    guess,
+    structure: Structure,
+    solver: Newton,
+    max_steps: int | None,
+):
+    """States `[T, *batch, ...]` by leaf, and what every method reports."""
+    segments = Segments(batch, parameters, inputs, h0, structure, solver)
+    limit = segments.count if max_steps is None else max_steps
+
+    def unfinished(attempt: Attempt):
+        return (attempt.carry.step < limit) & ~jnp.all(attempt.certified)
+
+    def attempt_again(attempt: Attempt):
+        carry = attempt.carry._replace(done=attempt.certified)
+        return segments.finish(segments.iterate(carry, limit))
+
+    # One attempt is Newton steps until the correction predicts convergence, and a
+    # plain pass that certifies it; seldom is a second one needed.
+    first = segments.finish(segments.iterate(segments.start(guess), limit))
+    attempt = lax.while_loop(unfinished, attempt_again, first)
+    return attempt.states, {
+        "num_steps": attempt.carry.num_steps,
+        "residual": attempt.residual,
+        "sequential": False,
+        "nonfinite": attempt.carry.nonfinite,
+        "certified": attempt.certified,
+        "residual_history": attempt.carry.history,
+    }
+
+
+class Segments:
+    """The segmented problem: everything that stays the same from step to step."""
+
+    def __init__(self, batch: Batch, parameters, inputs, h0, structure, solver):
+        self.batch, self.parameters, self.structure = batch, parameters, structure
+        self.recurrence = recurrence = batch.recurrence
+        self.solver = solver
+        self.steps = jax.tree.leaves(inputs)[0].shape[0]
+        wanted = min(solver.segments or self.steps, self.steps)
+        self.length = math.ceil(self.steps / wanted)
+        self.count = math.ceil(self.steps / self.length)
+        self.inputs = jax.tree.map(self._split, inputs)
+        self.over = batch.segmented(parameters, inputs)
+        self.h0 = batch.lift_state(recurrence.ravel)(h0)
+        self.rank = len(batch.levels)
+        self.rtol = 64 * recurrence.eps if solver.rtol is None else solver.rtol
+        self.atol = recurrence.eps if solver.atol is None else solver.atol
+
+    def _split(self, x):
+        """`[T, ...]` to `[length, segments, ...]`; the last segment repeats its end."""
+        missing = self.count * self.length - self.steps
+        if missing:
+            x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])
+        return x.reshape(self.count, self.length, *x.shape[1:]).swapaxes(0, 1)
+
+    def start(self, guess) -> Carry:
+        """The first guess of the segments' starts."""
+        recurrence = self.recurrence
+        if guess is not None:
+            index = jnp.arange(1, self.count) * self.length - 1
+            later = tuple(leaf[index] for leaf in guess)
+            starts = self._ravel(later)
+        else:
+            # One step from h0 with the input just before the segment: it has the
+            # right scale, and no cell overflows there that does not anyway.
+            before = jax.tree.map(lambda x: x[-1][:-1], self.inputs)
+            h = jnp.broadcast_to(self.h0, (self.count - 1, *self.h0.shape))
+            starts = self._step(h, before)
+        batch_shape = self.h0.shape[:-1]
+        return Carry(
+            starts=jnp.concatenate([self.h0[None], starts]),
+            num_steps=jnp.zeros(batch_shape, jnp.int32),
+            done=jnp.zeros(batch_shape, bool),
+            nonfinite=jnp.zeros(batch_shape, jnp.int32),
+            step=jnp.asarray(0, jnp.int32),
+            history=jnp.full((self.solver.history, *batch_shape), jnp.nan, recurrence.dtype),
+        )
+
+    def _ravel(self, leaves):
+        return self.over.lift_state(self.recurrence.ravel)(leaves)
+
+    def _step(self, h, x):
+        """One step of vectors `[segments, *batch, width]`."""
+
+        def one(parameters, h, x):
+            h = self.recurrence.unravel(h)
+            return self.recurrence.ravel(self.recurrence.step(parameters, h, x))
+
+        return self.over.lift(one)(self.parameters, h, x)
+
+    def _push(self, h, x, tangents):
+        """One step of states, and of the `[size, segments, *batch, width]` tangents."""
+        recurrence = self.recurrence
+
+        def one(parameters, h, x, tangents):
+            def step(h):
+                h = recurrence.unravel(h)
+                return recurrence.ravel(recurrence.smooth_step(parameters, h, x))
+
+            ahead, push = jax.linearize(step, h)
+            tangents = jax.vmap(push)(tangents)
+            reset = x[1]
+            if reset is not None:
+                # Selected once more: the cell's Jacobian may be infinite there.
+                tangents = jnp.where(reset, 0, tangents)
+            return ahead, tangents
+
+        lifted = self.over.lift(one, extra=(1,), out=(0, 1))
+        return lifted(self.parameters, h, x, tangents)
+
+    def _sweep(self, starts):
+        """Ends of the segments and their Jacobians, compressed by the structure."""
+        seeds = jnp.asarray(self.structure.seeds, starts.dtype)
+        seeds = seeds.reshape(seeds.shape[0], *(1,) * (self.rank + 1), seeds.shape[1])
+        tangents = jnp.broadcast_to(seeds, (seeds.shape[0], *starts.shape))
+
+        def body(carry, x):
+            return self._push(carry[0], x, carry[1]), None
+
+        (ends, tangents), _ = lax.scan(body, (starts, tangents), self.inputs)
+        return ends, tangents
+
+    def _correct(self, tangents, defects):
+        """Solve the recurrence of the corrections over the segments."""
+        kind, factors = transition_factors(self.structure, tangents)
+        terms = to_blocks(self.structure, defects)
+        schedule = Schedule(kind, "after", False)
+        x, _ = run_scan(
+            schedule, "auto", factors, terms, jnp.zeros_like(terms[0]), None
+        )
+        return from_blocks(self.structure, x)
+
+    def iterate(self, carry: Carry, limit: int) -> Carry:
+        """Newton steps until every correction is small, or the limit is reached."""
+        # Convergence is quadratic: a correction below the square root of the tolerance
+        # leaves an error below the tolerance, which the certificate then checks.
+        small = 0.1 * math.sqrt(self.rtol)
+
+        def unfinished(carry: Carry):
+            return (carry.step < limit) & ~jnp.all(carry.done)
+
+        def newton_step(carry: Carry) -> Carry:
+            ends, tangents = self._sweep(carry.starts)
+            ends, old = ends[:-1], carry.starts[1:]
+            defects = ends - old
+            new = old + self._correct(tangents[:, :-1], defects)
+            broken = ~jnp.isfinite(new)
+            # An overflowed Jacobian says nothing. The segment's own end does: behind
+            # an exact segment it is exact, so every step still gains one segment.
+            new = jnp.where(broken, ends, new)
+            new = jnp.where(jnp.isfinite(new), new, self.h0)
+            axes = (0, new.ndim - 1)
+            correction = jnp.max(jnp.abs(new - old), axes, initial=0)
+            scale = jnp.max(jnp.abs(new), axes, initial=0)
+            any_broken = jnp.any(broken, axes)
+            new = jnp.where(carry.done[..., None], old, new)
+            done = carry.done | (
+                ~any_broken & (correction <= small * scale + self.atol)
+            )
+            history = carry.history
+            if self.solver.history:
+                size = jnp.max(jnp.abs(defects), axes, initial=0)
+                size = jnp.where(carry.done, jnp.nan, size)
+                history = history.at[carry.step].set(size, mode="drop")
+            counted = jnp.where(carry.done, 0, 1)
+            return Carry(
+                starts=jnp.concatenate([carry.starts[:1], new]),
+                num_steps=carry.num_steps + counted,
+                done=done,
+                nonfinite=carry.nonfinite
+                + counted * jnp.sum(broken, axes, dtype=jnp.int32),
+                step=carry.step + 1,
+                history=history,
+            )
+
+        if self.count == 1:
+            return carry
+        return lax.while_loop(unfinished, newton_step, carry)
+
+    def finish(self, carry: Carry) -> Attempt:
+        """Step through the segments once more, keep every state, and certify them.
+
+        Inside a segment the states follow one from the other, so the residual can only
+        be at the first step of each segment, and there it is evaluated.
+        """
+
+        def body(h, x):
+            h = self.over.lift(self.recurrence.step)(self.parameters, h, x)
+            return h, h
+
+        starts = self.over.lift_state(self.recurrence.unravel)(carry.starts)
+        ends, states = lax.scan(body, starts, self.inputs)
+        before = self._ravel(tuple(e[:-1] for e in ends))
+        first = jax.tree.map(lambda x: x[0], self.inputs)
+        # The first segment starts from h0 itself; any state stands in for it here.
+        after = self._step(
+            jnp.concatenate([self.h0[None], before]), first
+        )
+        gaps = jnp.abs(after - self._ravel(tuple(s[0] for s in states)))[1:]
+        axes = (0, gaps.ndim - 1)
+        residual = jnp.max(gaps, axes, initial=0)
+        scale = jnp.max(jnp.abs(carry.starts), (0, carry.starts.ndim - 1), initial=0)
+        certified = residual <= self.atol + self.rtol * scale
+        return Attempt(
+            states=tuple(self._join(s) for s in states),
+            residual=residual,
+            certified=certified,
+            carry=carry,
+        )
+
+    def _join(self, x):
+        x = x.swapaxes(0, 1)
+        return x.reshape(self.count * self.length, *x.shape[2:])[: self.steps]

@@ -1,0 +1,227 @@
+"""The problem: a cell turned into a pure step, with its batch axes."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from ..scan import promote
+
+# (parameters, state leaves, inputs of one step) -> state leaves
+Step = Callable[[Any, Any, Any], Any]
+
+
+class Recurrence:
+    r"""`h_t = f(h_{t-1}, x_t)` as data: what `f` computes, and what it closes over.
+
+    Tracing `f` once turns everything it closes over into the explicit `parameters`, so
+    that derivatives and `vmap` reach them. After that a problem is
+
+    - `step(parameters, h, x)`, unbatched, on tuples of leaves;
+    - `parameters = (constants, fresh)`, `fresh` being the state that resets select;
+    - `inputs = (leaves of xs, reset)`, time first.
+
+    A reset is part of the step: it selects `fresh` for the state before it. So every
+    solver and every derivative has resets, and none has to know of them.
+    """
+
+    def __init__(self, f: Callable, xs: PyTree, h0: PyTree, has_reset: bool):
+        self.state_leaves, self.state_tree = jtu.tree_flatten(
+            jtu.tree_map(_shape_dtype, h0)
+        )
+        x_leaves, x_tree = jtu.tree_flatten(xs)
+        x_structs = [_shape_dtype(x, drop_time=True) for x in x_leaves]
+        state_tree = self.state_tree
+
+        def flat(*leaves):
+            count = state_tree.num_leaves
+            h = jtu.tree_unflatten(state_tree, leaves[:count])
+            return f(h, jtu.tree_unflatten(x_tree, leaves[count:]))
+
+        closed, out = jax.make_jaxpr(flat, return_shape=True)(
+            *self.state_leaves, *x_structs
+        )
+        self.jaxpr: jex.core.Jaxpr = closed.jaxpr
+        constants = [jnp.asarray(c) for c in closed.consts]
+        self.constant_structs = [_shape_dtype(c) for c in constants]
+        # Integer constants that are known (index tables, mostly) sharpen the sparsity
+        # pattern; floating-point values never do.
+        self.known = [
+            None if isinstance(c, jax.core.Tracer) or _is_inexact(c) else np.asarray(c)
+            for c in constants
+        ]
+        self._constants = constants
+        self.x_structs = x_structs
+        self.has_reset = has_reset
+        self.output = out
+        self.has_custom_vjp = "custom_vjp_call" in _primitives(self.jaxpr)
+
+    def release_constants(self) -> list[Array]:
+        """The values the cell closed over, once: they may be tracers, which nothing
+        that outlives the call may hold."""
+        constants, self._constants = self._constants, []
+        return constants
+
+    def step(self, parameters, h, x):
+        """One step on leaves, with the reset, exactly as the cell computes it."""
+        return self._evaluate(parameters, h, x, inline=False)
+
+    def smooth_step(self, parameters, h, x):
+        """One step whose JVP always exists, for Newton's own linearisation.
+
+        A `custom_vjp` rule has no JVP. The forward solve needs only some Jacobian (its
+        answer is certified by the residual, not by the Jacobian), so there the rule is
+        dropped and the function itself is differentiated.
+        """
+        return self._evaluate(parameters, h, x, inline=self.has_custom_vjp)
+
+    def _evaluate(self, parameters, h, x, *, inline):
+        constants, fresh = parameters
+        leaves, reset = x
+        if reset is not None:
+            h = tuple(jnp.where(reset, f, v) for f, v in zip(fresh, h, strict=True))
+        evaluate = _evaluate_inlined if inline else jax.core.eval_jaxpr
+        return tuple(evaluate(self.jaxpr, constants, *h, *leaves))
+
+    # The vector view: solvers that need a Jacobian see one real vector.
+
+    @ft.cached_property
+    def dtype(self):
+        """Real dtype of the vector view, float32 at least."""
+        if not self.state_leaves:
+            return jnp.dtype(jnp.float32)
+        dtypes = [s.dtype for s in self.state_leaves]
+        return jnp.finfo(promote(jnp.float32, *dtypes)).dtype
+
+    @ft.cached_property
+    def eps(self) -> float:
+        """Rounding of the coarsest leaf of the state: no residual can be below it."""
+        return max((float(jnp.finfo(s.dtype).eps) for s in self.state_leaves), default=0.0)
+
+    @ft.cached_property
+    def width(self) -> int:
+        return sum(
+            s.size * (2 if _is_complex(s) else 1) for s in self.state_leaves
+        )
+
+    def ravel(self, h) -> Array:
+        """Leaves of one state as one real vector `[width]` (real parts, then imaginary)."""
+        parts = []
+        for leaf in h:
+            halves = [leaf.real, leaf.imag] if _is_complex(leaf) else [leaf]
+            parts += [half.reshape(-1).astype(self.dtype) for half in halves]
+        if len(parts) == 1:
+            return parts[0]
+        return jnp.concatenate(parts) if parts else jnp.zeros(0, self.dtype)
+
+    def unravel(self, v: Array) -> tuple[Array, ...]:
+        leaves, at = [], 0
+        for s in self.state_leaves:
+            half = v[at : at + s.size].reshape(s.shape)
+            at += s.size
+            if _is_complex(s):
+                imag = v[at : at + s.size].reshape(s.shape)
+                at += s.size
+                half = jax.lax.complex(half, imag)
+            leaves.append(half.astype(s.dtype))
+        return tuple(leaves)
+
+
+class Batch:
+    """A step under any number of `vmap`s, as native batch axes.
+
+    `levels` holds, innermost first, which parameters and which inputs carry each batch
+    axis; the state carries all of them, in front. Inputs have them behind time.
+    """
+
+    def __init__(self, recurrence: Recurrence, levels: tuple = ()):
+        self.recurrence = recurrence
+        self.levels = levels
+
+    def under(self, parameters_axes, inputs_axes) -> "Batch":
+        return Batch(self.recurrence, (*self.levels, (parameters_axes, inputs_axes)))
+
+    def segmented(self, parameters, inputs) -> "Batch":
+        """One more axis, in front, along which only time was split."""
+        return self.under(
+            jtu.tree_map(lambda _: None, parameters), jtu.tree_map(lambda _: 0, inputs)
+        )
+
+    def lift(self, fn, *, extra=(), out=0):
+        """`fn(parameters, state, inputs, *extra)` over all batch axes.
+
+        `extra` and `out` give the position of the batch axes in further arguments and
+        in the result.
+        """
+        for parameters_axes, inputs_axes in self.levels:
+            fn = jax.vmap(fn, in_axes=(parameters_axes, 0, inputs_axes, *extra), out_axes=out)
+        return fn
+
+    def lift_state(self, fn):
+        """`fn(state)` over all batch axes."""
+        for _ in self.levels:
+            fn = jax.vmap(fn)
+        return fn
+
+
+def _shape_dtype(x, drop_time: bool = False):
+    shape = jnp.shape(x)[1:] if drop_time else jnp.shape(x)
+    return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
+
+
+def _is_inexact(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _is_complex(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+
+def _subjaxprs(params):
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, jex.core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, jex.core.Jaxpr):
+                yield item
+
+
+def _primitives(jaxpr) -> set[str]:
+    found = set()
+    for eqn in jaxpr.eqns:
+        found.add(eqn.primitive.name)
+        for inner in _subjaxprs(eqn.params):
+            found |= _primitives(inner)
+    return found
+
+
+def _evaluate_inlined(jaxpr, constants, *args):
+    """Evaluate a jaxpr with calls to `custom_vjp` functions replaced by their bodies."""
+
+    def inline(*args):
+        values = dict(zip(jaxpr.constvars, constants, strict=True))
+        values |= dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(atom):
+            return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = [read(v) for v in eqn.invars]
+            name = eqn.primitive.name
+            if name in ("custom_vjp_call", "jit", "pjit"):
+                inner = eqn.params["call_jaxpr" if name == "custom_vjp_call" else "jaxpr"]
+                outs = _evaluate_inlined(inner.jaxpr, inner.consts, *operands)
+            else:
+                subfuns, params = eqn.primitive.get_bind_params(eqn.params)
+                outs = eqn.primitive.bind(*subfuns, *operands, **params)
+                outs = outs if eqn.primitive.multiple_results else [outs]
+            values |= dict(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    return inline(*args)

@@ -1,0 +1,316 @@
+"""`solve`: a trajectory, its certificate and its derivative."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, PyTree
+
+from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
+from ._auto import as_newton, Auto, choose_attempt, with_fallback
+from ._inputs import check_like, check_resets, count_steps, make_recurrence
+from ._newton import Newton, solve_newton
+from ._recurrence import Batch, Recurrence
+from ._sequential import report_finite, Sequential, solve_sequentially
+from ._solution import RESULTS, Solution
+from ._structure import declared_structure, find_structure, Structure
+
+Solver = Auto | Newton | Sequential
+
+
+def solve(
+    f: Callable[[PyTree, PyTree], PyTree],
+    xs: PyTree,
+    h0: PyTree,
+    *,
+    solver: Solver = Auto(),
+    reset: Bool[Array, " T"] | None = None,
+    reset_state: PyTree | None = None,
+    initial_guess: PyTree | None = None,
+    max_steps: int | None = None,
+    structure: Structure | str | None = None,
+    adjoint: Adjoint = "auto",
+    throw: bool = True,
+) -> Solution:
+    r"""All states of $h_t = f(h_{t-1}, x_t)$, in parallel over time where that pays.
+
+    Differentiable, in forward and reverse mode and to any order, with respect to `xs`,
+    `h0`, `reset_state` and everything that `f` closes over: the derivative is taken at
+    the solution with the exact Jacobian, never through the solver's iterations. `vmap`
+    over any of them becomes a batch axis of one solve, in which sequences that have
+    converged stay as they are.
+
+    **Arguments:**
+
+    - `f`: the cell, `f(h, x) -> h`; any function or module. `equinox.nn.GRUCell`,
+        `LSTMCell` and Flax NNX cells are recognised.
+    - `xs`: inputs, a pytree with leaves `[T, ...]`, unbatched.
+    - `h0`: initial state, a pytree of floating-point or complex arrays.
+    - `solver`: [`pararnn.Auto`][], [`pararnn.Newton`][] or [`pararnn.Sequential`][].
+    - `reset`: bool `[T]`; where true, step t starts from `reset_state` in place of the
+        previous state, whatever that was.
+    - `reset_state`: like `h0`; zeros if not given.
+    - `initial_guess`: a trajectory like the states, for Newton to start from. Only
+        speed depends on it, and no derivative.
+    - `max_steps`: limit on Newton steps; `None` is the number of segments, after which
+        the answer is exact.
+    - `structure`: a claim about `∂f/∂h`, `"diagonal"`, `"dense"` or a
+        [`pararnn.Structure`][]; it is checked. Found automatically if not given.
+    - `adjoint`: how derivatives are solved: `"parallel"` (all Jacobians formed at
+        once), `"sweep"` (one reverse pass of the linearised steps), or `"auto"`.
+        All are exact; they differ in time and memory.
+    - `throw`: raise if the solve fails; otherwise `Solution.result` reports it.
+
+    **Returns:** a [`pararnn.Solution`][].
+
+    **Raises:** `ValueError` or `TypeError` while tracing if the cell, the shapes or the
+    dtypes do not fit; a runtime error if the states are not finite or the solver asked
+    for does not converge (with `throw=True`).
+    """
+    where = "solve"
+    _check_options(where, solver, adjoint, max_steps)
+    h0 = jtu.tree_map(jnp.asarray, h0)
+    recurrence = make_recurrence(where, f, xs, h0, reset is not None)
+    steps = count_steps(where, xs)
+    fresh = check_resets(where, recurrence, reset, reset_state, steps)
+    if structure is not None:
+        structure = declared_structure(structure, recurrence)
+    guess = _check_guess(where, initial_guess, recurrence, steps)
+    x_leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(xs))
+    if steps == 0:
+        return _empty(recurrence)
+    config = _Config(recurrence, solver, structure, adjoint, max_steps)
+    primals = (
+        (recurrence.release_constants(), fresh),
+        (x_leaves, None if reset is None else jnp.asarray(reset)),
+        tuple(jtu.tree_leaves(h0)),
+    )
+    leaves, stats = _evaluate(primals, guess, config=config)
+    code = stats.pop("code")
+    result = RESULTS.successful
+    for number, failure in enumerate(_FAILURES, start=1):
+        result = RESULTS.where(code == number, failure, result)
+    if throw:
+        leaves = result.error_if(leaves, result != RESULTS.successful)
+    states = jtu.tree_unflatten(recurrence.state_tree, leaves)
+    return Solution(states, result, stats)
+
+
+_FAILURES = (
+    RESULTS.newton_not_converged,
+    RESULTS.nonfinite_inputs,
+    RESULTS.nonfinite_parameters,
+    RESULTS.nonfinite_states,
+)
+
+
+class _Config:
+    """What is known about a solve while tracing."""
+
+    def __init__(self, recurrence, solver, structure, adjoint, max_steps):
+        self.recurrence: Recurrence = recurrence
+        self.solver: Solver = solver
+        self.adjoint: Adjoint = adjoint
+        self.max_steps: int | None = max_steps
+        self._declared = structure
+
+    @ft.cached_property
+    def structure(self) -> Structure:
+        # Found when first needed: a sequential solve without gradient never is.
+        return self._declared or find_structure(self.recurrence)
+
+
+@eqx.filter_custom_jvp
+def _evaluate(primals, guess, *, config: _Config):
+    return _forward(config, Batch(config.recurrence), *primals, guess)
+
+
+@_evaluate.def_jvp
+def _(primals, tangents, *, config: _Config):
+    (arguments, guess), (t_arguments, _) = primals, tangents
+    states, stats = _evaluate(arguments, guess, config=config)
+    recurrence = config.recurrence
+    if recurrence.has_custom_vjp:
+        plan, structure = None, None
+    else:
+        structure = config.structure
+        plan = plan_adjoint(config.adjoint, structure, states[0].shape[0])
+    t_states = solve_tangents(
+        recurrence, plan, structure, (*arguments, states), t_arguments
+    )
+    return (states, stats), (t_states, jtu.tree_map(lambda _: None, stats))
+
+
+def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess):
+    """Solve, natively batched: every `vmap` adds a level to `batch` and recurses.
+
+    `vmap` of the solver's own loops would run the fallback always and all loops under
+    per-sequence selection; as a batch axis, one loop serves all sequences.
+    """
+
+    @custom_vmap
+    def forward(parameters, inputs, h0, guess):
+        return _solve_batch(config, batch, parameters, inputs, h0, guess)
+
+    @forward.def_vmap
+    def _(size, batched, parameters, inputs, h0, guess):
+        def axis(b):
+            return 0 if b else None
+
+        def behind_time(x, b):
+            return jnp.moveaxis(x, 0, 1) if b else x
+
+        def everywhere(x, b):
+            return x if b else jnp.broadcast_to(x, (size, *x.shape))
+
+        deeper = batch.under(*jtu.tree_map(axis, tuple(batched[:2])))
+        inputs = jtu.tree_map(behind_time, inputs, batched[1])
+        h0 = jtu.tree_map(everywhere, h0, batched[2])
+        guess = jtu.tree_map(
+            lambda x, b: jnp.moveaxis(everywhere(x, b), 0, 1), guess, batched[3]
+        )
+        states, stats = _forward(config, deeper, parameters, inputs, h0, guess)
+        states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
+        out = states, stats
+        return out, jtu.tree_map(lambda _: True, out)
+
+    return forward(parameters, inputs, h0, guess)
+
+
+def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
+    steps = jtu.tree_leaves(inputs)[0].shape[0]
+    rank = len(batch.levels)
+    shape = h0[0].shape[:rank]
+    solver = config.solver
+
+    def sequential():
+        return solve_sequentially(batch, parameters, inputs, h0)
+
+    def newton(solver: Newton, max_steps):
+        return solve_newton(
+            batch, parameters, inputs, h0, guess, config.structure, solver, max_steps
+        )
+
+    if isinstance(solver, Sequential):
+        states, stats = sequential()
+    elif isinstance(solver, Newton):
+        states, stats = newton(solver, config.max_steps)
+    else:
+        channels = config.recurrence.width * int(np.prod(shape))
+        attempt = choose_attempt(steps, channels)
+        if attempt is None:
+            states, stats = sequential()
+        else:
+            limit = config.max_steps or attempt.max_steps
+            tried = newton(as_newton(solver, attempt), limit)
+            states, stats = with_fallback(tried, sequential)
+    return states, _report(config, stats, states, (parameters, inputs, h0), shape)
+
+
+def _report(config: _Config, stats, states, arguments, shape):
+    """Statistics for each sequence, `[*batch]`, and the code of the result."""
+    steps = states[0].shape[0]
+    finite = report_finite(states, len(shape))
+    certified = jnp.broadcast_to(jnp.asarray(stats.pop("certified")), shape)
+    history = stats.pop("residual_history", None)
+    dtypes = {
+        "num_steps": jnp.int32,
+        "residual": config.recurrence.dtype,
+        "sequential": jnp.bool_,
+        "nonfinite": jnp.int32,
+    }
+    stats = {
+        name: jnp.broadcast_to(jnp.asarray(stats[name], dtype), shape)
+        for name, dtype in dtypes.items()
+    }
+    if history is not None and history.shape[0]:
+        stats["residual_history"] = jnp.moveaxis(history, 0, -1)
+    all_good = jnp.all(finite)
+
+    def find_failure():
+        (constants, fresh), inputs, h0 = arguments
+        cause = jnp.where(_is_finite((constants, fresh, h0)), 4, 3)
+        cause = jnp.where(_is_finite(inputs[0]), cause, 2)
+        return cause.astype(jnp.int32), _first_nonfinite(states, shape)
+
+    # Only a failed solve pays for looking at the inputs.
+    cause, first = jax.lax.cond(
+        all_good,
+        lambda: (jnp.asarray(0, jnp.int32), jnp.full(shape, steps, jnp.int32)),
+        find_failure,
+    )
+    stats["first_nonfinite"] = first
+    code = jnp.where(certified, 0, 1)
+    stats["code"] = jnp.where(finite, code, cause).astype(jnp.int32)
+    return stats
+
+
+def _is_finite(tree) -> Array:
+    finite = jnp.asarray(True)
+    for leaf in jtu.tree_leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite = finite & jnp.all(jnp.isfinite(leaf))
+    return finite
+
+
+def _first_nonfinite(states, shape) -> Array:
+    steps = states[0].shape[0]
+    bad = jnp.zeros((steps, *shape), bool)
+    for leaf in states:
+        axes = tuple(range(1 + len(shape), leaf.ndim))
+        bad = bad | jnp.any(~jnp.isfinite(leaf), axes)
+    return jnp.where(
+        jnp.any(bad, 0), jnp.argmax(bad, 0), steps
+    ).astype(jnp.int32)
+
+
+def _check_options(where: str, solver: Any, adjoint: Any, max_steps: Any) -> None:
+    if not isinstance(solver, Auto | Newton | Sequential):
+        raise TypeError(
+            f"{where}: `solver` is {solver!r:.80}; expected pararnn.Auto(), "
+            "pararnn.Newton(segments=...) or pararnn.Sequential()."
+            + (" Did you forget to call the class?" if isinstance(solver, type) else "")
+        )
+    if adjoint not in ADJOINTS:
+        raise ValueError(
+            f"{where}: unknown adjoint {adjoint!r}; there are {', '.join(ADJOINTS)}."
+        )
+    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
+        raise ValueError(
+            f"{where}: `max_steps` is {max_steps!r}; expected a whole number >= 1, or "
+            "None for as many as can ever be needed."
+        )
+
+
+def _check_guess(where: str, guess, recurrence: Recurrence, steps: int):
+    if guess is None:
+        return None
+    like = jtu.tree_unflatten(
+        recurrence.state_tree,
+        [
+            jax.ShapeDtypeStruct((steps, *s.shape), s.dtype)
+            for s in recurrence.state_leaves
+        ],
+    )
+    check_like(where, "initial_guess", guess, like, "a state for each step, [T, ...]")
+    # Newton's answer does not depend on where it started.
+    return tuple(jax.lax.stop_gradient(leaf) for leaf in jtu.tree_leaves(guess))
+
+
+def _empty(recurrence: Recurrence) -> Solution:
+    states = [jnp.zeros((0, *s.shape), s.dtype) for s in recurrence.state_leaves]
+    stats = {
+        "num_steps": jnp.asarray(0, jnp.int32),
+        "residual": jnp.asarray(0, recurrence.dtype),
+        "sequential": jnp.asarray(True),
+        "nonfinite": jnp.asarray(0, jnp.int32),
+        "first_nonfinite": jnp.asarray(0, jnp.int32),
+    }
+    tree = jtu.tree_unflatten(recurrence.state_tree, states)
+    return Solution(tree, RESULTS.successful, stats)
