@@ -139,6 +139,8 @@ def linear(weight: Array, x: Array) -> Array:
 
 def affine(weight: Array, x: Array, *biases: Array) -> Array:
     """`W x` plus biases `[out]`, in at least float32; shapes as in `linear`."""
-    product, *biases = widen(linear(weight, x), *biases)
-    # Equal ranks, as rank promotion may be an error.
-    return product + sum(biases).reshape((1,) * (product.ndim - 1) + (-1,))
+    product, *wide = widen(linear(weight, x), *biases)
+    for bias in wide:
+        # Equal ranks, as rank promotion may be an error.
+        product = product + bias.reshape((1,) * (product.ndim - 1) + (-1,))
+    return product

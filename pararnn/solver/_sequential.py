@@ -1,8 +1,6 @@
 """The plain loop: the oracle, and a solver like the others."""
 
 import equinox as eqx
-import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax import lax
 
 from ._recurrence import Batch
@@ -28,12 +26,3 @@ def solve_sequentially(batch: Batch, parameters, inputs, h0):
         "nonfinite": 0,
         "certified": True,
     }
-
-
-def report_finite(states, batch_rank: int):
-    """For each sequence whether all states are finite, bool `[*batch]`."""
-    finite = jnp.asarray(True)
-    for leaf in jtu.tree_leaves(states):
-        axes = (0, *range(1 + batch_rank, leaf.ndim))
-        finite = finite & jnp.all(jnp.isfinite(leaf), axis=axes)
-    return finite

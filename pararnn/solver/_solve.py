@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -17,7 +18,7 @@ from ._auto import as_newton, Auto, choose_attempt, with_fallback
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._newton import Newton, solve_newton
 from ._recurrence import Batch, Recurrence
-from ._sequential import report_finite, Sequential, solve_sequentially
+from ._sequential import Sequential, solve_sequentially
 from ._solution import RESULTS, Solution
 from ._structure import declared_structure, find_structure, Structure
 
@@ -85,7 +86,7 @@ def solve(
     x_leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(xs))
     if steps == 0:
         return _empty(recurrence)
-    config = _Config(recurrence, solver, structure, adjoint, max_steps)
+    config = _Config(recurrence, solver, structure, adjoint, max_steps, throw)
     primals = (
         (recurrence.release_constants(), fresh),
         (x_leaves, None if reset is None else jnp.asarray(reset)),
@@ -96,8 +97,6 @@ def solve(
     result = RESULTS.successful
     for number, failure in enumerate(_FAILURES, start=1):
         result = RESULTS.where(code == number, failure, result)
-    if throw:
-        leaves = result.error_if(leaves, result != RESULTS.successful)
     states = jtu.tree_unflatten(recurrence.state_tree, leaves)
     return Solution(states, result, stats)
 
@@ -113,11 +112,12 @@ _FAILURES = (
 class _Config:
     """What is known about a solve while tracing."""
 
-    def __init__(self, recurrence, solver, structure, adjoint, max_steps):
+    def __init__(self, recurrence, solver, structure, adjoint, max_steps, throw):
         self.recurrence: Recurrence = recurrence
         self.solver: Solver = solver
         self.adjoint: Adjoint = adjoint
         self.max_steps: int | None = max_steps
+        self.throw: bool = throw
         self._declared = structure
 
     @ft.cached_property
@@ -210,13 +210,32 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
             limit = config.max_steps or attempt.max_steps
             tried = newton(as_newton(solver, attempt), limit)
             states, stats = with_fallback(tried, sequential)
-    return states, _report(config, stats, states, (parameters, inputs, h0), shape)
+    stats = _report(config, stats, states, (parameters, inputs, h0), shape)
+    if config.throw:
+        states = (_raise_on_failure(states[0], stats["code"]), *states[1:])
+    return states, stats
+
+
+def _raise_on_failure(states, code):
+    """`states`, which cannot be had without the check of `code`.
+
+    Raising here, below every transformation, costs a batch one check, and the derivative
+    none. Only the first step passes through the check: a whole trajectory would be
+    copied by it.
+    """
+    first = eqxi.branched_error_if(
+        states[0],
+        code != 0,
+        jnp.max(code) - 1,
+        [RESULTS[failure] for failure in _FAILURES],
+    )
+    return states.at[0].set(first)
 
 
 def _report(config: _Config, stats, states, arguments, shape):
     """Statistics for each sequence, `[*batch]`, and the code of the result."""
     steps = states[0].shape[0]
-    finite = report_finite(states, len(shape))
+    finite = _all_finite(states, len(shape))
     certified = jnp.broadcast_to(jnp.asarray(stats.pop("certified")), shape)
     history = stats.pop("residual_history", None)
     dtypes = {
@@ -249,6 +268,17 @@ def _report(config: _Config, stats, states, arguments, shape):
     code = jnp.where(certified, 0, 1)
     stats["code"] = jnp.where(finite, code, cause).astype(jnp.int32)
     return stats
+
+
+def _all_finite(states, rank: int) -> Bool[Array, " *batch"]:
+    """For each sequence whether all states are finite."""
+    finite = jnp.asarray(True)
+    for leaf in states:
+        axes = (0, *range(1 + rank, leaf.ndim))
+        # 0 * inf is NaN and NaN spreads through a sum: on a CPU twice as fast as
+        # reducing `isfinite`.
+        finite = finite & (jnp.sum(leaf * 0, axes) == 0)
+    return finite
 
 
 def _is_finite(tree) -> Array:

@@ -1,0 +1,41 @@
+"""Settings under which every test runs: strict where JAX is lenient by default."""
+
+import os
+import zlib
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A compilation on a busy machine takes longer than any deadline for one example, and
+# shrinking a failure that compiles anew each time takes minutes.
+PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+hypothesis.settings.register_profile("default", deadline=None, phases=PHASES)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, phases=PHASES, derandomize=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture
+def getkey(request):
+    """A function that returns a new random key at each call, the same every run."""
+    key = jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+    def split():
+        nonlocal key
+        key, new = jax.random.split(key)
+        return new
+
+    return split
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory():
+    """Compiled programs are kept for ever otherwise, some gigabytes in the end."""
+    yield
+    jax.clear_caches()

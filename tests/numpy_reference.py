@@ -1,0 +1,152 @@
+"""The recurrences as slow loops in float64 NumPy, written from their equations.
+
+Each takes the parameters by the names of the equations, inputs `[T, d]` and a state,
+and returns the outputs `[T, ...]` and the last state. A `reset` at a step replaces the
+state before that step by zeros. Nothing of the library is used here.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+
+
+def parameters(module) -> SimpleNamespace:
+    """The array fields of a module in float64, and its other fields as they are."""
+    fields = {}
+    for field in dataclasses.fields(module):
+        value = getattr(module, field.name)
+        fields[field.name] = (
+            np.asarray(value, np.float64) if hasattr(value, "dtype") else value
+        )
+    return SimpleNamespace(**fields)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def block_diagonal(blocks):
+    heads, rows, columns = blocks.shape
+    full = np.zeros((heads * rows, heads * columns))
+    for i in range(heads):
+        full[i * rows : (i + 1) * rows, i * columns : (i + 1) * columns] = blocks[i]
+    return full
+
+
+def elman(p, xs, h):
+    hs = []
+    for x in xs:
+        h = np.tanh(p.W @ x + p.U @ h + p.b)
+        hs.append(h)
+    return np.stack(hs), h
+
+
+def gru(p, xs, h):
+    hs = []
+    for x in xs:
+        r = sigmoid(p.W_ir @ x + p.b_ir + p.W_hr @ h + p.b_hr)
+        z = sigmoid(p.W_iz @ x + p.b_iz + p.W_hz @ h + p.b_hz)
+        n = np.tanh(p.W_in @ x + p.b_in + r * (p.W_hn @ h + p.b_hn))
+        h = (1 - z) * n + z * h
+        hs.append(h)
+    return np.stack(hs), h
+
+
+def lstm(p, xs, state):
+    c, h = state
+    hs = []
+    for x in xs:
+        i = sigmoid(p.W_ii @ x + p.b_ii + p.W_hi @ h + p.b_hi)
+        f = sigmoid(p.W_if @ x + p.b_if + p.W_hf @ h + p.b_hf)
+        g = np.tanh(p.W_ig @ x + p.b_ig + p.W_hg @ h + p.b_hg)
+        o = sigmoid(p.W_io @ x + p.b_io + p.W_ho @ h + p.b_ho)
+        c = f * c + i * g
+        h = o * np.tanh(c)
+        hs.append(h)
+    return np.stack(hs), (c, h)
+
+
+def paragru(p, xs, h):
+    B_z, B_r, B_n = (block_diagonal(B) for B in (p.B_z, p.B_r, p.B_n))
+    hs = []
+    for x in xs:
+        z = sigmoid(p.a_z * h + B_z @ x + p.b_z)
+        r = sigmoid(p.a_r * h + B_r @ x + p.b_r)
+        n = np.tanh(p.a_n * h * r + B_n @ x + p.b_n)
+        h = z * n + (1 - z) * h
+        hs.append(h)
+    return np.stack(hs), h
+
+
+def paralstm(p, xs, state):
+    B_f, B_c, B_o = (block_diagonal(B) for B in (p.B_f, p.B_c, p.B_o))
+    c, h = state
+    hs = []
+    for x in xs:
+        f = sigmoid(p.a_f * h + B_f @ x + p.p_f * c + p.b_f)
+        c = f * c + (1 - f) * np.tanh(p.a_c * h + B_c @ x + p.b_c)
+        o = sigmoid(p.a_o * h + B_o @ x + p.p_o * c + p.b_o)
+        h = o * np.tanh(c)
+        hs.append(h)
+    return np.stack(hs), (c, h)
+
+
+def lru(p, xs, h, reset=None):
+    eigenvalues = np.exp(-np.exp(p.nu_log) + 1j * np.exp(p.theta_log))
+    B, C = p.B_re + 1j * p.B_im, p.C_re + 1j * p.C_im
+    ys = []
+    for t, x in enumerate(xs):
+        if reset is not None and reset[t]:
+            h = np.zeros_like(eigenvalues)
+        h = eigenvalues * h + np.exp(p.gamma_log) * (B @ x)
+        ys.append((C @ h).real + p.D * x)
+    return np.stack(ys), h
+
+
+def s4d_discrete(p):
+    """Ā and B̄, `[channels, modes]`."""
+    A = -np.exp(p.log_A_real) + 1j * p.A_imag
+    B = p.B_re + 1j * p.B_im
+    dt = np.exp(p.log_dt)[:, None]
+    if p.discretisation == "zoh":
+        return np.exp(dt * A), (np.exp(dt * A) - 1) / A * B
+    return (1 + dt * A / 2) / (1 - dt * A / 2), dt * B / (1 - dt * A / 2)
+
+
+def s4d(p, xs, h, reset=None):
+    A_bar, B_bar = s4d_discrete(p)
+    C = p.C_re + 1j * p.C_im
+    ys = []
+    for t, x in enumerate(xs):
+        if reset is not None and reset[t]:
+            h = np.zeros_like(A_bar)
+        h = A_bar * h + B_bar * x[:, None]
+        ys.append(2 * (C * h).sum(1).real + p.D * x)
+    return np.stack(ys), h
+
+
+def s4d_by_convolution(p, xs):
+    """From zeros, by FFT: the impulse response of each channel times its input."""
+    A_bar, B_bar = s4d_discrete(p)
+    C = p.C_re + 1j * p.C_im
+    steps = len(xs)
+    powers = A_bar[None] ** np.arange(steps)[:, None, None]
+    kernel = 2 * (C * powers * B_bar).sum(-1).real
+    spectrum = np.fft.rfft(kernel, 2 * steps, axis=0) * np.fft.rfft(
+        xs, 2 * steps, axis=0
+    )
+    return np.fft.irfft(spectrum, 2 * steps, axis=0)[:steps] + p.D * xs
+
+
+def hippo_legs_normal(size):
+    """The normal part A + P Pᵀ of HiPPO-LegS, and its B."""
+    A = np.zeros((size, size))
+    for n in range(size):
+        for k in range(size):
+            if n > k:
+                A[n, k] = -np.sqrt((2 * n + 1) * (2 * k + 1))
+            elif n == k:
+                A[n, k] = -(n + 1)
+    P = np.sqrt(np.arange(size) + 0.5)
+    return A + np.outer(P, P), np.sqrt(2 * np.arange(size) + 1.0)

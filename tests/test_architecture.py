@@ -1,0 +1,126 @@
+"""The shape of the source tree: who imports whom, and what a class may be."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import equinox as eqx
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("pararnn", "linear")
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(
+        ".__init__"
+    ): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+# What each layer may import of the project, itself included.
+MAY_IMPORT = {
+    "pararnn.scan": {"pararnn.scan"},
+    "pararnn.solver": {"pararnn.solver", "pararnn.scan"},
+    "pararnn.cells": {"pararnn.cells", "pararnn.scan"},
+    "pararnn": {"pararnn", "pararnn.cells", "pararnn.solver", "pararnn.scan"},
+    "linear": {"linear", "pararnn.scan"},
+}
+
+
+def layer_of(module: str) -> str:
+    fits = [name for name in MAY_IMPORT if f"{module}.".startswith(f"{name}.")]
+    return max(fits, key=len)
+
+
+def imports_of(module: str) -> set[str]:
+    """Every module that a file imports, wherever in the file the import stands."""
+    found = set()
+    path = FILES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                source = ".".join([*parents, *filter(None, [source])])
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                found.add(inner if inner in FILES else source)
+    return found
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_down(module):
+    allowed = MAY_IMPORT[layer_of(module)]
+    project = {name for name in imports_of(module) if name.split(".")[0] in PACKAGES}
+    wrong = {name for name in project if layer_of(name) not in allowed}
+    assert not wrong, f"{module} may import {sorted(allowed)}, not {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_every_import_is_a_declared_dependency(module):
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w-]", name)[0] for name in metadata["dependencies"]}
+    known = declared | set(PACKAGES) | sys.stdlib_module_names
+    used = {name.split(".")[0] for name in imports_of(module)}
+    assert used <= known
+
+
+@pytest.mark.parametrize(
+    "module", [name for name, path in FILES.items() if path.name == "__init__.py"]
+)
+def test_packages_only_export(module):
+    for number, node in enumerate(ast.parse(FILES[module].read_text()).body):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                assert alias.asname == alias.name.rpartition(".")[2], (
+                    f"{FILES[module]}:{node.lineno}: write `{alias.name} as ...`"
+                )
+            continue
+        docstring = (
+            number == 0
+            and isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        )
+        assert docstring, f"{FILES[module]}:{node.lineno}: only imports belong here"
+
+
+def project_modules() -> list[type[eqx.Module]]:
+    found = {}
+    for package in map(importlib.import_module, PACKAGES):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            module = importlib.import_module(info.name)
+            for _, cls in inspect.getmembers(module, inspect.isclass):
+                if issubclass(cls, eqx.Module) and cls.__module__ == info.name:
+                    found[f"{cls.__module__}.{cls.__qualname__}"] = cls
+    return list(found.values())
+
+
+def is_abstract(cls: type) -> bool:
+    return inspect.isabstract(cls) or bool(getattr(cls, "__abstractvars__", ()))
+
+
+def test_every_class_is_abstract_or_final():
+    """Equinox's pattern, which it no longer enforces itself."""
+    classes = project_modules()
+    assert classes
+    for cls in classes:
+        named = cls.__name__.lstrip("_").startswith("Abstract")
+        assert is_abstract(cls) == named, (
+            f"{cls.__qualname__}: the name of a class starts with `Abstract` if and "
+            "only if the class is abstract"
+        )
+        for base in cls.__bases__:
+            if base.__module__.split(".")[0] in PACKAGES:
+                assert is_abstract(base), (
+                    f"{cls.__qualname__} inherits from the concrete class "
+                    f"{base.__qualname__}"
+                )

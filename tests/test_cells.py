@@ -1,0 +1,232 @@
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import lax
+
+import tests.numpy_reference as reference
+from pararnn.cells import ElmanCell, GRUCell, LSTMCell, ParaGRUCell, ParaLSTMCell
+
+# name: class, further arguments, reference, number of arrays in the state, and the
+# structure of the Jacobian between any two of these arrays.
+CELLS = {
+    "elman": (ElmanCell, {}, reference.elman, 1, "dense"),
+    "gru": (GRUCell, {}, reference.gru, 1, "dense"),
+    "lstm": (LSTMCell, {}, reference.lstm, 2, "dense"),
+    "paragru": (ParaGRUCell, {}, reference.paragru, 1, "diagonal"),
+    "paragru-heads": (ParaGRUCell, {"heads": 2}, reference.paragru, 1, "diagonal"),
+    "paralstm": (ParaLSTMCell, {}, reference.paralstm, 2, "diagonal"),
+    "paralstm-heads": (ParaLSTMCell, {"heads": 2}, reference.paralstm, 2, "diagonal"),
+}
+D_INPUT, D_STATE, T = 4, 6, 9
+
+each_cell = pytest.mark.parametrize("name", CELLS)
+
+
+def make(name, dtype=None, seed=0):
+    cls, arguments, *_ = CELLS[name]
+    return cls(D_INPUT, D_STATE, **arguments, dtype=dtype, key=jr.key(seed))
+
+
+def random_state(name, rng):
+    arrays = tuple(rng.normal(size=D_STATE) for _ in range(CELLS[name][3]))
+    return arrays if len(arrays) > 1 else arrays[0]
+
+
+@eqx.filter_jit
+def run(cell, state, xs):
+    """All gates at once, then the updates one by one."""
+
+    def step(state, gates):
+        state = cell.update(state, gates)
+        return state, cell.output(state)
+
+    last, hs = lax.scan(step, state, cell.gates(xs))
+    return hs, last
+
+
+@eqx.filter_jit
+def run_by_call(cell, state, xs):
+    def step(state, x):
+        state = cell(state, x)
+        return state, cell.output(state)
+
+    last, hs = lax.scan(step, state, xs)
+    return hs, last
+
+
+def assert_close(got, wanted, rtol=1e-10):
+    def check(got, wanted):
+        np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol * 1e-2)
+
+    jax.tree.map(check, got, wanted)
+
+
+@each_cell
+@pytest.mark.parametrize("runner", [run, run_by_call])
+def test_equals_the_equations(name, runner):
+    rng = np.random.default_rng(0)
+    cell, state = make(name), random_state(name, rng)
+    xs = rng.normal(size=(T, D_INPUT))
+    wanted = CELLS[name][2](reference.parameters(cell), xs, state)
+    assert_close(
+        runner(cell, jax.tree.map(jnp.asarray, state), jnp.asarray(xs)), wanted
+    )
+
+
+@each_cell
+def test_gates_act_on_the_last_axis_alone(name):
+    xs = jr.normal(jr.key(1), (2, 3, D_INPUT))
+    gates_of = eqx.filter_jit(lambda cell, x: cell.gates(x))
+    cell = make(name)
+    gates = gates_of(cell, xs)
+    assert isinstance(gates, tuple)
+    assert all(g.shape == (2, 3, D_STATE) for g in gates)
+    assert_close(gates_of(cell, xs[1, 2]), tuple(g[1, 2] for g in gates), 1e-14)
+    assert all(g.shape == (0, D_STATE) for g in gates_of(cell, xs[0, :0]))
+
+
+@each_cell
+@pytest.mark.parametrize(
+    "parameters, inputs, state",
+    [
+        ("float32", "float32", "float32"),
+        ("bfloat16", "bfloat16", "float32"),
+        ("bfloat16", "float32", "float32"),
+        ("float32", "float64", "float32"),
+        ("float32", "bfloat16", "float64"),
+    ],
+)
+def test_dtype_of_the_state_is_kept(name, parameters, inputs, state):
+    cell, xs = make(name, parameters), jr.normal(jr.key(1), (T, D_INPUT), inputs)
+    fresh = cell.init_state()
+    assert {s.dtype for s in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
+    start = jax.tree.map(lambda s: s.astype(state), fresh)
+    # Shapes and dtypes only: a scan refuses a carry whose dtype changes.
+    hs, last = eqx.filter_eval_shape(run, cell, start, xs)
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), last) == jax.tree.map(
+        lambda s: (s.shape, s.dtype), start
+    )
+    assert (hs.shape, hs.dtype) == ((T, D_STATE), jnp.dtype(state))
+
+
+@pytest.mark.parametrize("name", ["gru", "paralstm-heads"])
+def test_16_bit_parameters_are_the_only_loss(name):
+    """The arithmetic is float32: only inputs and parameters are rounded."""
+    cell = make(name, "bfloat16")
+    xs = jr.normal(jr.key(1), (T, D_INPUT), "bfloat16")
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape), cell.init_state())
+    wanted = CELLS[name][2](reference.parameters(cell), np.asarray(xs, float), zeros)
+    assert_close(run(cell, cell.init_state(), xs), wanted, rtol=1e-5)
+
+
+@each_cell
+def test_structure_of_the_jacobian(name):
+    cell = make(name)
+    x = jr.normal(jr.key(1), (D_INPUT,))
+    state = jax.tree.map(
+        lambda s: jr.normal(jr.key(2), s.shape, s.dtype), cell.init_state()
+    )
+    blocks = jax.tree.leaves(jax.jit(jax.jacfwd(cell))(state, x))
+    assert len(blocks) == CELLS[name][3] ** 2
+    off_diagonal = ~np.eye(D_STATE, dtype=bool)
+    dense = any(np.any(np.asarray(block)[off_diagonal]) for block in blocks)
+    assert dense == (CELLS[name][4] == "dense")
+
+
+@each_cell
+def test_every_parameter_has_a_derivative(name):
+    xs = jr.normal(jr.key(1), (T, D_INPUT))
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def grad(cell):
+        hs, _ = run(cell, cell.init_state(), xs)
+        return jnp.sum(hs**2)
+
+    for path, leaf in jax.tree.leaves_with_path(grad(make(name))):
+        assert np.all(np.isfinite(leaf)) and np.any(leaf), jax.tree_util.keystr(path)
+
+
+@each_cell
+def test_initialisation(name):
+    cell = make(name)
+    assert (cell.d_input, cell.d_state) == (D_INPUT, D_STATE)
+    for field, value in vars(reference.parameters(cell)).items():
+        if not isinstance(value, np.ndarray):
+            continue
+        if CELLS[name][4] == "dense":
+            bound = D_STATE**-0.5
+        elif field[0] in "Bb":
+            bound = (D_INPUT // cell.heads) ** -0.5
+        else:
+            bound = 1.0
+        assert np.abs(value).max() <= bound, field
+        assert len(np.unique(value)) == value.size, field
+    other = make(name, seed=1)
+    assert not eqx.tree_equal(cell, other)
+
+
+@each_cell
+def test_state_defaults_to_the_size_of_the_input(name):
+    cls, arguments, *_ = CELLS[name]
+    cell = cls(D_INPUT, **arguments, key=jr.key(0))
+    for state in jax.tree.leaves(cell.init_state()):
+        assert state.shape == (D_INPUT,) and not np.any(state)
+
+
+ALL = tuple(CELLS)
+HEADS = ("paragru", "paralstm")
+# What is wrong, which cells refuse it, arguments, and what the message must say.
+BAD_ARGUMENTS = {
+    "zero input": (ALL, {"d_input": 0}, "`d_input` must be a positive integer, got 0"),
+    "negative state": (ALL, {"d_state": -3}, "`d_state` must be .* got -3"),
+    "float size": (ALL, {"d_input": 4.0}, "computed with `/`"),
+    "bool size": (ALL, {"d_state": True}, "`d_state` must be .* got True"),
+    "no key": (ALL, {"key": None}, "`key` must be .* got None"),
+    "seed as key": (ALL, {"key": 0}, "Pass `key=jax.random.key"),
+    "integer dtype": (ALL, {"dtype": jnp.int32}, "`dtype` must be .* got int32"),
+    "complex dtype": (ALL, {"dtype": jnp.complex64}, "real floating point"),
+    "no heads": (HEADS, {"heads": 0}, "`heads` must be a positive integer"),
+    "heads and input": (HEADS, {"heads": 3}, "`d_input` = 4 is not divisible"),
+    "heads and state": (HEADS, {"heads": 4}, "`d_state` = 6 is not divisible"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        pytest.param(name, arguments, message, id=f"{case}-{name}")
+        for case, (names, arguments, message) in BAD_ARGUMENTS.items()
+        for name in names
+    ],
+)
+def test_refuses_arguments(name, arguments, message):
+    cls = CELLS[name][0]
+    good = {"d_input": D_INPUT, "d_state": D_STATE, "key": jr.key(0)}
+    with pytest.raises(ValueError, match=message) as error:
+        cls(**good | arguments)
+    assert cls.__name__ in str(error.value)
+
+
+BAD_INPUTS = {
+    "width": (jnp.zeros((T, D_INPUT + 1)), "`x` has shape (9, 5), expected [..., 4]"),
+    "state first": (jnp.zeros(D_STATE), "`cell(state, x)`"),
+    "scalar": (jnp.zeros(()), "`x` has shape ()"),
+    "tokens": (jnp.zeros(D_INPUT, jnp.int32), "embed them"),
+    "complex": (jnp.zeros(D_INPUT, complex), "`x` is complex128"),
+}
+
+
+@each_cell
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_refuses_inputs(name, case):
+    x, message = BAD_INPUTS[case]
+    cell = make(name)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        cell(cell.init_state(), x)
+    assert type(cell).__name__ in str(error.value)
