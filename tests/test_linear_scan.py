@@ -448,7 +448,7 @@ def call(values=(4, 3), inputs=(4, 3), cls=Diagonal, **kwargs):
     "wrong, error, match",
     [
         (
-            lambda: linear_scan(np.ones((4, 3)), np.ones((4, 3))),  # pyright: ignore
+            lambda: linear_scan(np.ones((4, 3)), np.ones((4, 3))),
             TypeError,
             r"`transition` is a ndarray.*pararnn\.Diagonal\(a\)",
         ),

@@ -19,9 +19,9 @@ def promote(*values):
 
 
 def multiply(a: Array, x: Array) -> Array:
-    """Elementwise product with numpy's promotion, which strict mode refuses."""
-    dtype = promote(a.dtype, x.dtype)
-    return a.astype(dtype) * x.astype(dtype)
+    """Elementwise product in the common dtype; leading axes broadcast."""
+    a, x = _align(a, x)
+    return a * x
 
 
 def multiply_matrices(a: Array, x: Array) -> Array:
@@ -29,8 +29,14 @@ def multiply_matrices(a: Array, x: Array) -> Array:
 
     TF32, the default on Ampere and later GPUs, spoils Newton's convergence.
     """
-    dtype = promote(a.dtype, x.dtype)
-    a, x = a.astype(dtype), x.astype(dtype)
+    a, x = _align(a, x)
     if a.shape[-1] <= _WRITTEN_OUT:
         return jnp.sum(a[..., :, :, None] * x[..., None, :, :], axis=-2)
     return jnp.matmul(a, x, precision=lax.Precision.HIGHEST)
+
+
+def _align(a: Array, x: Array) -> tuple[Array, Array]:
+    """Casts and leading axes written out, as JAX's strict modes want them."""
+    dtype, ndim = promote(a, x), max(a.ndim, x.ndim)
+    a, x = (v.reshape((1,) * (ndim - v.ndim) + v.shape).astype(dtype) for v in (a, x))
+    return a, x

@@ -51,11 +51,11 @@ def linear_scan(
     tracing.
     """
     layout = _check(transition, inputs, initial, reset, reset_state, backend)
-    if inputs.shape[0] == 0:
-        return inputs
     dtype = promote(
         transition.values, inputs, *(s for s in (initial, reset_state) if s is not None)
     )
+    if inputs.shape[0] == 0:
+        return inputs.astype(dtype)
     # Half-precision accumulation loses a long sum; 32 bits are the least.
     compute = promote(dtype, jnp.float32)
     shape = inputs.shape[1:]
@@ -126,8 +126,9 @@ def solve_recurrence(
         return g0 + u, x
 
     terms = _tie(h0, b[0]), _tie(b, h0)
-    _, x = lax.custom_linear_solve(matvec, terms, solve, transpose_solve)
-    return x
+    x0, x = lax.custom_linear_solve(matvec, terms, solve, transpose_solve)
+    # The same for the cotangents, which the jvp rule cannot take in parts either.
+    return _tie(x, x0)
 
 
 def _tie(x: Array, to: Array) -> Array:

@@ -133,7 +133,7 @@ class Diagonal(AbstractTransition):
         flat = self.values.reshape(self.values.shape[0], -1)
         return jnp.repeat(flat, further, axis=1)[:, :, None] * jnp.eye(
             math.prod(state_shape), dtype=flat.dtype
-        )
+        )[None]
 
     def layout(self, state_shape):
         n = self.values.shape[1:]
@@ -176,7 +176,7 @@ class Scalar(AbstractTransition):
     def as_matrix(self, state_shape):
         return self.values[:, None, None] * jnp.eye(
             math.prod(state_shape), dtype=self.values.dtype
-        )
+        )[None]
 
     def layout(self, state_shape):
         return Layout("elementwise", (1, math.prod(state_shape)))
@@ -266,7 +266,10 @@ class Dense(AbstractTransition):
         return BlockDiagonal(self.values[:, None]).as_matrix(state_shape)
 
     def layout(self, state_shape):
-        return BlockDiagonal(self.values[:, None]).layout(state_shape)
+        n = self.values.shape[-1]
+        if not state_shape or state_shape[0] != n:
+            raise _reject(self, state_shape, f"({n}, ...)")
+        return Layout("matrix", (1, n, math.prod(state_shape[1:])))
 
     def factors(self):
         return self.values[:, None]

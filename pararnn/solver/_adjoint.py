@@ -53,7 +53,7 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
     """
     if adjoint == "parallel":
         return Plan(True, steps)
-    target = max(16, min(2**16 // max(1, structure.width), steps // 8))
+    target = max(16, min(2**12 // max(1, structure.width), steps // 8))
     if adjoint == "sweep":
         return Plan(False, _divisor(steps, target))
     return Plan(structure.size <= 4, _divisor(steps, target))
@@ -86,65 +86,59 @@ def solve_tangents(recurrence: Recurrence, plan: Plan, structure, primals, tange
     )
     steps, length = states[0].shape[0], plan.chunk
     count = steps // length
-    work = ft.partial(_chunk, recurrence, plan, structure)
-    # Before chunk k stands the last state of chunk k - 1.
-    before = tuple(
-        jnp.concatenate([h[None], s[length - 1 : steps - 1 : length]])
-        for h, s in zip(h0, states, strict=True)
-    )
 
-    def body(d, chunk):
-        first, states, inputs, t_inputs = chunk
-        return jax.checkpoint(work, prevent_cse=False)(
-            d, first, states, inputs, t_inputs, parameters, t_parameters
+    def chunk(d, index, length, t_inputs, known, t_parameters):
+        parameters, inputs, h0, states = known
+        first = index * plan.chunk
+        at = ft.partial(
+            lax.dynamic_slice_in_dim, start_index=first, slice_size=length
         )
+        before = _states_before(h0, states, first, length)
+        inputs = jtu.tree_map(at, inputs)
+        terms = _driving_terms(
+            recurrence, before, (parameters, inputs), (t_parameters, t_inputs)
+        )
+        serial = _materialised if plan.materialise else _swept
+        vectors = serial(recurrence, structure, parameters, before, inputs, d, terms)
+        return vectors[-1], jax.vmap(recurrence.unravel)(vectors)
+
+    # What is known is sliced inside the chunk: scanned over, it would be copied whole
+    # under `vmap`, which puts the batch between the chunks and their steps.
+    known = (parameters, inputs, h0, states)
+
+    def body(d, at_chunk):
+        index, t_inputs = at_chunk
+        run = jax.checkpoint(chunk, prevent_cse=False, static_argnums=(2,))
+        return run(d, index, length, t_inputs, known, t_parameters)
 
     def whole(x):
         return x[: count * length].reshape(count, length, *x.shape[1:])
 
-    along_time = (states, inputs, t_inputs)
-    if count == 1 and steps == length:
-        first = tuple(b[0] for b in before)
-        _, out = jax.checkpoint(work)(
-            start, first, *along_time, parameters, t_parameters
-        )
-        return out
     d, out = lax.scan(
-        body,
-        start,
-        (tuple(b[:count] for b in before), *jtu.tree_map(whole, along_time)),
+        body, start, (jnp.arange(count), jtu.tree_map(whole, t_inputs))
     )
     out = tuple(o.reshape(count * length, *o.shape[2:]) for o in out)
-    if count * length < steps:
-        rest = jtu.tree_map(lambda x: x[count * length :], along_time)
-        first = tuple(b[count] for b in before)
-        _, tail = jax.checkpoint(work)(d, first, *rest, parameters, t_parameters)
+    rest = steps - count * length
+    if rest:
+        t_rest = jtu.tree_map(lambda x: x[count * length :], t_inputs)
+        run = jax.checkpoint(chunk, static_argnums=(2,))
+        _, tail = run(d, jnp.asarray(count), rest, t_rest, known, t_parameters)
         out = tuple(jnp.concatenate(pair) for pair in zip(out, tail, strict=True))
     return out
 
 
-def _chunk(
-    recurrence: Recurrence,
-    plan: Plan,
-    structure: Structure,
-    d,
-    first,
-    states,
-    inputs,
-    t_inputs,
-    parameters,
-    t_parameters,
-):
-    """Tangents of one chunk: the last as a vector, and all as leaves."""
-    before = tuple(
-        jnp.concatenate([f[None], s[:-1]]) for f, s in zip(first, states, strict=True)
-    )
-    terms = _driving_terms(
-        recurrence, before, (parameters, inputs), (t_parameters, t_inputs)
-    )
-    serial = _materialised if plan.materialise else _swept
-    vectors = serial(recurrence, structure, parameters, before, inputs, d, terms)
-    return vectors[-1], jax.vmap(recurrence.unravel)(vectors)
+def _states_before(h0, states, first, length: int):
+    """The states that the steps `first, ..., first + length - 1` start from."""
+
+    def one(h0, states):
+        previous = lax.dynamic_index_in_dim(
+            states, jnp.maximum(first - 1, 0), keepdims=False
+        )
+        previous = jnp.where(first == 0, h0, previous)
+        rest = lax.dynamic_slice_in_dim(states, first, length - 1)
+        return jnp.concatenate([previous[None], rest])
+
+    return tuple(one(*pair) for pair in zip(h0, states, strict=True))
 
 
 def _driving_terms(recurrence: Recurrence, before, primals, tangents):

@@ -68,7 +68,7 @@ def with_fallback(newton, sequential):
     def fall_back():
         states, stats = sequential()
         replaced = {
-            k: jnp.broadcast_to(jnp.asarray(stats.get(k, shared[k]), v.dtype), v.shape)
+            k: jnp.broadcast_to(jnp.asarray(stats.get(k, v), v.dtype), v.shape)
             for k, v in shared.items()
         }
         # The steps that were tried remain part of the story.

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool
 
 from ..scan import run_scan, Schedule
 from ._recurrence import Batch
+from ._sequential import all_zero
 from ._blocks import from_blocks, to_blocks, transition_factors
 from ._structure import Structure
 
@@ -112,6 +113,10 @@ def solve_newton(
         "sequential": False,
         "nonfinite": attempt.carry.nonfinite,
         "certified": attempt.certified,
+        # The loop's last pass may overflow in padding, so the states are looked at.
+        "finite": all_zero(
+            tuple(jnp.sum(s * 0, axis=0) for s in attempt.states), len(batch.levels)
+        ),
         "residual_history": attempt.carry.history,
     }
 

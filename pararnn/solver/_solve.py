@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -18,6 +17,7 @@ from ._auto import as_newton, Auto, choose_attempt, with_fallback
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._newton import Newton, solve_newton
 from ._recurrence import Batch, Recurrence
+from ._report import as_result, raise_on_failure, report
 from ._sequential import Sequential, solve_sequentially
 from ._solution import RESULTS, Solution
 from ._structure import declared_structure, find_structure, Structure
@@ -93,20 +93,9 @@ def solve(
         tuple(jtu.tree_leaves(h0)),
     )
     leaves, stats = _evaluate(primals, guess, config=config)
-    code = stats.pop("code")
-    result = RESULTS.successful
-    for number, failure in enumerate(_FAILURES, start=1):
-        result = RESULTS.where(code == number, failure, result)
+    result = as_result(stats.pop("code"))
     states = jtu.tree_unflatten(recurrence.state_tree, leaves)
     return Solution(states, result, stats)
-
-
-_FAILURES = (
-    RESULTS.newton_not_converged,
-    RESULTS.nonfinite_inputs,
-    RESULTS.nonfinite_parameters,
-    RESULTS.nonfinite_states,
-)
 
 
 class _Config:
@@ -210,94 +199,10 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
             limit = config.max_steps or attempt.max_steps
             tried = newton(as_newton(solver, attempt), limit)
             states, stats = with_fallback(tried, sequential)
-    stats = _report(config, stats, states, (parameters, inputs, h0), shape)
+    stats = report(config.recurrence, stats, states, (parameters, inputs, h0), shape)
     if config.throw:
-        states = (_raise_on_failure(states[0], stats["code"]), *states[1:])
+        states = (raise_on_failure(states[0], stats["code"]), *states[1:])
     return states, stats
-
-
-def _raise_on_failure(states, code):
-    """`states`, which cannot be had without the check of `code`.
-
-    Raising here, below every transformation, costs a batch one check, and the derivative
-    none. Only the first step passes through the check: a whole trajectory would be
-    copied by it.
-    """
-    first = eqxi.branched_error_if(
-        states[0],
-        code != 0,
-        jnp.max(code) - 1,
-        [RESULTS[failure] for failure in _FAILURES],
-    )
-    return states.at[0].set(first)
-
-
-def _report(config: _Config, stats, states, arguments, shape):
-    """Statistics for each sequence, `[*batch]`, and the code of the result."""
-    steps = states[0].shape[0]
-    finite = _all_finite(states, len(shape))
-    certified = jnp.broadcast_to(jnp.asarray(stats.pop("certified")), shape)
-    history = stats.pop("residual_history", None)
-    dtypes = {
-        "num_steps": jnp.int32,
-        "residual": config.recurrence.dtype,
-        "sequential": jnp.bool_,
-        "nonfinite": jnp.int32,
-    }
-    stats = {
-        name: jnp.broadcast_to(jnp.asarray(stats[name], dtype), shape)
-        for name, dtype in dtypes.items()
-    }
-    if history is not None and history.shape[0]:
-        stats["residual_history"] = jnp.moveaxis(history, 0, -1)
-    all_good = jnp.all(finite)
-
-    def find_failure():
-        (constants, fresh), inputs, h0 = arguments
-        cause = jnp.where(_is_finite((constants, fresh, h0)), 4, 3)
-        cause = jnp.where(_is_finite(inputs[0]), cause, 2)
-        return cause.astype(jnp.int32), _first_nonfinite(states, shape)
-
-    # Only a failed solve pays for looking at the inputs.
-    cause, first = jax.lax.cond(
-        all_good,
-        lambda: (jnp.asarray(0, jnp.int32), jnp.full(shape, steps, jnp.int32)),
-        find_failure,
-    )
-    stats["first_nonfinite"] = first
-    code = jnp.where(certified, 0, 1)
-    stats["code"] = jnp.where(finite, code, cause).astype(jnp.int32)
-    return stats
-
-
-def _all_finite(states, rank: int) -> Bool[Array, " *batch"]:
-    """For each sequence whether all states are finite."""
-    finite = jnp.asarray(True)
-    for leaf in states:
-        axes = (0, *range(1 + rank, leaf.ndim))
-        # 0 * inf is NaN and NaN spreads through a sum: on a CPU twice as fast as
-        # reducing `isfinite`.
-        finite = finite & (jnp.sum(leaf * 0, axes) == 0)
-    return finite
-
-
-def _is_finite(tree) -> Array:
-    finite = jnp.asarray(True)
-    for leaf in jtu.tree_leaves(tree):
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            finite = finite & jnp.all(jnp.isfinite(leaf))
-    return finite
-
-
-def _first_nonfinite(states, shape) -> Array:
-    steps = states[0].shape[0]
-    bad = jnp.zeros((steps, *shape), bool)
-    for leaf in states:
-        axes = tuple(range(1 + len(shape), leaf.ndim))
-        bad = bad | jnp.any(~jnp.isfinite(leaf), axes)
-    return jnp.where(
-        jnp.any(bad, 0), jnp.argmax(bad, 0), steps
-    ).astype(jnp.int32)
 
 
 def _check_options(where: str, solver: Any, adjoint: Any, max_steps: Any) -> None:

@@ -1,0 +1,97 @@
+"""How a solve ended: statistics and the code of the result, for each sequence."""
+
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array
+
+from ._recurrence import Recurrence
+from ._solution import RESULTS
+
+# A solve carries the result as a number, which arrays of sequences can hold: 0 for
+# success, and the place in this list, from 1.
+FAILURES = (
+    RESULTS.newton_not_converged,
+    RESULTS.nonfinite_inputs,
+    RESULTS.nonfinite_parameters,
+    RESULTS.nonfinite_states,
+)
+
+
+def as_result(code: Array):
+    """The code of one sequence as a member of `RESULTS`."""
+    result = RESULTS.successful
+    for number, failure in enumerate(FAILURES, start=1):
+        result = RESULTS.where(code == number, failure, result)
+    return result
+
+
+def raise_on_failure(states, code):
+    """`states`, which cannot be had without the check of `code`.
+
+    Raising here, below every transformation, costs a batch one check, and the derivative
+    none. Only the last step passes through the check: a whole trajectory would be
+    copied by it.
+    """
+    last = eqxi.branched_error_if(
+        states[-1],
+        code != 0,
+        jnp.max(code) - 1,
+        [RESULTS[failure] for failure in FAILURES],
+    )
+    return states.at[-1].set(last)
+
+
+def report(recurrence: Recurrence, stats, states, arguments, shape):
+    """Statistics for each sequence, `[*batch]`, and the code of the result."""
+    steps = states[0].shape[0]
+    certified = jnp.broadcast_to(jnp.asarray(stats.pop("certified")), shape)
+    finite = jnp.all(stats.pop("finite"))
+    history = stats.pop("residual_history", None)
+    dtypes = {
+        "num_steps": jnp.int32,
+        "residual": recurrence.dtype,
+        "sequential": jnp.bool_,
+        "nonfinite": jnp.int32,
+    }
+    stats = {
+        name: jnp.broadcast_to(jnp.asarray(stats[name], dtype), shape)
+        for name, dtype in dtypes.items()
+    }
+    if history is not None and history.shape[0]:
+        stats["residual_history"] = jnp.moveaxis(history, 0, -1)
+    certified = jnp.where(certified, 0, 1).astype(jnp.int32)
+
+    def all_good():
+        return certified, jnp.full(shape, steps, jnp.int32)
+
+    def find_failure():
+        first = _first_nonfinite(states, shape)
+        (constants, fresh), inputs, h0 = arguments
+        cause = jnp.where(_is_finite((constants, fresh, h0)), 4, 3)
+        cause = jnp.where(_is_finite(inputs[0]), cause, 2).astype(jnp.int32)
+        return jnp.where(first < steps, cause, certified), first
+
+    # Only a failed solve pays for finding out where and why.
+    code, first = jax.lax.cond(finite, all_good, find_failure)
+    return stats | {"code": code, "first_nonfinite": first}
+
+
+def _is_finite(tree) -> Array:
+    finite = jnp.asarray(True)
+    for leaf in jtu.tree_leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            finite = finite & jnp.all(jnp.isfinite(leaf))
+    return finite
+
+
+def _first_nonfinite(states, shape) -> Array:
+    steps = states[0].shape[0]
+    bad = jnp.zeros((steps, *shape), bool)
+    for leaf in states:
+        axes = tuple(range(1 + len(shape), leaf.ndim))
+        bad = bad | jnp.any(~jnp.isfinite(leaf), axes)
+    return jnp.where(
+        jnp.any(bad, 0), jnp.argmax(bad, 0), steps
+    ).astype(jnp.int32)
