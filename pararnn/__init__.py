@@ -1,3 +1,29 @@
-from .scan import (AbstractTransition as AbstractTransition, BlockDiagonal as BlockDiagonal, Dense as Dense, Diagonal as Diagonal, Scalar as Scalar, linear_scan as linear_scan)
-from .solver import *
-from .solver import Auto, Newton, Sequential, RESULTS, Solution, solve, jacobian_structure, Structure
+"""Nonlinear and linear recurrences, parallel in time, on JAX."""
+
+from ._rnn import Bidirectional as Bidirectional, RNN as RNN
+from .cells import (
+    AbstractCell as AbstractCell,
+    ElmanCell as ElmanCell,
+    GRUCell as GRUCell,
+    LSTMCell as LSTMCell,
+    ParaGRUCell as ParaGRUCell,
+    ParaLSTMCell as ParaLSTMCell,
+)
+from .scan import (
+    AbstractTransition as AbstractTransition,
+    BlockDiagonal as BlockDiagonal,
+    Dense as Dense,
+    Diagonal as Diagonal,
+    linear_scan as linear_scan,
+    Scalar as Scalar,
+)
+from .solver import (
+    Auto as Auto,
+    jacobian_structure as jacobian_structure,
+    Newton as Newton,
+    RESULTS as RESULTS,
+    Sequential as Sequential,
+    Solution as Solution,
+    solve as solve,
+    Structure as Structure,
+)

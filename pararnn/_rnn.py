@@ -1,0 +1,144 @@
+"""Layers: a cell over a sequence, in one direction or both."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree
+
+from ._foreign_cells import as_cell
+from .cells import AbstractCell
+from .solver import Auto, count_steps, Newton, Sequential, solve
+
+
+class RNN(eqx.Module):
+    r"""A cell as a layer: $h_t = f(h_{t-1}, x_t)$, $y_t = \mathrm{output}(h_t)$.
+
+    **Arguments:**
+
+    - `cell`: a cell of this library, `eqx.nn.GRUCell`, `eqx.nn.LSTMCell`, a Flax NNX
+        cell, a module with `init_state()` and `output(state)`, or any function
+        `f(h, x) -> h`.
+    - `solver`: as for [`pararnn.solve`][].
+    - `init_state`: the fresh state, a pytree of arrays; needed for a plain function
+        only. It is a parameter of the layer like any other.
+    - `output`: what to emit of a state; the state itself if not given.
+
+    **Raises:** `TypeError`, `ValueError` if the cell cannot be adapted.
+    """
+
+    cell: Any
+    solver: Auto | Newton | Sequential
+
+    def __init__(
+        self,
+        cell: Any,
+        *,
+        solver: Auto | Newton | Sequential = Auto(),
+        init_state: PyTree[Array] | None = None,
+        output: Callable[[PyTree], Any] | None = None,
+    ):
+        self.cell = as_cell(cell, init_state, output)
+        self.solver = solver
+
+    def init_state(self) -> PyTree[Array]:
+        """The fresh state."""
+        return self.cell.init_state()
+
+    def __call__(
+        self,
+        xs: PyTree[Array],
+        state: PyTree[Array] | None = None,
+        *,
+        reset: Bool[Array, " T"] | None = None,
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """All outputs, and the last state.
+
+        **Arguments:** `xs`, leaves `[T, ...]`; `state`, as from `init_state()` (the
+        default) or from an earlier call; `reset`, bool `[T]`, where true the state
+        before that step is the fresh one.
+
+        **Returns:** `(ys, state)`, outputs with leaves `[T, ...]` and the state after
+        the last step (the given one for T = 0).
+
+        **Raises:** as [`pararnn.solve`][].
+        """
+        steps = count_steps("RNN", xs)
+        fresh = self.init_state()
+        state = fresh if state is None else state
+        cell = self.cell
+        # Everything that needs no state is one matrix product over all steps.
+        split = isinstance(cell, AbstractCell)
+        states = solve(
+            cell.update if split else cell,
+            cell.gates(xs) if split else xs,
+            state,
+            solver=self.solver,
+            reset=reset,
+            reset_state=None if reset is None else fresh,
+        ).states
+        ys = jax.vmap(cell.output)(states)
+        if steps:
+            state = jtu.tree_map(lambda s: s[-1], states)
+        return ys, state
+
+    def step(
+        self, x: PyTree[Array], state: PyTree[Array]
+    ) -> tuple[PyTree[Array], PyTree[Array]]:
+        """One step, for decoding: `(y, state)`, the same numbers as `__call__`."""
+        state = self.cell(state, x)
+        return self.cell.output(state), state
+
+
+class Bidirectional(eqx.Module):
+    """Two layers over one sequence, the second backwards in time.
+
+    **Arguments:** `forward`, `backward`: layers of the common protocol, for instance
+    two [`pararnn.RNN`][]s or two layers of `linear`.
+    """
+
+    forward: Any
+    backward: Any
+
+    def init_state(self) -> tuple[PyTree[Array], PyTree[Array]]:
+        """The fresh states of both directions."""
+        return self.forward.init_state(), self.backward.init_state()
+
+    def __call__(
+        self,
+        xs: PyTree[Array],
+        state: tuple[PyTree[Array], PyTree[Array]] | None = None,
+        *,
+        reset: Bool[Array, " T"] | None = None,
+    ) -> tuple[Array, tuple[PyTree[Array], PyTree[Array]]]:
+        """Both directions' outputs, concatenated along the last axis.
+
+        **Arguments:** as [`pararnn.RNN`][]. `reset` marks the first step of each
+        packed sequence; backwards, a sequence starts at the step before such a mark.
+
+        **Returns:** `(ys, (forward, backward))`, `[T, 2 * d]`; the backward state is
+        the one after the first step.
+        """
+        ahead, behind = (None, None) if state is None else state
+        last = None
+        if reset is not None:
+            starts_after = jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
+            last = jnp.flip(starts_after, 0)
+        ys, ahead = self.forward(xs, ahead, reset=reset)
+        flipped = jtu.tree_map(lambda x: jnp.flip(x, 0), xs)
+        zs, behind = self.backward(flipped, behind, reset=last)
+        return jnp.concatenate([ys, jnp.flip(zs, 0)], axis=-1), (ahead, behind)
+
+    def step(self, x: PyTree[Array], state: Any) -> tuple[Any, Any]:
+        """Not possible: the backward direction needs the whole sequence.
+
+        **Raises:** `NotImplementedError`, always.
+        """
+        raise NotImplementedError(
+            "Bidirectional.step: a bidirectional layer cannot decode step by step, "
+            "since its backward half starts at the end of the sequence. Call the layer "
+            "on the whole sequence, or use its `forward` half."
+        )
