@@ -1,6 +1,6 @@
 """Nonlinear and linear recurrences, parallel in time, on JAX."""
 
-from ._rnn import Bidirectional as Bidirectional, RNN as RNN
+from ._rnn import RNN as RNN, Bidirectional as Bidirectional
 from .cells import (
     AbstractCell as AbstractCell,
     ElmanCell as ElmanCell,
@@ -14,16 +14,16 @@ from .scan import (
     BlockDiagonal as BlockDiagonal,
     Dense as Dense,
     Diagonal as Diagonal,
-    linear_scan as linear_scan,
     Scalar as Scalar,
+    linear_scan as linear_scan,
 )
 from .solver import (
-    Auto as Auto,
-    jacobian_structure as jacobian_structure,
-    Newton as Newton,
     RESULTS as RESULTS,
+    Auto as Auto,
+    Newton as Newton,
     Sequential as Sequential,
     Solution as Solution,
-    solve as solve,
     Structure as Structure,
+    jacobian_structure as jacobian_structure,
+    solve as solve,
 )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._foreign_cells import as_cell
 from .cells import AbstractCell
-from .solver import Auto, count_steps, Newton, Sequential, solve
+from .solver import Auto, Newton, Sequential, count_steps, solve
 
 
 class RNN(eqx.Module):

@@ -96,8 +96,8 @@ def chunked(schedule: Schedule, a, b, u, reset, *, segments: int):
             )
             for part in (slice(None, whole), slice(whole, None))
         )
-        x, u = chunked(schedule, *head[:2], u, head[2], segments=segments)
-        rest, u = sequential(schedule, *tail[:2], u, tail[2])
+        x, u = chunked(schedule, head[0], head[1], u, head[2], segments=segments)
+        rest, u = sequential(schedule, tail[0], tail[1], u, tail[2])
         return jnp.concatenate([x, rest]), u
 
     constant = a.shape[0] == 1
@@ -146,9 +146,7 @@ def associative(schedule: Schedule, a, b, u, reset):
     if schedule.emit == "before":
         # u_{t+1} = a_t u_t + a_t b_t is of the other form; x_t = u_t + b_t.
         term = _forget(reset, schedule.product(a, b))
-        after, last = associative(
-            schedule._replace(emit="after"), a, term, u, reset
-        )
+        after, last = associative(schedule._replace(emit="after"), a, term, u, reset)
         if schedule.reverse:
             before = jnp.concatenate([after[1:], u[None]])
         else:
@@ -173,7 +171,5 @@ def associative(schedule: Schedule, a, b, u, reset):
     if reset is not None:
         # Every element of the scan has one shape, batch axes included.
         a = a + jnp.zeros_like(reset, a.dtype)
-    _, x, _ = lax.associative_scan(
-        combine, (a, b, reset), reverse=schedule.reverse
-    )
+    _, x, _ = lax.associative_scan(combine, (a, b, reset), reverse=schedule.reverse)
     return x, x[0] if schedule.reverse else x[-1]

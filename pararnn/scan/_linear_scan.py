@@ -183,7 +183,7 @@ def _check(transition, inputs, initial, reset, reset_state, backend) -> Layout:
         )
     if backend not in BACKENDS:
         raise ValueError(
-            f"linear_scan: unknown backend {backend!r}; there are {', '.join(BACKENDS)}."
+            f"linear_scan: unknown backend {backend!r}; known: {', '.join(BACKENDS)}."
         )
     if not hasattr(inputs, "shape") or inputs.ndim < 1:
         raise ValueError(

@@ -131,17 +131,16 @@ class Diagonal(AbstractTransition):
         self.layout(state_shape)
         further = math.prod(state_shape[self.values.ndim - 1 :])
         flat = self.values.reshape(self.values.shape[0], -1)
-        return jnp.repeat(flat, further, axis=1)[:, :, None] * jnp.eye(
-            math.prod(state_shape), dtype=flat.dtype
-        )[None]
+        return (
+            jnp.repeat(flat, further, axis=1)[:, :, None]
+            * jnp.eye(math.prod(state_shape), dtype=flat.dtype)[None]
+        )
 
     def layout(self, state_shape):
         n = self.values.shape[1:]
         if state_shape[: len(n)] != n:
             raise _reject(self, state_shape, f"{(*n, '...')}")
-        return Layout(
-            "elementwise", (math.prod(n), math.prod(state_shape[len(n) :]))
-        )
+        return Layout("elementwise", (math.prod(n), math.prod(state_shape[len(n) :])))
 
     def factors(self):
         return self.values.reshape(self.values.shape[0], -1, 1)
@@ -174,9 +173,10 @@ class Scalar(AbstractTransition):
         return self
 
     def as_matrix(self, state_shape):
-        return self.values[:, None, None] * jnp.eye(
-            math.prod(state_shape), dtype=self.values.dtype
-        )[None]
+        return (
+            self.values[:, None, None]
+            * jnp.eye(math.prod(state_shape), dtype=self.values.dtype)[None]
+        )
 
     def layout(self, state_shape):
         return Layout("elementwise", (1, math.prod(state_shape)))

@@ -7,6 +7,6 @@ from ._sequential import Sequential as Sequential
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from ._solve import solve as solve
 from ._structure import (
-    jacobian_structure as jacobian_structure,
     Structure as Structure,
+    jacobian_structure as jacobian_structure,
 )

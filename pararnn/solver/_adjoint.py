@@ -19,7 +19,6 @@ states themselves is that of one chunk. What is serial is done on one of two sch
 """
 
 import functools as ft
-import math
 from typing import Literal, NamedTuple
 
 import equinox as eqx
@@ -68,7 +67,9 @@ def _divisor(steps: int, target: int) -> int:
     return target
 
 
-def solve_tangents(recurrence: Recurrence, plan: Plan, structure, primals, tangents):
+def solve_tangents(
+    recurrence: Recurrence, plan: Plan | None, structure, primals, tangents
+):
     """Tangents of the states, leaves `[T, ...]`.
 
     `primals` are (parameters, inputs, h0, states); `tangents` those of the first three,
@@ -76,13 +77,10 @@ def solve_tangents(recurrence: Recurrence, plan: Plan, structure, primals, tange
     """
     parameters, inputs, h0, states = primals
     t_parameters, t_inputs, t_h0 = tangents
-    if recurrence.has_custom_vjp:
+    if plan is None:
         return _step_by_step(recurrence, primals, tangents)
     start = recurrence.ravel(
-        [
-            jnp.zeros_like(h) if t is None else t
-            for h, t in zip(h0, t_h0, strict=True)
-        ]
+        [jnp.zeros_like(h) if t is None else t for h, t in zip(h0, t_h0, strict=True)]
     )
     steps, length = states[0].shape[0], plan.chunk
     count = steps // length
@@ -90,9 +88,7 @@ def solve_tangents(recurrence: Recurrence, plan: Plan, structure, primals, tange
     def chunk(d, index, length, t_inputs, known, t_parameters):
         parameters, inputs, h0, states = known
         first = index * plan.chunk
-        at = ft.partial(
-            lax.dynamic_slice_in_dim, start_index=first, slice_size=length
-        )
+        at = ft.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=length)
         before = _states_before(h0, states, first, length)
         inputs = jtu.tree_map(at, inputs)
         terms = _driving_terms(
@@ -114,9 +110,7 @@ def solve_tangents(recurrence: Recurrence, plan: Plan, structure, primals, tange
     def whole(x):
         return x[: count * length].reshape(count, length, *x.shape[1:])
 
-    d, out = lax.scan(
-        body, start, (jnp.arange(count), jtu.tree_map(whole, t_inputs))
-    )
+    d, out = lax.scan(body, start, (jnp.arange(count), jtu.tree_map(whole, t_inputs)))
     out = tuple(o.reshape(count * length, *o.shape[2:]) for o in out)
     rest = steps - count * length
     if rest:
@@ -145,9 +139,7 @@ def _driving_terms(recurrence: Recurrence, before, primals, tangents):
     """`b_t` at all steps of the chunk at once, `[steps, width]`."""
     held, moved = eqx.partition(
         primals,
-        jtu.tree_map(
-            lambda t: t is None, tangents, is_leaf=lambda t: t is None
-        ),
+        jtu.tree_map(lambda t: t is None, tangents, is_leaf=lambda t: t is None),
     )
     # `tangents` and `moved` now have the same leaves.
     leaves = jtu.tree_leaves(moved)
@@ -230,13 +222,15 @@ def _swept(recurrence, structure, parameters, before, inputs, d, terms):
 
 
 def _depends_on_arguments(fn, args) -> list[bool]:
-    """Which outputs can depend on the arguments, and not only on what `fn` closes over."""
+    """Which outputs can depend on the arguments, not only on the closure."""
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     reached = set(jaxpr.invars)
     for eqn in jaxpr.eqns:
         if any(v in reached for v in eqn.invars if isinstance(v, jex.core.Var)):
             reached.update(eqn.outvars)
-    return [v in reached if isinstance(v, jex.core.Var) else False for v in jaxpr.outvars]
+    return [
+        v in reached if isinstance(v, jex.core.Var) else False for v in jaxpr.outvars
+    ]
 
 
 def _step_by_step(recurrence: Recurrence, primals, tangents):
@@ -271,4 +265,6 @@ def _step_by_step(recurrence: Recurrence, primals, tangents):
         _, d = jax.jvp(moved_step, (moved,), (tangents,))
         return d, d
 
-    return lax.scan(jax.checkpoint(step, prevent_cse=False), start, (before, inputs, t_inputs))[1]
+    return lax.scan(
+        jax.checkpoint(step, prevent_cse=False), start, (before, inputs, t_inputs)
+    )[1]

@@ -72,9 +72,9 @@ def with_fallback(newton, sequential):
             for k, v in shared.items()
         }
         # The steps that were tried remain part of the story.
-        return states, replaced | {
-            k: shared[k] for k in ("num_steps", "nonfinite")
-        } | {"certified": jnp.ones_like(certified)}
+        return states, replaced | {k: shared[k] for k in ("num_steps", "nonfinite")} | {
+            "certified": jnp.ones_like(certified)
+        }
 
     certified = stats["certified"]
     return lax.cond(

@@ -46,6 +46,4 @@ def _gather(structure: Structure, v: Array) -> Array:
 
 
 def _in_order(structure: Structure) -> bool:
-    return np.array_equal(
-        structure.blocks.reshape(-1), np.arange(structure.width)
-    )
+    return np.array_equal(structure.blocks.reshape(-1), np.arange(structure.width))

@@ -99,7 +99,9 @@ def _check_state(where: str, h0: PyTree) -> None:
                 "counter belongs in `xs`."
             )
     if not jtu.tree_leaves(h0):
-        raise ValueError(f"{where}: `h0` holds no arrays: there is no state to solve for.")
+        raise ValueError(
+            f"{where}: `h0` holds no arrays: there is no state to solve for."
+        )
 
 
 def _check_output(where: str, recurrence: Recurrence) -> None:
@@ -152,7 +154,11 @@ def check_resets(where: str, recurrence: Recurrence, reset, reset_state, steps):
 
 def _describe(tree: PyTree, drop_time: bool = False) -> str:
     def one(leaf):
-        shape = list(jnp.shape(leaf)) if not isinstance(leaf, jax.ShapeDtypeStruct) else list(leaf.shape)
+        shape = (
+            list(jnp.shape(leaf))
+            if not isinstance(leaf, jax.ShapeDtypeStruct)
+            else list(leaf.shape)
+        )
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
         return f"{dtype}{shape[1:] if drop_time else shape}"
 

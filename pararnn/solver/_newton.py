@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ..scan import run_scan, Schedule
+from ..scan import Schedule, run_scan
+from ._blocks import from_blocks, to_blocks, transition_factors
 from ._recurrence import Batch
 from ._sequential import all_zero
-from ._blocks import from_blocks, to_blocks, transition_factors
 from ._structure import Structure
 
 
@@ -166,7 +166,9 @@ class Segments:
             done=jnp.zeros(batch_shape, bool),
             nonfinite=jnp.zeros(batch_shape, jnp.int32),
             step=jnp.asarray(0, jnp.int32),
-            history=jnp.full((self.solver.history, *batch_shape), jnp.nan, recurrence.dtype),
+            history=jnp.full(
+                (self.solver.history, *batch_shape), jnp.nan, recurrence.dtype
+            ),
         )
 
     def _ravel(self, leaves):
@@ -286,9 +288,7 @@ class Segments:
         before = self._ravel(tuple(e[:-1] for e in ends))
         first = jax.tree.map(lambda x: x[0], self.inputs)
         # The first segment starts from h0 itself; any state stands in for it here.
-        after = self._step(
-            jnp.concatenate([self.h0[None], before]), first
-        )
+        after = self._step(jnp.concatenate([self.h0[None], before]), first)
         gaps = jnp.abs(after - self._ravel(tuple(s[0] for s in states)))[1:]
         axes = (0, gaps.ndim - 1)
         residual = jnp.max(gaps, axes, initial=0)

@@ -9,6 +9,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from ..scan import promote
@@ -53,7 +54,7 @@ class Recurrence:
         # Integer constants that are known (index tables, mostly) sharpen the sparsity
         # pattern; floating-point values never do.
         self.known = [
-            None if isinstance(c, jax.core.Tracer) or _is_inexact(c) else np.asarray(c)
+            None if isinstance(c, Tracer) or _is_inexact(c) else np.asarray(c)
             for c in constants
         ]
         self._constants = constants
@@ -86,7 +87,7 @@ class Recurrence:
         leaves, reset = x
         if reset is not None:
             h = tuple(jnp.where(reset, f, v) for f, v in zip(fresh, h, strict=True))
-        evaluate = _evaluate_inlined if inline else jax.core.eval_jaxpr
+        evaluate = _evaluate_inlined if inline else _evaluate
         return tuple(evaluate(self.jaxpr, constants, *h, *leaves))
 
     # The vector view: solvers that need a Jacobian see one real vector.
@@ -102,16 +103,16 @@ class Recurrence:
     @ft.cached_property
     def eps(self) -> float:
         """Rounding of the coarsest leaf of the state: no residual can be below it."""
-        return max((float(jnp.finfo(s.dtype).eps) for s in self.state_leaves), default=0.0)
+        return max(
+            (float(jnp.finfo(s.dtype).eps) for s in self.state_leaves), default=0.0
+        )
 
     @ft.cached_property
     def width(self) -> int:
-        return sum(
-            s.size * (2 if _is_complex(s) else 1) for s in self.state_leaves
-        )
+        return sum(s.size * (2 if _is_complex(s) else 1) for s in self.state_leaves)
 
     def ravel(self, h) -> Array:
-        """Leaves of one state as one real vector `[width]` (real parts, then imaginary)."""
+        """Leaves of one state as one real vector `[width]` (real, then imaginary)."""
         parts = []
         for leaf in h:
             halves = [leaf.real, leaf.imag] if _is_complex(leaf) else [leaf]
@@ -153,14 +154,16 @@ class Batch:
             jtu.tree_map(lambda _: None, parameters), jtu.tree_map(lambda _: 0, inputs)
         )
 
-    def lift(self, fn, *, extra=(), out=0):
+    def lift(self, fn, *, extra: tuple = (), out: Any = 0):
         """`fn(parameters, state, inputs, *extra)` over all batch axes.
 
         `extra` and `out` give the position of the batch axes in further arguments and
         in the result.
         """
         for parameters_axes, inputs_axes in self.levels:
-            fn = jax.vmap(fn, in_axes=(parameters_axes, 0, inputs_axes, *extra), out_axes=out)
+            fn = jax.vmap(
+                fn, in_axes=(parameters_axes, 0, inputs_axes, *extra), out_axes=out
+            )
         return fn
 
     def lift_state(self, fn):
@@ -201,27 +204,38 @@ def _primitives(jaxpr) -> set[str]:
     return found
 
 
+def _evaluate(jaxpr, constants, *args):
+    return jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(jaxpr, constants))(*args)
+
+
 def _evaluate_inlined(jaxpr, constants, *args):
-    """Evaluate a jaxpr with calls to `custom_vjp` functions replaced by their bodies."""
+    """Evaluate a jaxpr with `custom_vjp` functions replaced by their bodies."""
+    values = dict(zip(jaxpr.constvars, constants, strict=True))
+    values |= dict(zip(jaxpr.invars, args, strict=True))
 
-    def inline(*args):
-        values = dict(zip(jaxpr.constvars, constants, strict=True))
-        values |= dict(zip(jaxpr.invars, args, strict=True))
+    def read(atom):
+        return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
 
-        def read(atom):
-            return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
-
-        for eqn in jaxpr.eqns:
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name in ("custom_vjp_call", "jit", "pjit"):
+            key = "call_jaxpr" if name == "custom_vjp_call" else "jaxpr"
+            inner = eqn.params[key]
             operands = [read(v) for v in eqn.invars]
-            name = eqn.primitive.name
-            if name in ("custom_vjp_call", "jit", "pjit"):
-                inner = eqn.params["call_jaxpr" if name == "custom_vjp_call" else "jaxpr"]
-                outs = _evaluate_inlined(inner.jaxpr, inner.consts, *operands)
-            else:
-                subfuns, params = eqn.primitive.get_bind_params(eqn.params)
-                outs = eqn.primitive.bind(*subfuns, *operands, **params)
-                outs = outs if eqn.primitive.multiple_results else [outs]
-            values |= dict(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
-
-    return inline(*args)
+            outs = _evaluate_inlined(inner.jaxpr, inner.consts, *operands)
+        else:
+            needed = [v for v in eqn.invars if isinstance(v, jex.core.Var)]
+            needed = list(dict.fromkeys(needed))
+            alone = jaxpr.replace(
+                constvars=[],
+                invars=needed,
+                outvars=list(eqn.outvars),
+                eqns=[eqn],
+                debug_info=jaxpr.debug_info._replace(
+                    arg_names=("",) * len(needed),
+                    result_paths=("",) * len(eqn.outvars),
+                ),
+            )
+            outs = _evaluate(alone, [], *(values[v] for v in needed))
+        values |= dict(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars]

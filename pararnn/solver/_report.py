@@ -30,8 +30,8 @@ def as_result(code: Array):
 def raise_on_failure(states, code):
     """`states`, which cannot be had without the check of `code`.
 
-    Raising here, below every transformation, costs a batch one check, and the derivative
-    none. Only the last step passes through the check: a whole trajectory would be
+    Raising here, below every transformation, costs a batch one check, and the
+    derivative none. Only the last step passes through the check: a whole trajectory would be
     copied by it.
     """
     last = eqxi.branched_error_if(
@@ -92,6 +92,4 @@ def _first_nonfinite(states, shape) -> Array:
     for leaf in states:
         axes = tuple(range(1 + len(shape), leaf.ndim))
         bad = bad | jnp.any(~jnp.isfinite(leaf), axes)
-    return jnp.where(
-        jnp.any(bad, 0), jnp.argmax(bad, 0), steps
-    ).astype(jnp.int32)
+    return jnp.where(jnp.any(bad, 0), jnp.argmax(bad, 0), steps).astype(jnp.int32)

@@ -16,8 +16,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "`max_steps`. Likely causes: (a) the recurrence is chaotic or badly "
         "conditioned, so that it is not predictable over long stretches: use fewer "
         "`segments`, or the default solver, which then steps sequentially; (b) "
-        "`max_steps` is small: at most `segments` steps are ever needed; (c) `rtol` and "
-        "`atol` are below what the dtype can resolve. With `throw=False` the last "
+        "`max_steps` is small: at most `segments` steps are ever needed; (c) `rtol` "
+        "and `atol` are below what the dtype can resolve. With `throw=False` the last "
         "iterate is returned, and `stats['residual']` says how far it is."
     )
     nonfinite_inputs = (

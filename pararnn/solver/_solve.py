@@ -13,14 +13,14 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
-from ._auto import as_newton, Auto, choose_attempt, with_fallback
+from ._auto import Auto, as_newton, choose_attempt, with_fallback
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._newton import Newton, solve_newton
 from ._recurrence import Batch, Recurrence
 from ._report import as_result, raise_on_failure, report
 from ._sequential import Sequential, solve_sequentially
 from ._solution import RESULTS, Solution
-from ._structure import declared_structure, find_structure, Structure
+from ._structure import Structure, declared_structure, find_structure
 
 Solver = Auto | Newton | Sequential
 

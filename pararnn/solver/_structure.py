@@ -17,6 +17,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -65,23 +66,23 @@ class Structure:
         return {"diagonal": "Diagonal", "dense": "Dense"}[self.kind]
 
     def __eq__(self, other):
-        return isinstance(other, Structure) and np.array_equal(self.blocks, other.blocks)
+        return isinstance(other, Structure) and np.array_equal(
+            self.blocks, other.blocks
+        )
 
     def __hash__(self):
         return hash((self.width, self.blocks.tobytes()))
 
     @property
     def seeds(self) -> np.ndarray:
-        """Bool `[size, width]`: the directions whose JVPs hold every block's columns."""
+        """Bool `[size, width]`: JVPs along them hold all columns."""
         seeds = np.zeros((self.size, self.width + 1), bool)
         for column in range(self.size):
             seeds[column, self.blocks[:, column]] = True
         return seeds[:, :-1]
 
 
-def jacobian_structure(
-    f: Callable, x: PyTree, h: PyTree
-) -> Structure:
+def jacobian_structure(f: Callable, x: PyTree, h: PyTree) -> Structure:
     """The structure of `∂f/∂h` of a cell `f(h, x) -> h`, found from its program.
 
     **Arguments:** `f`, a cell as for [`pararnn.solve`][]; `x`, the input of one step
@@ -135,7 +136,7 @@ def declared_structure(declared: Any, recurrence: Recurrence) -> Structure:
         block = block[block < recurrence.width]
         if len(set(owner[block])) > 1 or -1 in owner[block]:
             raise ValueError(
-                f"The cell's Jacobian was declared {declared!r}, but the cell's program "
+                f"The cell's Jacobian was declared {declared!r}, but its program "
                 f"couples the states {block[:8].tolist()}"
                 f"{'...' if len(block) > 8 else ''} of its flattened state (width "
                 f"{recurrence.width}): the structure found is {found!r}. A solver that "
@@ -216,7 +217,10 @@ def _is_dense(recurrence: Recurrence) -> bool:
 
     def random(s):
         if _is_inexact(s):
-            return (rng.standard_normal(s.shape) / math.sqrt(max(1, s.shape[-1] if s.shape else 1))).astype(s.dtype)
+            return (
+                rng.standard_normal(s.shape)
+                / math.sqrt(max(1, s.shape[-1] if s.shape else 1))
+            ).astype(s.dtype)
         return np.zeros(s.shape, s.dtype)
 
     if any(not _is_inexact(s) for s in _unknown(recurrence)):
@@ -249,7 +253,7 @@ def _fingerprint(recurrence: Recurrence) -> str:
         if isinstance(value, jex.core.ClosedJaxpr):
             jaxpr(value.jaxpr)
             for c in value.consts:
-                if isinstance(c, jax.core.Tracer):
+                if isinstance(c, Tracer):
                     add("unknown", next(_unique))
                 else:
                     add(np.shape(c), np.asarray(c).tobytes())
@@ -279,7 +283,9 @@ def _fingerprint(recurrence: Recurrence) -> str:
             add([name(v) for v in eqn.outvars])
             for key in sorted(eqn.params):
                 # Functions are the derivative rules of custom calls: they take no part.
-                if not callable(eqn.params[key]) or list(_subjaxprs({"": eqn.params[key]})):
+                if not callable(eqn.params[key]) or list(
+                    _subjaxprs({"": eqn.params[key]})
+                ):
                     add(key)
                     parameter(eqn.params[key])
         add([name(v) for v in program.outvars])
