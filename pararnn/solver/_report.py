@@ -31,8 +31,8 @@ def raise_on_failure(states, code):
     """`states`, which cannot be had without the check of `code`.
 
     Raising here, below every transformation, costs a batch one check, and the
-    derivative none. Only the last step passes through the check: a whole trajectory would be
-    copied by it.
+    derivative none. Only the last step passes through the check: a whole trajectory
+    would be copied by it.
     """
     last = eqxi.branched_error_if(
         states[-1],

@@ -117,7 +117,9 @@ class _Config:
 
 @eqx.filter_custom_jvp
 def _evaluate(primals, guess, *, config: _Config):
-    return _forward(config, Batch(config.recurrence), *primals, guess)
+    parameters, inputs, h0 = primals
+    batch = Batch(config.recurrence)
+    return _forward(config, batch, parameters, inputs, h0, guess)
 
 
 @_evaluate.def_jvp
