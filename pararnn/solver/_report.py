@@ -27,20 +27,21 @@ def as_result(code: Array):
     return result
 
 
-def raise_on_failure(states, code):
+def raise_on_failure(states, code: Array, *, time_axis: int):
     """`states`, which cannot be had without the check of `code`.
 
     Raising here, below every transformation, costs a batch one check, and the
     derivative none. Only the last step passes through the check: a whole trajectory
     would be copied by it.
     """
-    last = eqxi.branched_error_if(
-        states[-1],
+    last = (slice(None),) * time_axis + (-1,)
+    checked = eqxi.branched_error_if(
+        states[0][last],
         code != 0,
         jnp.max(code) - 1,
         [RESULTS[failure] for failure in FAILURES],
     )
-    return states.at[-1].set(last)
+    return states[0].at[last].set(checked), *states[1:]
 
 
 def report(recurrence: Recurrence, stats, states, arguments, shape):

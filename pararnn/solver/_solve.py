@@ -168,6 +168,9 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess):
         )
         states, stats = _forward(config, deeper, parameters, inputs, h0, guess)
         states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
+        if config.throw:
+            # Behind the transposition, whose result can be updated in place.
+            states = raise_on_failure(states, stats["code"], time_axis=1)
         out = states, stats
         return out, jtu.tree_map(lambda _: True, out)
 
@@ -202,8 +205,8 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
             tried = newton(as_newton(solver, attempt), limit)
             states, stats = with_fallback(tried, sequential)
     stats = report(config.recurrence, stats, states, (parameters, inputs, h0), shape)
-    if config.throw:
-        states = (raise_on_failure(states[0], stats["code"]), *states[1:])
+    if config.throw and not batch.levels:
+        states = raise_on_failure(states, stats["code"], time_axis=0)
     return states, stats
 
 
