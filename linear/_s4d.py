@@ -1,3 +1,5 @@
+"""The diagonal state space layer S4D."""
+
 import math
 from typing import Literal
 
@@ -7,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
-from ._lru import (
+from ._base import (
     AbstractDiagonalLayer,
     append_to,
     check_arguments,
