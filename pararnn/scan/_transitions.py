@@ -25,9 +25,9 @@ from ._arithmetic import multiply, multiply_matrices
 class Layout(NamedTuple):
     """How the engine stores one step of a state: `rows` blocks of `size` by `columns`.
 
-    Elementwise transitions have `size == 1` and store `[rows, 1]` factors against
-    `[rows, columns]` states; matrices store `[rows, size, size]` against
-    `[rows, size, columns]`.
+    Elementwise transitions store `[rows, 1]` factors against `[rows, columns]` states,
+    or `[rows]` against `[rows]` if there is one column; matrices store
+    `[rows, size, size]` against `[rows, size, columns]`.
     """
 
     kind: Literal["elementwise", "matrix"]

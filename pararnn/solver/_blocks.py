@@ -15,21 +15,21 @@ def transition_factors(structure: Structure, tangents: Float[Array, "size *n wid
     Column j of every block stands in `tangents[j]`, at the indices of that block.
     """
     if structure.kind == "diagonal":
-        return "elementwise", tangents[0][..., None]
+        return "elementwise", tangents[0]
     return "matrix", jnp.moveaxis(_gather(structure, tangents), 0, -1)
 
 
 def to_blocks(structure: Structure, v: Float[Array, "*n width"]):
     """A vector in the engine's layout, one column."""
     if structure.kind == "diagonal":
-        return v[..., None]
+        return v
     return _gather(structure, v)[..., None]
 
 
 def from_blocks(structure: Structure, x: Float[Array, "*n blocks size 1"]):
     """Back to a flat vector."""
     if structure.kind == "diagonal":
-        return x[..., 0]
+        return x
     x = x[..., 0]
     order = _order(structure)
     if order == "leaves":
