@@ -1,0 +1,139 @@
+"""What is required of the results, and which rows meet it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._case import Row
+
+
+class Requirement(NamedTuple):
+    """At most `limit` in the given columns of every row of a table that is `of` it."""
+
+    name: str
+    limit: float
+    table: str
+    columns: tuple[str, ...]
+    of: Callable[[dict[str, Any]], bool] = lambda key: True
+
+
+def _is_diagonal(key) -> bool:
+    return key["cell"].startswith("diagonal")
+
+
+def _has_dtype(dtype: str):
+    return lambda key: key["dtype"] == dtype
+
+
+_VALUES = tuple(
+    f"{solver} error"
+    for solver in ("Sequential()", "Auto()", "Newton(256)", "Newton()")
+)
+REQUIREMENTS = (
+    Requirement("solve: time, forward", 1.25, "solve", ("ratio",)),
+    Requirement("solve: time, value and gradient", 1.25, "solve", ("v&g ratio",)),
+    Requirement(
+        "solve: memory, value and gradient", 0.4, "solve", ("v&g memory ratio",)
+    ),
+    Requirement("linear_scan: time", 1.2, "linear_scan", ("ratio",)),
+    Requirement("newton: time", 1.0, "newton", ("ratio",)),
+    Requirement("newton: time, diagonal", 0.2, "newton", ("ratio",), _is_diagonal),
+    Requirement(
+        "newton: memory, diagonal", 0.5, "newton", ("memory ratio",), _is_diagonal
+    ),
+    Requirement(
+        "scaling: exponent of time over length",
+        1.05,
+        "exponents",
+        ("exponent",),
+        lambda key: key["time of"].endswith("solve"),
+    ),
+    Requirement(
+        "scaling: gradient memory over iterations", 1.0, "iterations", ("memory ratio",)
+    ),
+    Requirement(
+        "accuracy: values, float64", 1e-11, "values", _VALUES, _has_dtype("float64")
+    ),
+    Requirement(
+        "accuracy: values, float32", 1e-5, "values", _VALUES, _has_dtype("float32")
+    ),
+    Requirement(
+        "accuracy: gradients, float64",
+        1e-9,
+        "gradients",
+        ("inputs error", "h0 error", "parameters error"),
+    ),
+    Requirement(
+        "accuracy: second derivatives, float64", 1e-7, "second derivatives", ("error",)
+    ),
+)
+
+
+class Verdict(NamedTuple):
+    """A requirement against what was measured."""
+
+    requirement: str
+    limit: float
+    median: float
+    worst: float
+    rows: int
+    not_met_by: list[str]
+    failed: list[str]
+
+    @property
+    def met(self) -> bool:
+        return not self.not_met_by and not self.failed
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self._asdict(), "met": self.met}
+
+
+def _number(value: Any) -> float:
+    return float(value["median"] if isinstance(value, dict) else value)
+
+
+def summarise(rows: list[Row]) -> list[Verdict]:
+    """A verdict on each requirement of which there are rows."""
+    verdicts = []
+    for name, limit, table, columns, of in REQUIREMENTS:
+        concerned = [row for row in rows if row.table == table and of(row.key)]
+        measured = [row for row in concerned if row.values]
+        failed = [row.name() for row in concerned if row.failed]
+        if not measured and not failed:
+            continue
+        worst = [max(_number(row.values[c]) for c in columns) for row in measured]
+        verdicts.append(
+            Verdict(
+                name,
+                limit,
+                float(np.median(worst)) if worst else float("nan"),
+                max(worst, default=float("nan")),
+                len(measured),
+                [
+                    f"{row.name()} ({value:.3g})"
+                    for row, value in zip(measured, worst, strict=True)
+                    if not value <= limit
+                ],
+                failed,
+            )
+        )
+    return verdicts
+
+
+def render_summary(rows: list[Row]) -> str:
+    """The verdicts as a Markdown table."""
+    verdicts = summarise(rows)
+    if not verdicts:
+        return "No row that a requirement is about."
+    lines = [
+        "| requirement | at most | median | worst | rows | met | not met by |",
+        "| --- | ---: | ---: | ---: | ---: | --- | --- |",
+    ]
+    for v in verdicts:
+        named = [*v.not_met_by, *(f"{name} (failed)" for name in v.failed)]
+        lines.append(
+            f"| {v.requirement} | {v.limit:g} | {v.median:.3g} | {v.worst:.3g} | "
+            f"{v.rows} | {'yes' if v.met else 'no'} | {'; '.join(named)} |"
+        )
+    return "\n".join(lines)
