@@ -45,13 +45,21 @@ class Plan(NamedTuple):
 
 
 def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
-    """Choose the schedule. The measurements are in docs/benchmarks.md.
+    """Choose the schedule.
 
-    A chunk's temporaries should stay in cache, and should be a small part of the whole
-    so that the memory of the gradient is that of the states.
+    A chunk's temporaries should stay in cache, and be a small part of the whole, so
+    that the memory of the gradient is that of the states. Measured on the CPU named in
+    docs/benchmarks.md (value and gradient at T = 16384 against `lax.scan`; group
+    `adjoint` of the benchmarks measures it again): chunks of 2**10 to 2**14 numbers
+    differ by less than the noise, 2**16 is 1.2 x slower; materialised Jacobians win up
+    to blocks of 4 and lose from 32 on.
     """
     if adjoint == "parallel":
         return Plan(True, steps)
+    if adjoint == "auto" and jax.default_backend() != "cpu":
+        # Not measured yet: a serial step costs kernel launches there, so chunks are
+        # long and Jacobians formed for as long as they fit.
+        return Plan(structure.size <= 64, _divisor(steps, max(16, steps // 8)))
     target = max(16, min(2**12 // max(1, structure.width), steps // 8))
     if adjoint == "sweep":
         return Plan(False, _divisor(steps, target))

@@ -1,10 +1,13 @@
 """How a solve ended: statistics and the code of the result, for each sequence."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import equinox.internal as eqxi
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array
+from jax import lax
+from jaxtyping import Array, Bool
 
 from ._recurrence import Recurrence
 from ._solution import RESULTS
@@ -27,25 +30,16 @@ def as_result(code: Array):
     return result
 
 
-def raise_on_failure(states, code: Array, *, time_axis: int):
-    """`states`, which cannot be had without the check of `code`.
+class Report(NamedTuple):
+    """The statistics of a solve, and what a check of it needs."""
 
-    Raising here, below every transformation, costs a batch one check, and the
-    derivative none. Only the last step passes through the check: a whole trajectory
-    would be copied by it.
-    """
-    last = (slice(None),) * time_axis + (-1,)
-    checked = eqxi.branched_error_if(
-        states[0][last],
-        code != 0,
-        jnp.max(code) - 1,
-        [RESULTS[failure] for failure in FAILURES],
-    )
-    return states[0].at[last].set(checked), *states[1:]
+    stats: dict[str, Array]
+    good: Bool[Array, ""]
+    find_code: Callable[[], Array]
 
 
-def report(recurrence: Recurrence, stats, states, arguments, shape):
-    """Statistics for each sequence, `[*batch]`, and the code of the result."""
+def report(recurrence: Recurrence, stats, states, arguments, shape) -> Report:
+    """Statistics for each sequence, `[*batch]`, with the code of the result."""
     steps = states[0].shape[0]
     certified = jnp.broadcast_to(jnp.asarray(stats.pop("certified")), shape)
     finite = jnp.all(stats.pop("finite"))
@@ -62,21 +56,41 @@ def report(recurrence: Recurrence, stats, states, arguments, shape):
     }
     if history is not None and history.shape[0]:
         stats["residual_history"] = jnp.moveaxis(history, 0, -1)
-    certified = jnp.where(certified, 0, 1).astype(jnp.int32)
+    code = jnp.where(certified, 0, 1).astype(jnp.int32)
 
     def all_good():
-        return certified, jnp.full(shape, steps, jnp.int32)
+        return code, jnp.full(shape, steps, jnp.int32)
 
     def find_failure():
         first = _first_nonfinite(states, shape)
         (constants, fresh), inputs, h0 = arguments
         cause = jnp.where(_is_finite((constants, fresh, h0)), 4, 3)
         cause = jnp.where(_is_finite(inputs[0]), cause, 2).astype(jnp.int32)
-        return jnp.where(first < steps, cause, certified), first
+        return jnp.where(first < steps, cause, code), first
 
     # Only a failed solve pays for finding out where and why.
-    code, first = jax.lax.cond(finite, all_good, find_failure)
-    return stats | {"code": code, "first_nonfinite": first}
+    stats["code"], stats["first_nonfinite"] = lax.cond(finite, all_good, find_failure)
+    return Report(stats, finite & jnp.all(certified), lambda: find_failure()[0])
+
+
+def raise_on_failure(states, good, find_code: Callable[[], Array], *, time_axis: int):
+    """`states`, which cannot be had without the check that all is `good`.
+
+    Raising here, below every transformation, costs a batch one check, and the
+    derivative none. Only the last step passes through the check: a whole trajectory
+    would be copied by it.
+    """
+    last = (slice(None),) * time_axis + (-1,)
+
+    def fail(x):
+        code = find_code()
+        messages = [RESULTS[failure] for failure in FAILURES]
+        return eqxi.branched_error_if(x, code != 0, jnp.max(code) - 1, messages)
+
+    # The search for the cause stands inside the check: a call that succeeds passes one
+    # conditional, not two.
+    checked = lax.cond(good, lambda x: x, fail, states[0][last])
+    return states[0].at[last].set(checked), *states[1:]
 
 
 def _is_finite(tree) -> Array:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
@@ -67,6 +68,4 @@ class Solution(eqx.Module):
     @property
     def final(self) -> PyTree[Array]:
         """The last state, as `h0`; requires T >= 1."""
-        import jax
-
         return jax.tree.map(lambda s: s[-1], self.states)

@@ -146,6 +146,7 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess):
     """
 
     @custom_vmap
+    @jax.jit  # a call outside of `jit` would otherwise run operation by operation
     def forward(parameters, inputs, h0, guess):
         return _solve_batch(config, batch, parameters, inputs, h0, guess)
 
@@ -170,7 +171,10 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess):
         states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
         if config.throw:
             # Behind the transposition, whose result can be updated in place.
-            states = raise_on_failure(states, stats["code"], time_axis=1)
+            code = stats["code"]
+            states = raise_on_failure(
+                states, jnp.all(code == 0), lambda: code, time_axis=1
+            )
         out = states, stats
         return out, jtu.tree_map(lambda _: True, out)
 
@@ -204,9 +208,11 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
             limit = config.max_steps or attempt.max_steps
             tried = newton(as_newton(solver, attempt), limit)
             states, stats = with_fallback(tried, sequential)
-    stats = report(config.recurrence, stats, states, (parameters, inputs, h0), shape)
+    stats, good, find_code = report(
+        config.recurrence, stats, states, (parameters, inputs, h0), shape
+    )
     if config.throw and not batch.levels:
-        states = raise_on_failure(states, stats["code"], time_axis=0)
+        states = raise_on_failure(states, good, find_code, time_axis=0)
     return states, stats
 
 
