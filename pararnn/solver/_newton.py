@@ -35,9 +35,9 @@ class Newton(eqx.Module):
 
     - `segments`: from 1 (the plain loop) to T or `None` (every step by itself: most
         parallel, least robust). In between, each segment is stepped sequentially.
-    - `rtol`, `atol`: the solve has converged when the residual, in the max-norm over
-        time and state, is at most `atol + rtol * max|h|`. Default: 64 and 1 times the
-        rounding of the state's dtype.
+    - `rtol`, `atol`: the solve has converged when at every step t the residual, in the
+        max-norm over the state, is at most `atol + rtol * max|h_t|`. Default: 64 and 1
+        times the rounding of the state's dtype.
     - `history`: how many steps of the residual history to keep in `stats`.
     """
 
@@ -184,7 +184,10 @@ class Segments:
         return self.over.lift(one)(self.parameters, h, x)
 
     def _push(self, h, x, tangents):
-        """One step of states, and of the `[size, segments, *batch, width]` tangents."""
+        """One step of states, and of tangents `[size, segments, *batch, width]`.
+
+        Tangents `[size, width]` are the same for all segments.
+        """
         recurrence = self.recurrence
 
         def one(parameters, h, x, tangents):
@@ -200,12 +203,17 @@ class Segments:
                 tangents = jnp.where(reset, 0, tangents)
             return ahead, tangents
 
-        lifted = self.over.lift(one, extra=(1,), out=(0, 1))
+        axis = 1 if tangents.ndim > 2 else None
+        lifted = self.over.lift(one, extra=(axis,), out=(0, 1))
         return lifted(self.parameters, h, x, tangents)
 
     def _sweep(self, starts):
         """Ends of the segments and their Jacobians, compressed by the structure."""
         seeds = jnp.asarray(self.structure.seeds, starts.dtype)
+        if self.length == 1:
+            # Seeds that are shared by all steps meet each weight matrix once.
+            first = jax.tree.map(lambda x: x[0], self.inputs)
+            return self._push(starts, first, seeds)
         seeds = seeds.reshape(seeds.shape[0], *(1,) * (self.rank + 1), seeds.shape[1])
         tangents = jnp.broadcast_to(seeds, (seeds.shape[0], *starts.shape))
 
@@ -237,21 +245,28 @@ class Segments:
         def newton_step(carry: Carry) -> Carry:
             ends, tangents = self._sweep(carry.starts)
             ends, old = ends[:-1], carry.starts[1:]
-            defects = ends - old
+            # After k steps the first k starts are exact, and are held: rounded again as
+            # old + (end - old) they would keep moving by an ulp, which a chaotic cell
+            # amplifies. Behind them, the next start is the end of its segment.
+            place = jnp.arange(self.count - 1).reshape(-1, *(1,) * (old.ndim - 1))
+            defects = jnp.where(place < carry.step, 0, ends - old)
             new = old + self._correct(tangents[:, :-1], defects)
+            new = jnp.where(place == carry.step, ends, new)
+            new = jnp.where(place < carry.step, old, new)
             broken = ~jnp.isfinite(new)
             # An overflowed Jacobian says nothing. The segment's own end does: behind
             # an exact segment it is exact, so every step still gains one segment.
             new = jnp.where(broken, ends, new)
             new = jnp.where(jnp.isfinite(new), new, self.h0)
             axes = (0, new.ndim - 1)
-            correction = jnp.max(jnp.abs(new - old), axes, initial=0)
-            scale = jnp.max(jnp.abs(new), axes, initial=0)
+            # Each start against its own size: one that runs away must not excuse the
+            # others.
+            correction = jnp.max(jnp.abs(new - old), axis=-1)
+            scale = jnp.max(jnp.abs(new), axis=-1)
+            close = jnp.all(correction <= small * scale + self.atol, axis=0)
             any_broken = jnp.any(broken, axes)
             new = jnp.where(carry.done[..., None], old, new)
-            done = carry.done | (
-                ~any_broken & (correction <= small * scale + self.atol)
-            )
+            done = carry.done | (~any_broken & close)
             history = carry.history
             if self.solver.history:
                 size = jnp.max(jnp.abs(defects), axes, initial=0)
@@ -276,24 +291,27 @@ class Segments:
         """Step through the segments once more, keep every state, and certify them.
 
         Inside a segment the states follow one from the other, so the residual can only
-        be at the first step of each segment, and there it is evaluated.
+        be at its last step, which has the next segment's start for its state.
         """
 
         def body(h, x):
             h = self.over.lift(self.recurrence.step)(self.parameters, h, x)
             return h, h
 
-        starts = self.over.lift_state(self.recurrence.unravel)(carry.starts)
-        ends, states = lax.scan(body, starts, self.inputs)
-        before = self._ravel(tuple(e[:-1] for e in ends))
-        first = jax.tree.map(lambda x: x[0], self.inputs)
-        # The first segment starts from h0 itself; any state stands in for it here.
-        after = self._step(jnp.concatenate([self.h0[None], before]), first)
-        gaps = jnp.abs(after - self._ravel(tuple(s[0] for s in states)))[1:]
-        axes = (0, gaps.ndim - 1)
-        residual = jnp.max(gaps, axes, initial=0)
-        scale = jnp.max(jnp.abs(carry.starts), (0, carry.starts.ndim - 1), initial=0)
-        certified = residual <= self.atol + self.rtol * scale
+        unravel = self.over.lift_state(self.recurrence.unravel)
+        starts = unravel(carry.starts)
+        ends, states = lax.scan(
+            body, starts, self.inputs, unroll=True if self.length == 1 else 1
+        )
+        defects = jnp.abs(self._ravel(ends)[:-1] - carry.starts[1:])
+        # Each segment ends where the next one starts.
+        states = tuple(
+            s.at[-1, :-1].set(h[1:]) for s, h in zip(states, starts, strict=True)
+        )
+        residuals = jnp.max(defects, axis=-1)
+        residual = jnp.max(residuals, axis=0, initial=0)
+        scale = jnp.max(jnp.abs(carry.starts[1:]), axis=-1)
+        certified = jnp.all(residuals <= self.atol + self.rtol * scale, axis=0)
         return Attempt(
             states=tuple(self._join(s) for s in states),
             residual=residual,

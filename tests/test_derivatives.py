@@ -1,0 +1,353 @@
+"""Derivatives of `solve` against JAX's own of a plain `lax.scan`."""
+
+import functools as ft
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from pararnn import Newton, Sequential, solve
+from tests.problems import CELLS, assert_close, instance, scan, some_resets
+
+# Primes, so that chunks of time have a remainder.
+T = 97
+LONG = 131
+
+REAL = [name for name, cell in CELLS.items() if cell.dtype == "float64"]
+REAL = [name for name in REAL if "holomorphic" not in name]
+COMPLEX = ["holomorphic", "nonholomorphic"]
+SCHEDULES = [
+    *((name, adjoint, True) for name in REAL for adjoint in ("auto", "sweep")),
+    *((name, "parallel", True) for name in ("gru-diagonal", "dict-state", "elman")),
+    *((name, adjoint, False) for name in ("elman",) for adjoint in ("auto", "sweep")),
+]
+NEWTON = {"newton": Newton(), "newton-7": Newton(7), "sequential": Sequential()}
+
+
+def total(states):
+    """A number that depends on every state, with unequal weights."""
+
+    def one(s):
+        weights = jnp.cos(jnp.arange(s.size, dtype=s.real.dtype)).reshape(s.shape)
+        return jnp.sum(weights * (s.real + 0.3 * s.imag))
+
+    return sum(one(s) for s in jax.tree.leaves(states))
+
+
+def solved(f, xs, h0, reset=None, reset_state=None, **options):
+    kwargs = {} if reset is None else {"reset": reset, "reset_state": reset_state}
+    return solve(f, xs, h0, **kwargs, **options).states
+
+
+def loss_of(name, run, with_reset=False, steps=T):
+    """`loss(parameters, xs, h0, reset_state)` of a cell of the table, and a point."""
+    cell, (parameters, xs, h0) = CELLS[name], instance(name, steps)
+    fresh = jax.tree.map(lambda h: 0.5 * h + 0.1, h0)
+    reset = some_resets(steps, every=31) if with_reset else None
+
+    def loss(parameters, xs, h0, fresh):
+        return total(run(cell.f(parameters), xs, h0, reset, fresh))
+
+    return loss, (parameters, xs, h0, fresh)
+
+
+def directions(primals, seed=0):
+    """Random tangents of all the primals."""
+    leaves, tree = jax.tree.flatten(primals)
+    keys = jr.split(jr.key(seed + 100), len(leaves))
+    tangents = [
+        jr.normal(k, leaf.shape, leaf.dtype)
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, tangents)
+
+
+def gradient_and_tangent(loss, primals):
+    """The gradient by all arguments, and the JVP along a random direction."""
+
+    @jax.jit
+    def both(primals, tangents):
+        gradient = jax.grad(loss, argnums=(0, 1, 2, 3))(*primals)
+        return gradient, jax.jvp(loss, primals, tangents)[1]
+
+    return both(primals, directions(primals))
+
+
+@ft.cache
+def wanted_gradient(name, with_reset, steps=T):
+    return gradient_and_tangent(*loss_of(name, scan, with_reset, steps))
+
+
+@pytest.mark.parametrize("name, adjoint, with_reset", SCHEDULES)
+def test_first_derivatives(name, adjoint, with_reset):
+    run = ft.partial(solved, adjoint=adjoint, solver=Newton(7))
+    got = gradient_and_tangent(*loss_of(name, run, with_reset))
+    assert_close(got, wanted_gradient(name, with_reset), 1e-9)
+
+
+@pytest.mark.parametrize("adjoint", ["auto", "sweep"])
+@pytest.mark.parametrize("name", COMPLEX)
+def test_first_derivatives_of_complex_states(name, adjoint):
+    run = ft.partial(solved, adjoint=adjoint)
+    got = gradient_and_tangent(*loss_of(name, run, with_reset=True))
+    assert_close(got, wanted_gradient(name, True), 1e-9)
+
+
+@pytest.mark.parametrize("adjoint", ["parallel", "sweep"])
+def test_reset_at_the_first_step(adjoint):
+    """Then `h0` takes no part, and its gradient is zero."""
+    cell, (parameters, xs, h0) = CELLS["gru-dense"], instance("gru-dense")
+    reset = jnp.arange(len(xs)) == 0
+
+    def loss(run, h0, fresh):
+        return total(run(cell.f(parameters), xs, h0, reset, fresh))
+
+    run = ft.partial(solved, adjoint=adjoint)
+    got = jax.jit(jax.grad(ft.partial(loss, run), (0, 1)))(h0, h0 + 1)
+    wanted = jax.jit(jax.grad(ft.partial(loss, scan), (0, 1)))(h0, h0 + 1)
+    assert_close(got, wanted, 1e-9)
+    assert not np.any(got[0])
+
+
+@pytest.mark.parametrize("solver", NEWTON)
+def test_gradient_does_not_depend_on_the_forward_method(solver):
+    run = ft.partial(solved, solver=NEWTON[solver])
+    got = gradient_and_tangent(*loss_of("lstm-blocks", run, False, LONG))
+    assert_close(got, wanted_gradient("lstm-blocks", False, LONG), 1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 17])
+@pytest.mark.parametrize("adjoint", ["auto", "sweep"])
+def test_short_sequences(steps, adjoint):
+    run = ft.partial(solved, adjoint=adjoint)
+    got = gradient_and_tangent(*loss_of("interleaved", run, True, steps))
+    assert_close(got, wanted_gradient("interleaved", True, steps), 1e-9)
+
+
+def test_no_steps_no_gradient():
+    loss, primals = loss_of("tanh-diagonal", solved, steps=0)
+    gradient = jax.jit(jax.grad(loss, (0, 2)))(*primals)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("adjoint", ["parallel", "sweep"])
+def test_finite_differences(adjoint):
+    run = ft.partial(solved, adjoint=adjoint)
+    loss, primals = loss_of("gru-dense", run, with_reset=True, steps=17)
+    tangents = directions(primals)
+    _, slope = gradient_and_tangent(loss, primals)
+    at = jax.jit(
+        lambda e: loss(*jax.tree.map(lambda p, t: p + e * t, primals, tangents))
+    )
+    e = 1e-5
+    np.testing.assert_allclose((at(e) - at(-e)) / (2 * e), slope, rtol=1e-7)
+
+
+# Second order
+
+ORDERS = {
+    "forward over forward": lambda loss, v: jax.jvp(
+        lambda p: jax.jvp(loss, (p,), (v,))[1], (v,), (v,)
+    )[1],
+    "forward over reverse": lambda loss, v: jax.jvp(jax.grad(loss), (v,), (v,))[1],
+    "reverse over forward": lambda loss, v: jax.grad(
+        lambda p: jax.jvp(loss, (p,), (v,))[1]
+    )(v),
+    "reverse over reverse": lambda loss, v: jax.grad(
+        lambda p: sum(
+            jnp.vdot(g, t)
+            for g, t in zip(
+                jax.tree.leaves(jax.grad(loss)(p)), jax.tree.leaves(v), strict=True
+            )
+        )
+    )(v),
+}
+
+
+@ft.cache
+def wanted_second(name, order):
+    loss, primals = loss_of(name, scan, True, 37)
+    return jax.jit(lambda v: ORDERS[order](lambda p: loss(*p), v))(primals)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "name, adjoint",
+    [("gru-diagonal", "auto"), ("elman", "sweep"), ("lstm-blocks", "parallel")],
+)
+def test_second_derivatives(name, adjoint, order):
+    loss, primals = loss_of(
+        name, ft.partial(solved, adjoint=adjoint, solver=Newton(7)), True, 37
+    )
+    got = jax.jit(lambda v: ORDERS[order](lambda p: loss(*p), v))(primals)
+    assert_close(got, wanted_second(name, order), 1e-7)
+
+
+# Under other transformations
+
+
+@pytest.mark.parametrize("adjoint", ["auto", "sweep"])
+def test_gradient_under_vmap(adjoint):
+    run = ft.partial(solved, adjoint=adjoint, solver=Newton(7))
+    loss, primals = loss_of("elman", run, with_reset=True)
+    wanted_loss, _ = loss_of("elman", scan, with_reset=True)
+    parameters, xs, h0, fresh = primals
+    batch = jnp.stack([xs, 2 * xs, -xs])
+
+    def over_batch(loss):
+        one = jax.grad(loss, (0, 1, 2))
+        return jax.jit(jax.vmap(one, in_axes=(None, 0, None, None)))(
+            parameters, batch, h0, fresh
+        )
+
+    assert_close(over_batch(loss), over_batch(wanted_loss), 1e-9)
+
+
+def test_gradient_of_a_batched_loss():
+    """`grad` of a sum over `vmap`: shared parameters collect over the batch."""
+
+    def over_batch(run):
+        loss, (parameters, xs, h0, fresh) = loss_of("lstm-blocks", run)
+        batch = jnp.stack([xs, 2 * xs, -xs])
+
+        def mean(parameters, batch):
+            one = jax.vmap(lambda xs: loss(parameters, xs, h0, fresh))
+            return jnp.mean(one(batch))
+
+        return jax.jit(jax.grad(mean, (0, 1)))(parameters, batch)
+
+    assert_close(over_batch(solved), over_batch(scan), 1e-9)
+
+
+def test_gradient_through_an_equinox_module():
+    cell = eqx.nn.GRUCell(3, 5, key=jr.key(0))
+    xs = jr.normal(jr.key(1), (T, 3))
+
+    def gradient(run):
+        loss = eqx.filter_grad(lambda cell: total(run(cell)))
+        return eqx.filter_jit(loss)(cell)
+
+    got = gradient(lambda cell: solve(cell, xs, jnp.zeros(5)).states)
+    wanted = gradient(lambda cell: scan(lambda h, x: cell(x, h), xs, jnp.zeros(5)))
+    assert_close(eqx.filter(got, eqx.is_array), eqx.filter(wanted, eqx.is_array), 1e-9)
+
+
+def test_initial_guess_has_no_gradient():
+    cell, (parameters, xs, h0) = CELLS["gru-dense"], instance("gru-dense")
+    f = cell.f(parameters)
+    guess = jnp.zeros((len(xs), *h0.shape))
+
+    def loss(guess):
+        return total(solve(f, xs, h0, solver=Newton(), initial_guess=guess).states)
+
+    assert not np.any(jax.jit(jax.grad(loss))(guess))
+
+
+def test_integer_inputs_have_no_gradient_and_hinder_none():
+    tokens = jnp.arange(T) % 3
+    table = jr.normal(jr.key(0), (3, 4))
+
+    def loss(run, table):
+        return total(run(lambda h, i: jnp.tanh(h + table[i]), tokens, jnp.zeros(4)))
+
+    got = jax.jit(jax.grad(ft.partial(loss, solved)))(table)
+    assert_close(got, jax.jit(jax.grad(ft.partial(loss, scan)))(table), 1e-9)
+
+
+def test_half_precision():
+    loss, primals = loss_of("bfloat16", solved)
+    wanted_loss, _ = loss_of("bfloat16", scan)
+    got = jax.jit(jax.grad(loss, (0, 1, 2)))(*primals[:2], primals[2], primals[3])
+    wanted = jax.jit(jax.grad(wanted_loss, (0, 1, 2)))(*primals)
+    assert_close(got, wanted, 0.05)
+
+
+# Cells with rules of their own
+
+
+@jax.custom_vjp
+def sign_straight_through(x):
+    return jnp.sign(x)
+
+
+sign_straight_through.defvjp(lambda x: (jnp.sign(x), None), lambda _, g: (g,))
+
+
+def spiking(p, h, x):
+    return p["a"] * h + 0.1 * sign_straight_through(h + x)
+
+
+@pytest.mark.parametrize(
+    "solver, adjoint",
+    [("newton", "auto"), ("newton-7", "parallel"), ("sequential", "sweep")],
+)
+def test_straight_through_estimator(solver, adjoint):
+    p, xs = {"a": jnp.full(3, 0.7)}, jr.normal(jr.key(0), (41, 3))
+
+    def loss(run, p, xs, h0):
+        return total(run(lambda h, x: spiking(p, h, x), xs, h0))
+
+    run = ft.partial(solved, solver=NEWTON[solver], adjoint=adjoint)
+    point = (p, xs, jnp.ones(3))
+    got = jax.jit(jax.grad(ft.partial(loss, run), (0, 1, 2)))(*point)
+    wanted = jax.jit(jax.grad(ft.partial(loss, scan), (0, 1, 2)))(*point)
+    assert_close(got, wanted, 1e-9)
+
+
+@pytest.mark.parametrize("run", [scan, solved])
+def test_forward_mode_through_a_custom_vjp_is_refused_as_by_jax(run):
+    xs = jnp.ones((5, 3))
+
+    def loss(h0):
+        return total(run(lambda h, x: spiking({"a": 0.7}, h, x), xs, h0))
+
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jit(lambda h: jax.jvp(loss, (h,), (h,)))(jnp.ones(3))
+
+
+@jax.custom_jvp
+def clipped(x):
+    return jnp.tanh(x)
+
+
+@clipped.defjvp
+def _(primals, tangents):
+    """Three times the derivative, which no program of tanh could show."""
+    (x,), (t,) = primals, tangents
+    return jnp.tanh(x), 3 * (1 - jnp.tanh(x) ** 2) * t
+
+
+@pytest.mark.parametrize(
+    "solver, adjoint",
+    [("newton", "auto"), ("newton-7", "parallel"), ("sequential", "sweep")],
+)
+def test_a_custom_jvp_rule_is_the_derivative(solver, adjoint):
+    xs = jr.normal(jr.key(0), (41, 3))
+
+    def loss(run, a, xs):
+        return total(run(lambda h, x: clipped(a * h + x), xs, jnp.zeros(3)))
+
+    a = jnp.full(3, 0.2)
+    run = ft.partial(solved, solver=NEWTON[solver], adjoint=adjoint)
+    got = jax.jit(jax.grad(ft.partial(loss, run), (0, 1)))(a, xs)
+    assert_close(got, jax.jit(jax.grad(ft.partial(loss, scan), (0, 1)))(a, xs), 1e-9)
+
+
+# Memory
+
+
+def gradient_memory(**options):
+    """Bytes of temporaries of the compiled gradient."""
+    run = ft.partial(solved, **options)
+    loss, primals = loss_of("gru-diagonal", run, steps=1024)
+    compiled = jax.jit(jax.grad(loss)).lower(*primals).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_the_gradient_does_not_grow_with_newton_steps():
+    few = gradient_memory(solver=Newton(64), max_steps=2)
+    many = gradient_memory(solver=Newton(64), max_steps=60)
+    assert many <= 1.05 * few

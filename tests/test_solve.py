@@ -1,0 +1,563 @@
+"""`solve` against plain loops: values, certificates, failures, batches."""
+
+import functools as ft
+
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import pararnn
+from pararnn import RESULTS, Auto, Newton, Sequential, solve
+from tests.problems import (
+    CELLS,
+    SOLVERS,
+    TOLERANCE,
+    T,
+    assert_close,
+    instance,
+    residual_of,
+    scan,
+    some_resets,
+)
+
+each_cell = pytest.mark.parametrize("name", CELLS)
+each_solver = pytest.mark.parametrize("solver", SOLVERS)
+NEWTONS = {k: v for k, v in SOLVERS.items() if isinstance(v, Newton)}
+EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
+
+
+def solver_of(cell, **options):
+    """The jitted solve of a cell of the table, its parameters an argument."""
+
+    def run(parameters, xs, h0, **more):
+        return solve(cell.f(parameters), xs, h0, **options, **more)
+
+    return eqx.filter_jit(run)
+
+
+def oracle(cell):
+    def run(parameters, xs, h0, *reset):
+        return scan(cell.f(parameters), xs, h0, *reset)
+
+    return jax.jit(run)
+
+
+@ft.cache
+def wanted_states(name):
+    return oracle(CELLS[name])(*instance(name))
+
+
+def is_success(result):
+    return bool(result == RESULTS.successful)
+
+
+# Values
+
+
+@each_cell
+@each_solver
+def test_equals_scan_and_certifies_it(name, solver):
+    cell, problem = CELLS[name], instance(name)
+    sol = solver_of(cell, solver=SOLVERS[solver])(*problem)
+    assert is_success(sol.result)
+    assert_close(sol.states, wanted_states(name), TOLERANCE[cell.dtype])
+    parameters, xs, h0 = problem
+    wanted = residual_of(cell.f(parameters), xs, h0, sol.states)
+    largest = max(float(jnp.abs(s).max()) for s in jax.tree.leaves(sol.states))
+    # Another program may round every step differently.
+    assert abs(float(sol.stats["residual"]) - wanted) <= 4 * EPS[cell.dtype] * largest
+    assert sol.stats["first_nonfinite"] == T
+
+
+@pytest.mark.parametrize("name", ["gru-diagonal", "dict-state", "nonholomorphic"])
+@pytest.mark.parametrize("solver", ["sequential", "newton", "newton-7"])
+def test_resets(name, solver):
+    cell, (parameters, xs, h0) = CELLS[name], instance(name)
+    reset, fresh = some_resets(T), jax.tree.map(lambda h: h + 0.3, h0)
+    run = solver_of(cell, solver=SOLVERS[solver])
+    sol = run(parameters, xs, h0, reset=reset, reset_state=fresh)
+    assert_close(sol.states, oracle(cell)(parameters, xs, h0, reset, fresh), 1e-11)
+    sol = run(parameters, xs, h0, reset=reset)
+    assert_close(sol.states, oracle(cell)(parameters, xs, h0, reset), 1e-11)
+
+
+def growing(h, x):
+    """Overflows a few steps after an input above 100."""
+    return jnp.where(jnp.abs(h) > 10, h * h * h, 0.5 * h) + x
+
+
+NAN_SCALE = "a NaN h0 that a reset drops makes the scale of the certificate NaN"
+HANGS = "one segment with a NaN h0 is never certified, and the loop never ends"
+
+
+def dropped_cases():
+    for solver in ("sequential", "newton-1", "newton-7", "newton-11", "newton"):
+        for bad in (jnp.inf, -jnp.inf, jnp.nan):
+            marks = ()
+            if np.isnan(bad) and solver == "newton-1":
+                marks = pytest.mark.xfail(run=False, reason=HANGS)
+            elif np.isnan(bad) and solver != "sequential":
+                marks = pytest.mark.xfail(strict=True, reason=NAN_SCALE)
+            yield pytest.param(bad, solver, marks=marks)
+
+
+@pytest.mark.parametrize("bad, solver", list(dropped_cases()))
+def test_a_dropped_nonfinite_initial_state_does_not_survive(bad, solver):
+    xs, h0 = jnp.full((T, 2), 0.1), jnp.full(2, bad)
+    reset = jnp.arange(T) == 0
+    run = jax.jit(
+        lambda xs, h0: solve(growing, xs, h0, reset=reset, solver=SOLVERS[solver])
+    )
+    wanted = jax.jit(lambda xs: scan(growing, xs, jnp.zeros(2)))(xs)
+    assert_close(run(xs, h0).states, wanted, 1e-11)
+
+
+@pytest.mark.xfail(strict=True, reason="h0 counts in the scale although it is dropped")
+@pytest.mark.parametrize("large", [jnp.inf, 1e30])
+def test_a_dropped_initial_state_does_not_loosen_the_certificate(large):
+    cell, (parameters, xs, h0) = CELLS["gru-dense"], instance("gru-dense")
+    run = solver_of(cell, solver=Newton(), max_steps=1, throw=False)
+    sol = run(parameters, xs, jnp.full_like(h0, large), reset=jnp.arange(T) == 0)
+    assert sol.stats["residual"] > 1e-6
+    assert bool(sol.result == RESULTS.newton_not_converged)
+
+
+ENDS_HIDDEN = pytest.mark.xfail(
+    strict=True,
+    reason="finite starts take the place of segment ends that are not finite",
+)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        "sequential",
+        "newton-1",
+        "newton-7",
+        pytest.param("newton", marks=ENDS_HIDDEN),
+    ],
+)
+def test_an_overflow_before_a_reset_stays_before_it(solver):
+    xs = jnp.full((T, 2), 0.1).at[3].set(200.0)
+    reset = jnp.arange(T) == 12
+    sol = jax.jit(
+        lambda xs: solve(
+            growing, xs, jnp.zeros(2), reset=reset, solver=SOLVERS[solver], throw=False
+        )
+    )(xs)
+    wanted = jax.jit(lambda xs: scan(growing, xs, jnp.zeros(2), reset))(xs)
+    assert not np.isfinite(wanted[11]).any() and np.isfinite(wanted[12:]).all()
+    assert_close(sol.states[12:], wanted[12:], 1e-11)
+    assert sol.stats["first_nonfinite"] == int(np.argmin(np.isfinite(wanted[:, 0])))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_short_sequences(solver, steps):
+    cell, problem = CELLS["dict-state"], instance("dict-state", steps)
+    sol = solver_of(cell, solver=SOLVERS[solver])(*problem)
+    assert is_success(sol.result)
+    assert_close(sol.states, oracle(cell)(*problem), 1e-11)
+
+
+def test_final_is_the_last_state():
+    cell, problem = CELLS["lstm-blocks"], instance("lstm-blocks")
+    sol = solver_of(cell)(*problem)
+    assert_close(sol.final, jax.tree.map(lambda s: s[-1], sol.states), 0)
+
+
+@pytest.mark.parametrize("solver", ["newton", "newton-7"])
+def test_a_good_guess_needs_fewer_steps(solver):
+    cell, problem = CELLS["gru-dense"], instance("gru-dense")
+    run = solver_of(cell, solver=SOLVERS[solver])
+    cold = run(*problem)
+    warm = run(*problem, initial_guess=cold.states)
+    near = run(*problem, initial_guess=cold.states + 1e-4)
+    assert warm.stats["num_steps"] <= 1
+    assert 0 < near.stats["num_steps"] < cold.stats["num_steps"]
+    for sol in (warm, near):
+        assert_close(sol.states, cold.states, 1e-11)
+
+
+@pytest.mark.parametrize("solver", NEWTONS)
+@pytest.mark.parametrize("name", ["gru-dense", "lstm-blocks", "nonholomorphic"])
+def test_residual_of_an_unfinished_solve(name, solver):
+    if solver == "newton-1":
+        pytest.skip("one segment is always exact")
+    cell, (parameters, xs, h0) = CELLS[name], instance(name)
+    run = solver_of(cell, solver=SOLVERS[solver], max_steps=1, throw=False)
+    sol = run(parameters, xs, h0)
+    assert bool(sol.result == RESULTS.newton_not_converged)
+    wanted = residual_of(cell.f(parameters), xs, h0, sol.states)
+    assert wanted > 1e-6
+    np.testing.assert_allclose(sol.stats["residual"], wanted, rtol=1e-10)
+    assert sol.stats["num_steps"] == 1
+
+
+@pytest.mark.parametrize("jit", [eqx.filter_jit, jax.jit], ids=["eqx", "jax"])
+def test_throw_raises_at_run_time(jit):
+    cell, problem = CELLS["gru-dense"], instance("gru-dense")
+    run = jit(
+        lambda *args: (
+            solve(cell.f(args[0]), *args[1:], solver=Newton(), max_steps=1).states
+        )
+    )
+    with pytest.raises(Exception, match="did not bring the residual below"):
+        jax.block_until_ready(run(*problem))
+
+
+def test_residual_history_falls():
+    cell, problem = CELLS["gru-dense"], instance("gru-dense")
+    sol = solver_of(cell, solver=Newton(history=8))(*problem)
+    taken = int(sol.stats["num_steps"])
+    history = np.asarray(sol.stats["residual_history"])
+    assert history.shape == (8,) and taken < 8
+    assert np.isfinite(history[:taken]).all() and np.isnan(history[taken:]).all()
+    assert history[taken - 1] < 1e-3 * history[0]
+
+
+def test_loose_tolerances_take_fewer_steps():
+    cell, problem = CELLS["gru-dense"], instance("gru-dense")
+    tight = solver_of(cell, solver=Newton())(*problem)
+    loose = solver_of(cell, solver=Newton(rtol=1e-2, atol=1e-2))(*problem)
+    assert loose.stats["num_steps"] < tight.stats["num_steps"]
+    assert is_success(loose.result)
+
+
+def dropped_out(h, x):
+    key, signal = x
+    return jnp.where(jr.bernoulli(key, 0.5, h.shape), jnp.tanh(h), 0) + signal
+
+
+NO_KEYS = pytest.mark.xfail(
+    strict=True, raises=TypeError, reason="the pattern is sought with keys as zeros"
+)
+
+
+@pytest.mark.parametrize(
+    "solver", ["sequential", pytest.param("newton", marks=NO_KEYS)]
+)
+def test_random_keys_as_inputs(solver):
+    xs = jr.split(jr.key(0), T), jr.normal(jr.key(1), (T, 3))
+    run = jax.jit(
+        lambda xs: solve(dropped_out, xs, jnp.zeros(3), solver=SOLVERS[solver]).states
+    )
+    wanted = jax.jit(lambda xs: scan(dropped_out, xs, jnp.zeros(3)))(xs)
+    assert_close(run(xs), wanted, 1e-11)
+
+
+# Hard recurrences
+
+
+def logistic(h, x):
+    return 3.9 * h * (1 - h) + x
+
+
+def logistic_in_numpy(h, steps):
+    states = []
+    for _ in range(steps):
+        h = 3.9 * h * (1 - h)
+        states.append(h)
+    return np.array(states)
+
+
+@pytest.mark.parametrize("segments", [1, 2, 8, 16, 64])
+def test_segments_many_steps_are_always_enough(segments):
+    """Whatever the recurrence: each step makes one more segment exact."""
+    h0s = jnp.linspace(0.1, 0.8, 8)
+
+    @jax.jit
+    def run(h0):
+        return solve(logistic, jnp.zeros(64), h0, solver=Newton(segments), throw=False)
+
+    for h0 in h0s:
+        sol = run(h0)
+        assert is_success(sol.result)
+        assert sol.stats["num_steps"] <= segments
+        # Chaos doubles a difference of one rounding every step or so.
+        wanted = logistic_in_numpy(float(h0), 20)
+        np.testing.assert_allclose(sol.states[:20], wanted, rtol=0, atol=1e-6)
+        np.testing.assert_array_less(sol.stats["residual"], 1e-13)
+
+
+def test_auto_is_right_where_newton_fails():
+    """Chaotic, and so long that Newton is tried first."""
+    xs = jnp.zeros(4096)
+    run = jax.jit(lambda h0: solve(logistic, xs, h0, solver=Auto(), max_steps=1))
+    sol = run(0.37)
+    assert is_success(sol.result) and bool(sol.stats["sequential"])
+    assert sol.stats["num_steps"] == 1
+    wanted = jax.jit(lambda h0: solve(logistic, xs, h0, solver=Sequential()).states)
+    assert_close(sol.states, wanted(0.37), 0)
+
+
+def test_auto_keeps_newtons_answer_where_it_is_certified():
+    f = CELLS["scalar"].f({"a": jnp.asarray(0.3)})
+    xs = jr.normal(jr.key(0), (4096,))
+    sol = jax.jit(lambda xs: solve(f, xs, 0.0))(xs)
+    assert is_success(sol.result) and not bool(sol.stats["sequential"])
+    assert_close(sol.states, jax.jit(lambda xs: scan(f, xs, 0.0))(xs), 1e-11)
+
+
+def test_auto_falls_back_for_a_whole_batch():
+    """One hard sequence in a batch: all answers are right, none is reported."""
+    f = lambda h, x: jnp.where(x > 0, 0.5 * jnp.cos(h), 3.9 * h * (1 - h))  # noqa: E731
+    xs = jnp.stack([jnp.ones(4096), -jnp.ones(4096)])
+    h0 = jnp.array([0.2, 0.37])
+    sol = jax.jit(lambda xs: solve_pairs(f, xs, h0))(xs)
+    wanted = jax.jit(lambda xs: jax.vmap(lambda x, h: scan(f, x, h))(xs, h0))(xs)
+    assert_close(sol.states[:, :24], wanted[:, :24], 1e-6)
+    assert jax.vmap(lambda r: r == RESULTS.successful)(sol.result).all()
+
+
+def solve_pairs(f, xs, h0):
+    return jax.vmap(lambda x, h: solve(f, x, h))(xs, h0)
+
+
+# Reporting what is not finite
+
+
+def exponent(p, h, x):
+    return p * jnp.exp(h) + x
+
+
+HIDDEN = {
+    ("inputs", "newton-7"),
+    ("inputs", "newton"),
+    ("parameters", "newton"),
+    ("states", "newton-7"),
+    ("states", "newton"),
+}
+NONFINITE = {
+    "inputs": (RESULTS.nonfinite_inputs, 0.1, jnp.zeros(T).at[9].set(jnp.nan), 0.0, 9),
+    "parameters": (RESULTS.nonfinite_parameters, jnp.nan, jnp.zeros(T), 0.0, 0),
+    "h0": (RESULTS.nonfinite_parameters, 0.1, jnp.zeros(T), jnp.inf, 0),
+    "h0-nan": (RESULTS.nonfinite_parameters, 0.1, jnp.zeros(T), jnp.nan, 0),
+    "states": (RESULTS.nonfinite_states, 1.0, jnp.zeros(T), 0.0, 4),
+}
+
+
+@pytest.mark.parametrize("solver", ["sequential", "newton-1", "newton-7", "newton"])
+@pytest.mark.parametrize("what", NONFINITE)
+def test_nonfinite(what, solver, request):
+    if (what, solver) in HIDDEN:
+        request.applymarker(ENDS_HIDDEN)
+    if (what, solver) == ("h0-nan", "newton-1"):
+        pytest.xfail(HANGS)
+    result, p, xs, h0, first = NONFINITE[what]
+
+    def run(throw):
+        def call(p, xs, h0):
+            f = lambda h, x: exponent(p, h, x)  # noqa: E731
+            return solve(f, xs, h0, solver=SOLVERS[solver], throw=throw)
+
+        return eqx.filter_jit(call)(jnp.asarray(p), xs, jnp.asarray(h0))
+
+    sol = run(throw=False)
+    assert bool(sol.result == result)
+    assert sol.stats["first_nonfinite"] == first
+    with pytest.raises(Exception, match="NaN or an infinity"):
+        jax.block_until_ready(run(throw=True).states)
+
+
+# Batches
+
+BATCH = 4
+AXES = {
+    # parameters, xs, h0, reset
+    "xs": (None, 0, None, None),
+    "parameters": (0, None, None, None),
+    "h0": (None, None, 0, None),
+    "reset": (None, None, None, 0),
+    "all": (0, 0, 0, 0),
+    "xs-axis-1": (None, 1, None, None),
+}
+
+
+def batched_problem(name, axes, getkey):
+    """Arguments with a batch along the given axes, each sequence harder than the last.
+
+    Gains differ a lot, so that the sequences need different numbers of Newton steps.
+    """
+    parameters, xs, h0 = instance(name)
+    gains = jnp.array([0.01, 0.5, 1.0, 2.5])
+
+    def along(axis, tree):
+        def stack(leaf):
+            return jnp.stack([g * leaf for g in gains], axis=axis)
+
+        return tree if axis is None else jax.tree.map(stack, tree)
+
+    reset = some_resets(T)
+    if axes[3] is not None:
+        reset = jnp.stack([some_resets(T, every) for every in (3, 5, 7, 11)])
+    arguments = (parameters, xs, h0)
+    return *(along(a, v) for a, v in zip(axes[:3], arguments, strict=True)), reset
+
+
+def take(axes, arguments, i):
+    def one(axis, tree):
+        if axis is None:
+            return tree
+        return jax.tree.map(lambda leaf: jnp.take(leaf, i, axis=axis), tree)
+
+    return [one(a, v) for a, v in zip(axes, arguments, strict=True)]
+
+
+@pytest.mark.parametrize("which", AXES)
+@pytest.mark.parametrize("solver", ["newton", "newton-7"])
+def test_vmap_equals_a_loop(which, solver, getkey):
+    axes, cell = AXES[which], CELLS["gru-dense"]
+    arguments = batched_problem("gru-dense", axes, getkey)
+
+    def run(parameters, xs, h0, reset):
+        return solve(cell.f(parameters), xs, h0, reset=reset, solver=SOLVERS[solver])
+
+    batch = jax.jit(jax.vmap(run, in_axes=axes))(*arguments)
+    alone = jax.jit(run)
+    for i in range(BATCH):
+        sol = alone(*take(axes, arguments, i))
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], batch)
+        assert is_success(one.result)
+        assert_close(one.states, sol.states, 1e-12)
+        # Frozen once converged, a sequence takes the steps it takes alone.
+        assert one.stats["num_steps"] == sol.stats["num_steps"]
+        assert set(one.stats) == set(sol.stats)
+
+
+def test_vmap_within_vmap():
+    cell = CELLS["lstm-blocks"]
+    parameters, xs, h0 = instance("lstm-blocks")
+    gains = jnp.array([0.2, 1.0, 2.0])
+    many = jax.tree.map(lambda leaf: jnp.stack([g * leaf for g in gains]), parameters)
+    several = jnp.stack([xs, -2 * xs], axis=1)
+
+    def run(parameters, xs):
+        return solve(cell.f(parameters), xs, h0, solver=Newton(7))
+
+    inner = jax.vmap(run, in_axes=(None, 1))
+    batch = jax.jit(jax.vmap(inner, in_axes=(0, None)))(many, several)
+    assert batch.stats["num_steps"].shape == (3, 2)
+    alone = jax.jit(run)
+    for i in range(3):
+        for j in range(2):
+            parameters = jax.tree.map(lambda leaf, i=i: leaf[i], many)
+            sol = alone(parameters, several[:, j])
+            states = jax.tree.map(lambda s, i=i, j=j: s[i, j], batch.states)
+            assert_close(states, sol.states, 1e-12)
+            assert batch.stats["num_steps"][i, j] == sol.stats["num_steps"]
+
+
+def test_vmap_out_axes():
+    cell, (parameters, xs, h0) = CELLS["tanh-diagonal"], instance("tanh-diagonal")
+    several = jnp.stack([xs, 2 * xs], axis=1)
+
+    def run(xs):
+        return solve(cell.f(parameters), xs, h0, solver=Newton()).states
+
+    got = jax.jit(jax.vmap(run, in_axes=1, out_axes=1))(several)
+    wanted = jax.vmap(lambda xs: scan(cell.f(parameters), xs, h0), 1, 1)
+    assert_close(got, jax.jit(wanted)(several), 1e-11)
+
+
+def fragile(h, x):
+    """Converges at once where x = 0, and needs many steps where x is large."""
+    return jnp.sin(x * h + 0.1)
+
+
+@pytest.mark.parametrize("solver", [Newton(), Newton(11)])
+def test_only_the_sequence_that_fails_is_reported(solver):
+    xs = jnp.stack([jnp.full(T, v) for v in (0.1, 5.0, 0.2)])
+
+    def run(throw):
+        one = lambda xs: solve(  # noqa: E731
+            fragile, xs, 0.3, solver=solver, max_steps=4, throw=throw
+        )
+        return jax.jit(jax.vmap(one))(xs)
+
+    sol = run(throw=False)
+    failed = jax.vmap(lambda r: r == RESULTS.newton_not_converged)(sol.result)
+    assert failed.tolist() == [False, True, False]
+    wanted = jax.jit(jax.vmap(lambda xs: scan(fragile, xs, 0.3)))(xs)
+    assert_close(sol.states[0::2], wanted[0::2], 1e-11)
+    assert sol.stats["residual"][1] > 1e-6
+    with pytest.raises(Exception, match="did not bring the residual below"):
+        jax.block_until_ready(run(throw=True).states)
+
+
+@pytest.mark.xfail(strict=True, reason="the cause is sought in the whole batch")
+@pytest.mark.parametrize("solver", ["sequential", "newton-7"])
+def test_each_sequence_has_its_own_cause(solver):
+    """One sequence with a NaN in its inputs, one that overflows, one that is fine."""
+    xs = jnp.zeros((3, T)).at[0, 5].set(jnp.nan).at[1, 5].set(20.0)
+    run = lambda xs: solve(  # noqa: E731
+        lambda h, x: exponent(0.1, h, x), xs, 0.0, solver=SOLVERS[solver], throw=False
+    )
+    sol = jax.jit(jax.vmap(run))(xs)
+    results = [jax.tree.map(lambda leaf, i=i: leaf[i], sol.result) for i in range(3)]
+    assert bool(results[0] == RESULTS.nonfinite_inputs)
+    assert bool(results[1] == RESULTS.nonfinite_states)
+    assert bool(results[2] == RESULTS.successful)
+
+
+def count_loops(fn, *args):
+    """`while` operations in the compiled program."""
+    text = jax.jit(fn).lower(*args).compile().as_text()
+    return sum(" while(" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("solver", ["auto", "sequential", "newton", "newton-7"])
+def test_a_batch_runs_the_same_loops_as_one_sequence(solver):
+    cell, (parameters, xs, h0) = CELLS["gru-diagonal"], instance("gru-diagonal")
+
+    def run(xs):
+        return solve(cell.f(parameters), xs, h0, solver=SOLVERS[solver]).states
+
+    one = count_loops(run, xs)
+    many = count_loops(jax.vmap(run), jnp.stack([xs] * BATCH))
+    assert one >= 1
+    assert many == one
+
+
+# Anything
+
+
+@hypothesis.settings(max_examples=12)
+@hypothesis.given(
+    steps=st.integers(1, 20),
+    width=st.integers(1, 4),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    segments=st.sampled_from([None, 1, 2, 3, 5, 100]),
+    mask=st.none() | st.integers(0, 2**20 - 1),
+    seed=st.integers(0, 5),
+)
+def test_solve_equals_a_numpy_loop(steps, width, dtype, segments, mask, seed):
+    rng = np.random.default_rng(seed)
+    U = rng.normal(size=(width, width)) / 2
+    xs, h0 = rng.normal(size=(steps, width)), rng.normal(size=width)
+    U, xs, h0 = (v.astype(dtype) for v in (U, xs, h0))
+    reset = None
+    if mask is not None:
+        reset = np.array([bool(mask >> t & 1) for t in range(steps)])
+    wanted, h = [], h0.astype(np.float64)
+    for t in range(steps):
+        if reset is not None and reset[t]:
+            h = np.zeros(width)
+        h = np.tanh(U.astype(np.float64) @ h + xs[t])
+        wanted.append(h)
+
+    @jax.jit
+    def run(U, xs, h0, reset):
+        f = lambda h, x: jnp.tanh(jnp.matmul(U, h, precision="highest") + x)  # noqa: E731
+        return solve(f, xs, h0, reset=reset, solver=Newton(segments))
+
+    sol = run(U, xs, h0, reset)
+    assert sol.states.dtype == dtype and is_success(sol.result)
+    rtol = 1e-11 if dtype == np.float64 else 3e-5
+    np.testing.assert_allclose(sol.states, np.stack(wanted), rtol=0, atol=rtol)
+    assert isinstance(sol, pararnn.Solution)
