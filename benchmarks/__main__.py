@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     captions = {name: GROUPS[name].TABLES for name in GROUPS}
     results.write_markdown(captions)
+    results.summary_path.write_text(render_summary(results.rows + results.derived))
     chosen = {name: captions[name] for name in names}
     print("\n\n".join(results.render_groups(chosen)))
     everything = results.rows + results.derived

@@ -56,6 +56,10 @@ class Results:
         return self.folder / "results.json"
 
     @property
+    def summary_path(self) -> Path:
+        return self.folder / "summary.md"
+
+    @property
     def markdown_path(self) -> Path:
         return self.folder / "results.md"
 

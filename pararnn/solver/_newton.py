@@ -69,7 +69,6 @@ class Carry(NamedTuple):
     num_steps: Array  # int [*batch]
     done: Bool[Array, "*batch"]
     nonfinite: Array  # int [*batch]
-    step: Array  # int []
     history: Array  # [history, *batch]
 
 
@@ -79,6 +78,7 @@ class Attempt(NamedTuple):
     states: tuple[Array, ...]
     residual: Array  # [*batch]
     certified: Bool[Array, "*batch"]
+    ended: Bool[Array, "*batch"]  # certified, or known not to stay finite
     carry: Carry
 
 
@@ -97,10 +97,10 @@ def solve_newton(
     limit = segments.count if max_steps is None else max_steps
 
     def unfinished(attempt: Attempt):
-        return (attempt.carry.step < limit) & ~jnp.all(attempt.certified)
+        return jnp.any(~attempt.ended & (attempt.carry.num_steps < limit))
 
     def attempt_again(attempt: Attempt):
-        carry = attempt.carry._replace(done=attempt.certified)
+        carry = attempt.carry._replace(done=attempt.ended)
         return segments.finish(segments.iterate(carry, limit))
 
     # One attempt is Newton steps until the correction predicts convergence, and a
@@ -135,6 +135,8 @@ class Segments:
         self.inputs = jax.tree.map(self._split, inputs)
         self.over = batch.segmented(parameters, inputs)
         self.h0 = batch.lift_state(recurrence.ravel)(h0)
+        # Where an iterate has overflowed. A reset may drop an h0 that is not finite.
+        self.restart = jnp.where(jnp.isfinite(self.h0), self.h0, 0)
         self.rank = len(batch.levels)
         self.rtol = 64 * recurrence.eps if solver.rtol is None else solver.rtol
         self.atol = recurrence.eps if solver.atol is None else solver.atol
@@ -159,13 +161,13 @@ class Segments:
             before = jax.tree.map(lambda x: x[-1][:-1], self.inputs)
             h = jnp.broadcast_to(self.h0, (self.count - 1, *self.h0.shape))
             starts = self._step(h, before)
+        starts = jnp.where(jnp.isfinite(starts), starts, self.restart)
         batch_shape = self.h0.shape[:-1]
         return Carry(
             starts=jnp.concatenate([self.h0[None], starts]),
             num_steps=jnp.zeros(batch_shape, jnp.int32),
             done=jnp.zeros(batch_shape, bool),
             nonfinite=jnp.zeros(batch_shape, jnp.int32),
-            step=jnp.asarray(0, jnp.int32),
             history=jnp.full(
                 (self.solver.history, *batch_shape), jnp.nan, recurrence.dtype
             ),
@@ -239,47 +241,54 @@ class Segments:
         # leaves an error below the tolerance, which the certificate then checks.
         small = 0.1 * math.sqrt(self.rtol)
 
+        def active(carry: Carry):
+            return ~carry.done & (carry.num_steps < limit)
+
         def unfinished(carry: Carry):
-            return (carry.step < limit) & ~jnp.all(carry.done)
+            return jnp.any(active(carry))
 
         def newton_step(carry: Carry) -> Carry:
+            moving = active(carry)
             ends, tangents = self._sweep(carry.starts)
             ends, old = ends[:-1], carry.starts[1:]
             # After k steps the first k starts are exact, and are held: rounded again as
             # old + (end - old) they would keep moving by an ulp, which a chaotic cell
             # amplifies. Behind them, the next start is the end of its segment.
-            place = jnp.arange(self.count - 1).reshape(-1, *(1,) * (old.ndim - 1))
-            defects = jnp.where(place < carry.step, 0, ends - old)
+            place = jnp.arange(self.count - 1, dtype=jnp.int32)
+            place = place.reshape(-1, *(1,) * (old.ndim - 1))
+            exact = carry.num_steps[None, ..., None]
+            defects = jnp.where(place < exact, 0, ends - old)
             new = old + self._correct(tangents[:, :-1], defects)
-            new = jnp.where(place == carry.step, ends, new)
-            new = jnp.where(place < carry.step, old, new)
+            new = jnp.where(place == exact, ends, new)
+            new = jnp.where(place < exact, old, new)
             broken = ~jnp.isfinite(new)
             # An overflowed Jacobian says nothing. The segment's own end does: behind
             # an exact segment it is exact, so every step still gains one segment.
             new = jnp.where(broken, ends, new)
-            new = jnp.where(jnp.isfinite(new), new, self.h0)
-            axes = (0, new.ndim - 1)
+            new = jnp.where(jnp.isfinite(new), new, self.restart)
             # Each start against its own size: one that runs away must not excuse the
             # others.
             correction = jnp.max(jnp.abs(new - old), axis=-1)
             scale = jnp.max(jnp.abs(new), axis=-1)
-            close = jnp.all(correction <= small * scale + self.atol, axis=0)
-            any_broken = jnp.any(broken, axes)
-            new = jnp.where(carry.done[..., None], old, new)
-            done = carry.done | (~any_broken & close)
+            close = correction <= small * scale + self.atol
+            close = close & ~jnp.any(broken, axis=-1)
+            done = jnp.all(close | _behind_overflow(ends), axis=0)
+            axes = (0, new.ndim - 1)
             history = carry.history
             if self.solver.history:
                 size = jnp.max(jnp.abs(defects), axes, initial=0)
-                size = jnp.where(carry.done, jnp.nan, size)
-                history = history.at[carry.step].set(size, mode="drop")
-            counted = jnp.where(carry.done, 0, 1)
+                row = jnp.arange(self.solver.history, dtype=jnp.int32)
+                row = row.reshape(-1, *(1,) * self.rank)
+                here = (row == carry.num_steps[None]) & moving[None]
+                history = jnp.where(here, size[None], history)
+            new = jnp.where(moving[None, ..., None], new, old)
+            counted = moving.astype(jnp.int32)
             return Carry(
                 starts=jnp.concatenate([carry.starts[:1], new]),
                 num_steps=carry.num_steps + counted,
-                done=done,
+                done=carry.done | (moving & done),
                 nonfinite=carry.nonfinite
                 + counted * jnp.sum(broken, axes, dtype=jnp.int32),
-                step=carry.step + 1,
                 history=history,
             )
 
@@ -303,22 +312,34 @@ class Segments:
         ends, states = lax.scan(
             body, starts, self.inputs, unroll=True if self.length == 1 else 1
         )
-        defects = jnp.abs(self._ravel(ends)[:-1] - carry.starts[1:])
-        # Each segment ends where the next one starts.
+        ends = self._ravel(ends)[:-1]
+        defects = jnp.abs(ends - carry.starts[1:])
+        # Each segment ends where the next one starts, unless it has no finite end.
         states = tuple(
-            s.at[-1, :-1].set(h[1:]) for s, h in zip(states, starts, strict=True)
+            s.at[-1, :-1].set(jnp.where(jnp.isfinite(s[-1, :-1]), h[1:], s[-1, :-1]))
+            for s, h in zip(states, starts, strict=True)
         )
         residuals = jnp.max(defects, axis=-1)
-        residual = jnp.max(residuals, axis=0, initial=0)
         scale = jnp.max(jnp.abs(carry.starts[1:]), axis=-1)
-        certified = jnp.all(residuals <= self.atol + self.rtol * scale, axis=0)
+        small = residuals <= self.atol + self.rtol * scale
         return Attempt(
             states=tuple(self._join(s) for s in states),
-            residual=residual,
-            certified=certified,
+            residual=jnp.max(residuals, axis=0, initial=0),
+            certified=jnp.all(small, axis=0),
+            ended=jnp.all(small | _behind_overflow(ends), axis=0),
             carry=carry,
         )
 
     def _join(self, x):
         x = x.swapaxes(0, 1)
         return x.reshape(self.count * self.length, *x.shape[2:])[: self.steps]
+
+
+def _behind_overflow(ends: Array) -> Bool[Array, " segments *batch"]:
+    """Which segments follow an end that is not finite, that one included.
+
+    If all starts before it have converged, the trajectory itself is not finite there:
+    no further step changes that, and what follows does not matter.
+    """
+    overflow = ~jnp.all(jnp.isfinite(ends), axis=-1)
+    return jnp.cumsum(overflow, axis=0, dtype=jnp.int32) > 0

@@ -53,11 +53,12 @@ class Recurrence:
         self.constant_structs = [_shape_dtype(c) for c in constants]
         # Integer constants that are known (index tables, mostly) sharpen the sparsity
         # pattern; floating-point values never do.
-        self.known = [
-            None if isinstance(c, Tracer) or _is_inexact(c) else np.asarray(c)
-            for c in constants
-        ]
+        self.known = [_known_value(c) for c in closed.consts]
         self._constants = constants
+        self.key_kinds = [
+            jax.random.key_impl(v) if is_key(v) else None
+            for v in (*constants, *map(jnp.asarray, x_leaves))
+        ]
         self.x_structs = x_structs
         self.has_reset = has_reset
         self.output = out
@@ -176,6 +177,17 @@ class Batch:
 def _shape_dtype(x, drop_time: bool = False):
     shape = jnp.shape(x)[1:] if drop_time else jnp.shape(x)
     return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
+
+
+def _known_value(x) -> np.ndarray | None:
+    if isinstance(x, Tracer) or _is_inexact(x) or is_key(x):
+        return None
+    return np.asarray(x)
+
+
+def is_key(x) -> bool:
+    """Whether `x` holds random keys, which have a dtype of their own."""
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _is_inexact(x) -> bool:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox.internal as eqxi
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ._recurrence import Recurrence
+from ._recurrence import Batch
 from ._solution import RESULTS
 
 # A solve carries the result as a number, which arrays of sequences can hold: 0 for
@@ -38,7 +39,7 @@ class Report(NamedTuple):
     find_code: Callable[[], Array]
 
 
-def report(recurrence: Recurrence, stats, states, arguments, shape) -> Report:
+def report(batch: Batch, stats, states, arguments, shape) -> Report:
     """Statistics for each sequence, `[*batch]`, with the code of the result."""
     steps = states[0].shape[0]
     certified = jnp.broadcast_to(jnp.asarray(stats.pop("certified")), shape)
@@ -46,7 +47,7 @@ def report(recurrence: Recurrence, stats, states, arguments, shape) -> Report:
     history = stats.pop("residual_history", None)
     dtypes = {
         "num_steps": jnp.int32,
-        "residual": recurrence.dtype,
+        "residual": batch.recurrence.dtype,
         "sequential": jnp.bool_,
         "nonfinite": jnp.int32,
     }
@@ -63,9 +64,13 @@ def report(recurrence: Recurrence, stats, states, arguments, shape) -> Report:
 
     def find_failure():
         first = _first_nonfinite(states, shape)
-        (constants, fresh), inputs, h0 = arguments
-        cause = jnp.where(_is_finite((constants, fresh, h0)), 4, 3)
-        cause = jnp.where(_is_finite(inputs[0]), cause, 2).astype(jnp.int32)
+        parameters, inputs, h0 = arguments
+        looked_at = batch.lift(_which_are_finite)
+        good_parameters, good_inputs = jax.vmap(lambda x: looked_at(parameters, h0, x))(
+            inputs
+        )
+        cause = jnp.where(jnp.all(good_parameters, 0), 4, 3)
+        cause = jnp.where(jnp.all(good_inputs, 0), cause, 2).astype(jnp.int32)
         return jnp.where(first < steps, cause, code), first
 
     # Only a failed solve pays for finding out where and why.
@@ -91,6 +96,10 @@ def raise_on_failure(states, good, find_code: Callable[[], Array], *, time_axis:
     # conditional, not two.
     checked = lax.cond(good, lambda x: x, fail, states[0][last])
     return states[0].at[last].set(checked), *states[1:]
+
+
+def _which_are_finite(parameters, h0, x):
+    return _is_finite((parameters, h0)), _is_finite(x)
 
 
 def _is_finite(tree) -> Array:

@@ -209,7 +209,7 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
             tried = newton(as_newton(solver, attempt), limit)
             states, stats = with_fallback(tried, sequential)
     stats, good, find_code = report(
-        config.recurrence, stats, states, (parameters, inputs, h0), shape
+        batch, stats, states, (parameters, inputs, h0), shape
     )
     if config.throw and not batch.levels:
         states = raise_on_failure(states, good, find_code, time_axis=0)

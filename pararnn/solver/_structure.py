@@ -22,7 +22,7 @@ from jaxtyping import PyTree
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from ._recurrence import Recurrence, _is_inexact, _subjaxprs
+from ._recurrence import Recurrence, _is_inexact, _subjaxprs, is_key
 
 # From this width on, a dense cell is recognised by two numerical derivatives before
 # the pattern is worked out: asdex takes 0.04 s for a dense GRU at width 64, 0.9 s at
@@ -119,6 +119,12 @@ def declared_structure(declared: Any, recurrence: Recurrence) -> Structure:
     """A structure that the user stated, refused unless it covers the one found."""
     found = find_structure(recurrence)
     if isinstance(declared, Structure):
+        if declared.width != recurrence.width:
+            raise ValueError(
+                f"`structure` is of a state with {declared.width} numbers, but this "
+                f"cell's state has {recurrence.width}. Likely cause: it was found for "
+                "another cell or another width. Leave it out to have it found."
+            )
         blocks = declared.blocks
     elif declared == "diagonal":
         blocks = np.arange(recurrence.width)[:, None]
@@ -174,9 +180,19 @@ def _blocks(pattern: tuple[np.ndarray, np.ndarray], width: int) -> np.ndarray:
 def _real_step(recurrence: Recurrence):
     """The step on the real vector view, with constants and inputs as arguments."""
 
+    kinds = recurrence.key_kinds
+
+    def restore(value, kind):
+        return value if kind is None else jax.random.wrap_key_data(value, impl=kind)
+
     def step(v, x_leaves, unknown):
         unknown = iter(unknown)
-        constants = [next(unknown) if k is None else k for k in recurrence.known]
+        constants = [
+            restore(next(unknown), kind) if known is None else known
+            for known, kind in zip(recurrence.known, kinds, strict=False)
+        ]
+        x_kinds = kinds[len(constants) :]
+        x_leaves = [restore(x, kind) for x, kind in zip(x_leaves, x_kinds, strict=True)]
         h = recurrence.unravel(v)
         out = recurrence.smooth_step((constants, None), h, (x_leaves, None))
         return recurrence.ravel(out)
@@ -184,9 +200,16 @@ def _real_step(recurrence: Recurrence):
     return step
 
 
+def _plain(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Random keys as the integers they are made of."""
+    if is_key(struct):
+        return jax.eval_shape(jax.random.key_data, struct)
+    return struct
+
+
 def _unknown(recurrence: Recurrence):
     return [
-        struct
+        _plain(struct)
         for struct, known in zip(
             recurrence.constant_structs, recurrence.known, strict=True
         )
@@ -199,7 +222,7 @@ def _pattern(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
         lambda s: np.zeros(s.shape, s.dtype),
         (
             jax.ShapeDtypeStruct((recurrence.width,), recurrence.dtype),
-            list(recurrence.x_structs),
+            [_plain(s) for s in recurrence.x_structs],
             _unknown(recurrence),
         ),
     )
@@ -223,10 +246,11 @@ def _is_dense(recurrence: Recurrence) -> bool:
             ).astype(s.dtype)
         return np.zeros(s.shape, s.dtype)
 
-    if any(not _is_inexact(s) for s in _unknown(recurrence)):
+    x_structs = [_plain(s) for s in recurrence.x_structs]
+    if any(not _is_inexact(s) for s in (*_unknown(recurrence), *x_structs)):
         return False
     v = rng.standard_normal(recurrence.width).astype(recurrence.dtype)
-    x = [random(s) for s in recurrence.x_structs]
+    x = [random(s) for s in x_structs]
     constants = [random(s) for s in _unknown(recurrence)]
     step = _real_step(recurrence)
     last = np.zeros_like(v)
