@@ -91,22 +91,10 @@ def growing(h, x):
     return jnp.where(jnp.abs(h) > 10, h * h * h, 0.5 * h) + x
 
 
-NAN_SCALE = "a NaN h0 that a reset drops makes the scale of the certificate NaN"
-HANGS = "one segment with a NaN h0 is never certified, and the loop never ends"
-
-
-def dropped_cases():
-    for solver in ("sequential", "newton-1", "newton-7", "newton-11", "newton"):
-        for bad in (jnp.inf, -jnp.inf, jnp.nan):
-            marks = ()
-            if np.isnan(bad) and solver == "newton-1":
-                marks = pytest.mark.xfail(run=False, reason=HANGS)
-            elif np.isnan(bad) and solver != "sequential":
-                marks = pytest.mark.xfail(strict=True, reason=NAN_SCALE)
-            yield pytest.param(bad, solver, marks=marks)
-
-
-@pytest.mark.parametrize("bad, solver", list(dropped_cases()))
+@pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
+@pytest.mark.parametrize(
+    "solver", ["sequential", "newton-1", "newton-7", "newton-11", "newton"]
+)
 def test_a_dropped_nonfinite_initial_state_does_not_survive(bad, solver):
     xs, h0 = jnp.full((T, 2), 0.1), jnp.full(2, bad)
     reset = jnp.arange(T) == 0
@@ -117,7 +105,6 @@ def test_a_dropped_nonfinite_initial_state_does_not_survive(bad, solver):
     assert_close(run(xs, h0).states, wanted, 1e-11)
 
 
-@pytest.mark.xfail(strict=True, reason="h0 counts in the scale although it is dropped")
 @pytest.mark.parametrize("large", [jnp.inf, 1e30])
 def test_a_dropped_initial_state_does_not_loosen_the_certificate(large):
     cell, (parameters, xs, h0) = CELLS["gru-dense"], instance("gru-dense")
@@ -127,19 +114,13 @@ def test_a_dropped_initial_state_does_not_loosen_the_certificate(large):
     assert bool(sol.result == RESULTS.newton_not_converged)
 
 
-ENDS_HIDDEN = pytest.mark.xfail(
-    strict=True,
-    reason="finite starts take the place of segment ends that are not finite",
-)
-
-
 @pytest.mark.parametrize(
     "solver",
     [
         "sequential",
         "newton-1",
         "newton-7",
-        pytest.param("newton", marks=ENDS_HIDDEN),
+        "newton",
     ],
 )
 def test_an_overflow_before_a_reset_stays_before_it(solver):
@@ -234,14 +215,7 @@ def dropped_out(h, x):
     return jnp.where(jr.bernoulli(key, 0.5, h.shape), jnp.tanh(h), 0) + signal
 
 
-NO_KEYS = pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="the pattern is sought with keys as zeros"
-)
-
-
-@pytest.mark.parametrize(
-    "solver", ["sequential", pytest.param("newton", marks=NO_KEYS)]
-)
+@pytest.mark.parametrize("solver", ["sequential", "newton"])
 def test_random_keys_as_inputs(solver):
     xs = jr.split(jr.key(0), T), jr.normal(jr.key(1), (T, 3))
     run = jax.jit(
@@ -326,13 +300,6 @@ def exponent(p, h, x):
     return p * jnp.exp(h) + x
 
 
-HIDDEN = {
-    ("inputs", "newton-7"),
-    ("inputs", "newton"),
-    ("parameters", "newton"),
-    ("states", "newton-7"),
-    ("states", "newton"),
-}
 NONFINITE = {
     "inputs": (RESULTS.nonfinite_inputs, 0.1, jnp.zeros(T).at[9].set(jnp.nan), 0.0, 9),
     "parameters": (RESULTS.nonfinite_parameters, jnp.nan, jnp.zeros(T), 0.0, 0),
@@ -344,11 +311,7 @@ NONFINITE = {
 
 @pytest.mark.parametrize("solver", ["sequential", "newton-1", "newton-7", "newton"])
 @pytest.mark.parametrize("what", NONFINITE)
-def test_nonfinite(what, solver, request):
-    if (what, solver) in HIDDEN:
-        request.applymarker(ENDS_HIDDEN)
-    if (what, solver) == ("h0-nan", "newton-1"):
-        pytest.xfail(HANGS)
+def test_nonfinite(what, solver):
     result, p, xs, h0, first = NONFINITE[what]
 
     def run(throw):
@@ -490,7 +453,6 @@ def test_only_the_sequence_that_fails_is_reported(solver):
         jax.block_until_ready(run(throw=True).states)
 
 
-@pytest.mark.xfail(strict=True, reason="the cause is sought in the whole batch")
 @pytest.mark.parametrize("solver", ["sequential", "newton-7"])
 def test_each_sequence_has_its_own_cause(solver):
     """One sequence with a NaN in its inputs, one that overflows, one that is fine."""

@@ -272,7 +272,7 @@ class Segments:
             scale = jnp.max(jnp.abs(new), axis=-1)
             close = correction <= small * scale + self.atol
             close = close & ~jnp.any(broken, axis=-1)
-            done = jnp.all(close | _behind_overflow(ends), axis=0)
+            done = jnp.all(close | _overflowed(ends), axis=0)
             axes = (0, new.ndim - 1)
             history = carry.history
             if self.solver.history:
@@ -326,7 +326,7 @@ class Segments:
             states=tuple(self._join(s) for s in states),
             residual=jnp.max(residuals, axis=0, initial=0),
             certified=jnp.all(small, axis=0),
-            ended=jnp.all(small | _behind_overflow(ends), axis=0),
+            ended=jnp.all(small | _overflowed(ends), axis=0),
             carry=carry,
         )
 
@@ -335,11 +335,11 @@ class Segments:
         return x.reshape(self.count * self.length, *x.shape[2:])[: self.steps]
 
 
-def _behind_overflow(ends: Array) -> Bool[Array, " segments *batch"]:
-    """Which segments follow an end that is not finite, that one included.
+def _overflowed(ends: Array) -> Bool[Array, " segments *batch"]:
+    """Which segments have an end that is not finite.
 
-    If all starts before it have converged, the trajectory itself is not finite there:
-    no further step changes that, and what follows does not matter.
+    If its start has converged, the trajectory itself is not finite there, and no
+    further step changes that. What follows is solved for as if the state had been
+    restarted; a reset behind it makes that right, and the result says what happened.
     """
-    overflow = ~jnp.all(jnp.isfinite(ends), axis=-1)
-    return jnp.cumsum(overflow, axis=0, dtype=jnp.int32) > 0
+    return ~jnp.all(jnp.isfinite(ends), axis=-1)
