@@ -62,7 +62,7 @@ class Timings:
 
 
 def time_in_turn(programs: dict[str, Program], *args, quick: bool) -> Timings:
-    """Run the programs A B A B ... after a call each to warm up."""
+    """Run the programs A B A B ..., each sample after an untimed call."""
     for program in programs.values():
         program(*args)
     once = {name: _sample(program, args, 1) for name, program in programs.items()}
@@ -75,6 +75,10 @@ def time_in_turn(programs: dict[str, Program], *args, quick: bool) -> Timings:
     samples: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, program in programs.items():
+            # The program before may have left the caches and the allocator in another
+            # state than this one does: two compilations of one program differed by
+            # half where one of them always followed the associative scan.
+            program(*args)
             samples[name].append(_sample(program, args, calls[name]))
     return Timings(samples)
 

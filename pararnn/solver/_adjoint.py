@@ -60,7 +60,7 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
         # Not measured yet: a serial step costs kernel launches there, so chunks are
         # long and Jacobians formed for as long as they fit.
         return Plan(structure.size <= 64, _divisor(steps, max(16, steps // 8)))
-    target = max(16, min(2**12 // max(1, structure.width), steps // 8))
+    target = max(16, min(2**12 // max(1, structure.width), steps // 16))
     if adjoint == "sweep":
         return Plan(False, _divisor(steps, target))
     return Plan(structure.size <= 4, _divisor(steps, target))

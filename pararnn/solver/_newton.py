@@ -292,8 +292,6 @@ class Segments:
                 history=history,
             )
 
-        if self.count == 1:
-            return carry
         return lax.while_loop(unfinished, newton_step, carry)
 
     def finish(self, carry: Carry) -> Attempt:

@@ -191,6 +191,8 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
         return solve_sequentially(batch, parameters, inputs, h0)
 
     def newton(solver: Newton, max_steps):
+        if min(solver.segments or steps, steps) == 1:
+            return sequential()
         return solve_newton(
             batch, parameters, inputs, h0, guess, config.structure, solver, max_steps
         )
