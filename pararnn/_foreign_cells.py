@@ -55,20 +55,26 @@ class FlaxCell(eqx.Module):
 
 
 class FunctionCell(eqx.Module):
-    """Any callable `f(h, x) -> h`, with a stated fresh state."""
+    """Any callable `f(h, x) -> h`, with a fresh state or an output of one's own."""
 
     function: Callable[[PyTree, PyTree], PyTree]
-    fresh: PyTree[Array]
+    fresh: PyTree[Array] | None
     emit: Callable[[PyTree], Any] | None
 
     def __call__(self, state: PyTree[Array], x: PyTree[Array]) -> PyTree[Array]:
         return self.function(state, x)
 
     def init_state(self) -> PyTree[Array]:
+        if self.fresh is None:
+            return self.function.init_state()  # pyright: ignore[reportFunctionMemberAccess]
         return self.fresh
 
     def output(self, state: PyTree[Array]) -> Any:
-        return state if self.emit is None else self.emit(state)
+        if self.emit is not None:
+            return self.emit(state)
+        if hasattr(self.function, "output"):
+            return self.function.output(state)  # pyright: ignore[reportFunctionMemberAccess]
+        return state
 
 
 def as_cell(
@@ -89,18 +95,15 @@ def as_cell(
         adapted = EquinoxCell(cell)
     elif nnx is not None and isinstance(cell, nnx.Module):
         adapted = FlaxCell(cell)
-    elif hasattr(cell, "init_state") and hasattr(cell, "output"):
+    elif hasattr(cell, "init_state") or init_state is not None:
         adapted = cell
-    elif init_state is None:
+    else:
         raise ValueError(
             f"RNN: the cell {cell!r:.60} does not say what its fresh state is. Pass "
             "`init_state=`, a pytree of arrays, for instance "
-            "`init_state=jnp.zeros(width)`; or give the cell the methods "
-            "`init_state()` and `output(state)`."
+            "`init_state=jnp.zeros(width)`; or give the cell a method `init_state()`."
         )
-    else:
-        return FunctionCell(cell, init_state, output)
-    if init_state is not None or output is not None:
-        fresh = adapted.init_state() if init_state is None else init_state
-        return FunctionCell(adapted, fresh, output or adapted.output)
-    return adapted
+    complete = hasattr(adapted, "init_state") and hasattr(adapted, "output")
+    if complete and init_state is None and output is None:
+        return adapted
+    return FunctionCell(adapted, init_state, output)

@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from pararnn import Newton, Sequential, solve
+from pararnn import Newton, Sequential, jacobian_structure, solve
 from tests.problems import CELLS, assert_close, instance, scan, some_resets
 
 # Primes, so that chunks of time have a remainder.
@@ -351,3 +351,32 @@ def test_memory_of_the_gradient_does_not_grow_with_newton_steps():
     few = gradient_memory(solver=Newton(64), max_steps=2)
     many = gradient_memory(solver=Newton(64), max_steps=60)
     assert many <= 1.05 * few
+
+
+@jax.custom_jvp
+def spike(h):
+    return jnp.sign(h)
+
+
+@spike.defjvp
+def _(primals, tangents):
+    return spike(*primals), tangents[0] / (1 + jnp.abs(primals[0])) ** 2
+
+
+def test_a_surrogate_rule_counts_in_the_structure():
+    # The body of `spike` depends on nothing; its rule couples all channels.
+    weights = jr.normal(jr.key(0), (5, 5)) * 0.4
+    xs, h0 = jr.normal(jr.key(1), (40, 5)), jnp.zeros(5)
+
+    def cell(h, x):
+        return weights @ spike(h) + 0.3 * jnp.tanh(h) + x
+
+    def loop(xs):
+        return jax.lax.scan(lambda h, x: (cell(h, x),) * 2, h0, xs)[1]
+
+    def gradient(states):
+        return jax.jit(jax.grad(lambda xs: jnp.sum(jnp.sin(states(xs)))))(xs)
+
+    found = gradient(lambda xs: solve(cell, xs, h0).states)
+    assert repr(jacobian_structure(cell, xs[0], h0)) == "Dense"
+    np.testing.assert_allclose(found, gradient(loop), rtol=1e-10, atol=1e-12)

@@ -303,3 +303,10 @@ def test_bidirectional_cannot_decode():
     layer = Bidirectional(*PAIRS["GRU, LSTM"]())
     with pytest.raises(NotImplementedError, match="starts at the end"):
         layer.step(inputs()[0], layer.init_state())
+
+
+def test_a_fresh_state_of_ones_own_adds_no_second_copy_of_the_cell():
+    cell = pararnn.GRUCell(3, 4, key=jr.key(0))
+    count = len(jax.tree.leaves(eqx.filter(cell, eqx.is_array)))
+    layer = pararnn.RNN(cell, init_state=jnp.ones(4))
+    assert len(jax.tree.leaves(eqx.filter(layer, eqx.is_array))) == count + 1

@@ -523,3 +523,32 @@ def test_solve_equals_a_numpy_loop(steps, width, dtype, segments, mask, seed):
     rtol = 1e-11 if dtype == np.float64 else 3e-5
     np.testing.assert_allclose(sol.states, np.stack(wanted), rtol=0, atol=rtol)
     assert isinstance(sol, pararnn.Solution)
+
+
+def leaky_pair(h, x):
+    return h[0] + x, 0.5 * h[1] + h[0]
+
+
+SEEN = {
+    "later leaf": lambda states: states[1],
+    "first leaf": lambda states: states[0],
+    "steps before the failure": lambda states: states[1][:2],
+}
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_failure_raises_whatever_is_looked_at(seen, batched):
+    def run(xs):
+        return SEEN[seen](solve(leaky_pair, xs, (0.0, 0.0)).states)
+
+    run = jax.jit(jax.vmap(run) if batched else run)
+    good = jnp.ones((2, T) if batched else T)
+    jax.block_until_ready(run(good))
+    with pytest.raises(Exception, match="NaN or an infinity"):
+        jax.block_until_ready(run(good.at[..., 5].set(jnp.nan)))
+
+
+def test_one_segment_keeps_the_history_it_was_asked_for():
+    sol = solve(lambda h, x: 0.5 * h + x, jnp.ones(T), 0.0, solver=Newton(1, history=3))
+    assert sol.stats["residual_history"].shape == (3,)

@@ -321,3 +321,22 @@ def test_a_declaration_of_another_width_is_refused(width):
     dense = Structure(np.arange(width)[None], width)
     with pytest.raises(ValueError, match="of a state with"):
         solve(cell.f(parameters), xs, h0, solver=Newton(), structure=dense)
+
+
+def test_a_primitive_without_a_rule_counts_as_coupling_everything():
+    def cell(h, x):
+        return jnp.fft.irfft(jnp.fft.rfft(h) * 0.5, n=5) + x
+
+    assert repr(jacobian_structure(cell, jnp.zeros(5), jnp.zeros(5))) == "Dense"
+
+
+def test_a_domain_error_of_the_probe_proves_nothing():
+    wide = jnp.ones(96)
+    found = jacobian_structure(lambda h, x: h * jnp.log(x), wide, wide)
+    assert repr(found) == "Diagonal"
+
+
+@pytest.mark.parametrize("blocks", [[[0, 1], [1, 2]], [[0], [1]], [0, 1, 2]])
+def test_blocks_that_are_no_partition_are_refused(blocks):
+    with pytest.raises(ValueError, match="exactly once"):
+        Structure(np.array(blocks), 3)

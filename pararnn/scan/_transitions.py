@@ -79,6 +79,15 @@ def _same_class(first: AbstractTransition, later: AbstractTransition) -> None:
         )
 
 
+def _same_blocks(first: AbstractTransition, later: AbstractTransition) -> None:
+    _same_class(first, later)
+    if first.values.shape[1:] != later.values.shape[1:]:
+        raise ValueError(
+            f"Cannot compose transitions of shapes {first.values.shape} and "
+            f"{later.values.shape} (time first): they act on different states."
+        )
+
+
 def _reject(
     transition: AbstractTransition, state_shape: tuple[int, ...], expected: str
 ) -> ValueError:
@@ -121,7 +130,7 @@ class Diagonal(AbstractTransition):
         return multiply(_append_axes(self.values, x.ndim), x)
 
     def compose(self, later):
-        _same_class(self, later)
+        _same_blocks(self, later)
         return Diagonal(later.values * self.values)
 
     def transpose(self):
@@ -166,7 +175,7 @@ class Scalar(AbstractTransition):
         return multiply(_append_axes(self.values, x.ndim), x)
 
     def compose(self, later):
-        _same_class(self, later)
+        _same_blocks(self, later)
         return Scalar(later.values * self.values)
 
     def transpose(self):
@@ -208,7 +217,7 @@ class BlockDiagonal(AbstractTransition):
         return multiply_matrices(self.values, split).reshape(x.shape)
 
     def compose(self, later):
-        _same_class(self, later)
+        _same_blocks(self, later)
         return BlockDiagonal(multiply_matrices(later.values, self.values))
 
     def transpose(self):
@@ -256,7 +265,7 @@ class Dense(AbstractTransition):
         return BlockDiagonal(self.values[:, None]).mv(x)
 
     def compose(self, later):
-        _same_class(self, later)
+        _same_blocks(self, later)
         return Dense(multiply_matrices(later.values, self.values))
 
     def transpose(self):

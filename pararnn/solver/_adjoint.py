@@ -49,10 +49,9 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
 
     A chunk's temporaries should stay in cache, and be a small part of the whole, so
     that the memory of the gradient is that of the states. Measured on the CPU named in
-    docs/benchmarks.md (value and gradient at T = 16384 against `lax.scan`; group
-    `adjoint` of the benchmarks measures it again): chunks of 2**10 to 2**14 numbers
-    differ by less than the noise, 2**16 is 1.2 x slower; materialised Jacobians win up
-    to blocks of 4 and lose from 32 on.
+    docs/benchmarks.md (value and gradient at T = 16384 against `lax.scan`): chunks of
+    2**10 to 2**14 numbers differ by less than the noise, 2**16 is 1.2 x slower;
+    materialised Jacobians win up to blocks of 4 and lose from 32 on.
     """
     if adjoint == "parallel":
         return Plan(True, steps)

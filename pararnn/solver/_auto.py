@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ._newton import Newton
+from ._newton import Newton, check_tolerances
 
 
 class Auto(eqx.Module):
@@ -35,10 +35,15 @@ class Auto(eqx.Module):
     `stats["sequential"]` says so.
 
     **Arguments:** `rtol`, `atol`, as for [`pararnn.Newton`][].
+
+    **Raises:** `ValueError` for negative tolerances.
     """
 
     rtol: float | None = eqx.field(static=True, default=None)
     atol: float | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        check_tolerances("Auto", self.rtol, self.atol)
 
 
 class Attempt(NamedTuple):

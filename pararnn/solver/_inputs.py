@@ -28,9 +28,7 @@ def as_step(cell: Callable) -> Callable:
     return cell
 
 
-def make_recurrence(
-    where: str, f: Callable, xs: PyTree, h0: PyTree, has_reset: bool = False
-) -> Recurrence:
+def make_recurrence(where: str, f: Callable, xs: PyTree, h0: PyTree) -> Recurrence:
     """Trace the cell, and refuse one that does not map states to states."""
     if not callable(f):
         raise TypeError(
@@ -42,7 +40,7 @@ def make_recurrence(
     _check_state(where, h0)
     f = as_step(f)
     try:
-        recurrence = Recurrence(f, xs, h0, has_reset)
+        recurrence = Recurrence(f, xs, h0)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
@@ -57,7 +55,7 @@ def make_recurrence(
     return recurrence
 
 
-def count_steps(where: str, xs: PyTree, length: int | None = None) -> int:
+def count_steps(where: str, xs: PyTree) -> int:
     """The common leading axis of the inputs."""
     lengths = {}
     for path, leaf in jtu.tree_leaves_with_path(xs):
@@ -70,13 +68,11 @@ def count_steps(where: str, xs: PyTree, length: int | None = None) -> int:
             )
         lengths[name] = jnp.shape(leaf)[0]
     if not lengths:
-        if length is None:
-            raise ValueError(
-                f"{where}: `xs` holds no arrays, so the number of steps is unknown. "
-                "For a cell without inputs pass something that has a length, for "
-                "instance `xs=jnp.arange(T)`, and ignore it in the cell."
-            )
-        return length
+        raise ValueError(
+            f"{where}: `xs` holds no arrays, so the number of steps is unknown. "
+            "For a cell without inputs pass something that has a length, for "
+            "instance `xs=jnp.arange(T)`, and ignore it in the cell."
+        )
     if len(set(lengths.values())) > 1:
         raise ValueError(
             f"{where}: the leaves of `xs` differ in their leading (time) axis: "

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
@@ -29,7 +30,14 @@ from ._structure import Structure
 
 
 class Newton(eqx.Module):
-    """Newton's method, `segments` stretches of time in parallel.
+    r"""Newton's method, `segments` stretches of time in parallel.
+
+    From guesses $s_i$ of the states that the S segments start from, the segments are
+    stepped side by side to their ends $\varphi_i(s_i)$ with Jacobians $P_i$; the
+    correction $\delta_{i+1} = P_i \delta_i + \varphi_i(s_i) - s_{i+1}$ is a linear
+    recurrence. S = T is the method of DEER (Lim et al. 2023, 2309.12252) and ParaRNN
+    (Danieli et al. 2025, 2510.21450). All segments have the same length, rounded up, so
+    there may be fewer than asked for.
 
     **Arguments:**
 
@@ -39,6 +47,9 @@ class Newton(eqx.Module):
         max-norm over the state, is at most `atol + rtol * max|h_t|`. Default: 64 and 1
         times the rounding of the state's dtype.
     - `history`: how many steps of the residual history to keep in `stats`.
+
+    **Raises:** `ValueError` for counts that are not whole numbers in range, and for
+    negative tolerances.
     """
 
     segments: int | None = eqx.field(static=True, default=None)
@@ -47,19 +58,30 @@ class Newton(eqx.Module):
     history: int = eqx.field(static=True, default=0)
 
     def __check_init__(self):
-        if self.segments is not None and (
-            not isinstance(self.segments, int) or self.segments < 1
+        if self.segments is not None and not (
+            is_count(self.segments) and self.segments >= 1
         ):
             raise ValueError(
                 f"Newton: `segments` is {self.segments!r}; expected a whole number "
                 "from 1 to the number of steps, or None for one segment a step."
             )
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"Newton: `{name}` is {value!r}; expected >= 0.")
-        if self.history < 0:
-            raise ValueError(f"Newton: `history` is {self.history!r}; expected >= 0.")
+        check_tolerances("Newton", self.rtol, self.atol)
+        if not (is_count(self.history) and self.history >= 0):
+            raise ValueError(
+                f"Newton: `history` is {self.history!r}; expected a whole number >= 0."
+            )
+
+
+def is_count(value) -> bool:
+    """Whether a whole number, which a bool is not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_tolerances(where: str, rtol: float | None, atol: float | None) -> None:
+    """Refuse tolerances that are negative or NaN."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{where}: `{name}` is {value!r}; expected >= 0.")
 
 
 class Carry(NamedTuple):
@@ -313,10 +335,13 @@ class Segments:
         ends = self._ravel(ends)[:-1]
         defects = jnp.abs(ends - carry.starts[1:])
         # Each segment ends where the next one starts, unless it has no finite end.
-        states = tuple(
-            s.at[-1, :-1].set(jnp.where(jnp.isfinite(s[-1, :-1]), h[1:], s[-1, :-1]))
-            for s, h in zip(states, starts, strict=True)
-        )
+        lost = _overflowed(ends)
+
+        def join(s, h):
+            mask = lost.reshape(lost.shape + (1,) * (h.ndim - lost.ndim))
+            return s.at[-1, :-1].set(jnp.where(mask, s[-1, :-1], h[1:]))
+
+        states = tuple(join(s, h) for s, h in zip(states, starts, strict=True))
         residuals = jnp.max(defects, axis=-1)
         scale = jnp.max(jnp.abs(carry.starts[1:]), axis=-1)
         small = residuals <= self.atol + self.rtol * scale
@@ -324,7 +349,7 @@ class Segments:
             states=tuple(self._join(s) for s in states),
             residual=jnp.max(residuals, axis=0, initial=0),
             certified=jnp.all(small, axis=0),
-            ended=jnp.all(small | _overflowed(ends), axis=0),
+            ended=jnp.all(small | lost, axis=0),
             carry=carry,
         )
 

@@ -14,9 +14,6 @@ from jaxtyping import Array, PyTree
 
 from ..scan import promote
 
-# (parameters, state leaves, inputs of one step) -> state leaves
-Step = Callable[[Any, Any, Any], Any]
-
 
 class Recurrence:
     r"""`h_t = f(h_{t-1}, x_t)` as data: what `f` computes, and what it closes over.
@@ -32,7 +29,7 @@ class Recurrence:
     solver and every derivative has resets, and none has to know of them.
     """
 
-    def __init__(self, f: Callable, xs: PyTree, h0: PyTree, has_reset: bool):
+    def __init__(self, f: Callable, xs: PyTree, h0: PyTree):
         self.state_leaves, self.state_tree = jtu.tree_flatten(
             jtu.tree_map(_shape_dtype, h0)
         )
@@ -57,12 +54,13 @@ class Recurrence:
         self._constants = constants
         self.key_kinds = [
             jax.random.key_impl(v) if is_key(v) else None
-            for v in (*constants, *map(jnp.asarray, x_leaves))
+            for v in (*constants, *x_leaves)
         ]
         self.x_structs = x_structs
-        self.has_reset = has_reset
         self.output = out
-        self.has_custom_vjp = "custom_vjp_call" in _primitives(self.jaxpr)
+        primitives = _primitives(self.jaxpr)
+        self.has_custom_vjp = "custom_vjp_call" in primitives
+        self.has_custom_jvp = "custom_jvp_call" in primitives
 
     def release_constants(self) -> list[Array]:
         """The values the cell closed over, once: they may be tracers, which nothing
@@ -187,7 +185,8 @@ def _known_value(x) -> np.ndarray | None:
 
 def is_key(x) -> bool:
     """Whether `x` holds random keys, which have a dtype of their own."""
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _is_inexact(x) -> bool:

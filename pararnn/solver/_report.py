@@ -79,23 +79,29 @@ def report(batch: Batch, stats, states, arguments, shape) -> Report:
 
 
 def raise_on_failure(states, good, find_code: Callable[[], Array], *, time_axis: int):
-    """`states`, which cannot be had without the check that all is `good`.
+    """`states`, no part of which can be had without the check that all is `good`.
 
     Raising here, below every transformation, costs a batch one check, and the
-    derivative none. Only the last step passes through the check: a whole trajectory
-    would be copied by it.
+    derivative none. The trajectories themselves do not pass through the check, which
+    would copy them: each has its last step written once more, at a place that only the
+    check knows, so that the compiler can leave the check out for none of them.
     """
-    last = (slice(None),) * time_axis + (-1,)
 
-    def fail(x):
+    def fail(shift):
         code = find_code()
         messages = [RESULTS[failure] for failure in FAILURES]
-        return eqxi.branched_error_if(x, code != 0, jnp.max(code) - 1, messages)
+        return eqxi.branched_error_if(shift, code != 0, jnp.max(code) - 1, messages)
 
     # The search for the cause stands inside the check: a call that succeeds passes one
     # conditional, not two.
-    checked = lax.cond(good, lambda x: x, fail, states[0][last])
-    return states[0].at[last].set(checked), *states[1:]
+    shift = lax.cond(good, lambda shift: shift, fail, jnp.zeros((), jnp.int32))
+    place = jnp.asarray(states[0].shape[time_axis] - 1, jnp.int32) + shift
+
+    def rewrite(leaf):
+        last = lax.index_in_dim(leaf, -1, time_axis, keepdims=False)
+        return lax.dynamic_update_index_in_dim(leaf, last, place, time_axis)
+
+    return tuple(rewrite(leaf) for leaf in states)
 
 
 def _which_are_finite(parameters, h0, x):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, PyTree
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
 from ._auto import Auto, as_newton, choose_attempt, with_fallback
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
-from ._newton import Newton, solve_newton
+from ._newton import Newton, is_count, solve_newton
 from ._recurrence import Batch, Recurrence
 from ._report import as_result, raise_on_failure, report
 from ._sequential import Sequential, solve_sequentially
@@ -59,8 +59,9 @@ def solve(
     - `reset_state`: like `h0`; zeros if not given.
     - `initial_guess`: a trajectory like the states, for Newton to start from. Only
         speed depends on it, and no derivative.
-    - `max_steps`: limit on Newton steps; `None` is the number of segments, after which
-        the answer is exact.
+    - `max_steps`: limit on Newton steps. With `Newton`, `None` is the number of
+        segments, after which the answer is exact but for rounding; `Auto` then tries
+        the few steps that it can afford.
     - `structure`: a claim about `∂f/∂h`, `"diagonal"`, `"dense"` or a
         [`pararnn.Structure`][]; it is checked. Found automatically if not given.
     - `adjoint`: how derivatives are solved: `"parallel"` (all Jacobians formed at
@@ -76,8 +77,8 @@ def solve(
     """
     where = "solve"
     _check_options(where, solver, adjoint, max_steps)
+    recurrence = make_recurrence(where, f, xs, h0)
     h0 = jtu.tree_map(jnp.asarray, h0)
-    recurrence = make_recurrence(where, f, xs, h0, reset is not None)
     steps = count_steps(where, xs)
     fresh = check_resets(where, recurrence, reset, reset_state, steps)
     if structure is not None:
@@ -192,7 +193,9 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
 
     def newton(solver: Newton, max_steps):
         if min(solver.segments or steps, steps) == 1:
-            return sequential()
+            states, stats = sequential()
+            empty = jnp.full((solver.history, *shape), jnp.nan, config.recurrence.dtype)
+            return states, stats | {"residual_history": empty}
         return solve_newton(
             batch, parameters, inputs, h0, guess, config.structure, solver, max_steps
         )
@@ -229,7 +232,7 @@ def _check_options(where: str, solver: Any, adjoint: Any, max_steps: Any) -> Non
         raise ValueError(
             f"{where}: unknown adjoint {adjoint!r}; there are {', '.join(ADJOINTS)}."
         )
-    if max_steps is not None and (not isinstance(max_steps, int) or max_steps < 1):
+    if max_steps is not None and not (is_count(max_steps) and max_steps >= 1):
         raise ValueError(
             f"{where}: `max_steps` is {max_steps!r}; expected a whole number >= 1, or "
             "None for as many as can ever be needed."

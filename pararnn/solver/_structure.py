@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from ._inputs import make_recurrence
 from ._recurrence import Recurrence, _is_inexact, _subjaxprs, is_key
 
 # From this width on, a dense cell is recognised by two numerical derivatives before
@@ -46,6 +47,15 @@ class Structure:
     """
 
     def __init__(self, blocks: np.ndarray, width: int):
+        blocks = np.asarray(blocks)
+        listed = np.sort(blocks[blocks != width])
+        if blocks.ndim != 2 or not np.array_equal(listed, np.arange(width)):
+            raise ValueError(
+                f"Structure: `blocks` must be an integer array [number, size] that "
+                f"holds each of 0 .. {width - 1} exactly once, and {width} in the "
+                f"empty places; got {blocks!r:.200}. Another would give wrong "
+                "Jacobians."
+            )
         self.blocks = blocks
         self.width = width
 
@@ -66,8 +76,10 @@ class Structure:
         return {"diagonal": "Diagonal", "dense": "Dense"}[self.kind]
 
     def __eq__(self, other):
-        return isinstance(other, Structure) and np.array_equal(
-            self.blocks, other.blocks
+        return (
+            isinstance(other, Structure)
+            and self.width == other.width
+            and np.array_equal(self.blocks, other.blocks)
         )
 
     def __hash__(self):
@@ -94,8 +106,6 @@ def jacobian_structure(f: Callable, x: PyTree, h: PyTree) -> Structure:
 
     **Raises:** as [`pararnn.solve`][] for a cell that does not map states to states.
     """
-    from ._inputs import make_recurrence
-
     xs = jtu.tree_map(lambda v: jnp.asarray(v)[None], x)
     return find_structure(make_recurrence("jacobian_structure", f, xs, h))
 
@@ -111,12 +121,14 @@ def find_structure(recurrence: Recurrence) -> Structure:
             if width >= _PROBE_FROM and _is_dense(recurrence):
                 _cache[key] = np.arange(width)[None]
             else:
-                _cache[key] = _blocks(_pattern(recurrence), width)
+                _cache[key] = _blocks(recurrence)
     return Structure(_cache[key], width)
 
 
 def declared_structure(declared: Any, recurrence: Recurrence) -> Structure:
     """A structure that the user stated, refused unless it covers the one found."""
+    if declared == "dense":
+        return Structure(np.arange(recurrence.width)[None], recurrence.width)
     found = find_structure(recurrence)
     if isinstance(declared, Structure):
         if declared.width != recurrence.width:
@@ -128,8 +140,6 @@ def declared_structure(declared: Any, recurrence: Recurrence) -> Structure:
         blocks = declared.blocks
     elif declared == "diagonal":
         blocks = np.arange(recurrence.width)[:, None]
-    elif declared == "dense":
-        blocks = np.arange(recurrence.width)[None]
     else:
         raise ValueError(
             f"`structure` is {declared!r}; it may be 'diagonal', 'dense', or a "
@@ -164,16 +174,20 @@ def _picture(structure: Structure, width: int) -> str:
     return f"Pattern found (first {shown} states):\n" + "\n".join(rows)
 
 
-def _blocks(pattern: tuple[np.ndarray, np.ndarray], width: int) -> np.ndarray:
-    rows, columns = pattern
+def _blocks(recurrence: Recurrence) -> np.ndarray:
+    width = recurrence.width
+    try:
+        rows, columns = _pattern(recurrence)
+    except NotImplementedError:
+        # A primitive that asdex has no rule for: everything may depend on everything.
+        return np.arange(width)[None]
     graph = coo_matrix((np.ones(len(rows)), (rows, columns)), (width, width))
     count, label = connected_components(graph, directed=False)
-    if count == width:
-        return np.arange(width)[:, None]
-    sizes = np.bincount(label)
+    sizes = np.bincount(label, minlength=count)
     blocks = np.full((count, sizes.max()), width)
-    for i in range(count):
-        blocks[i, : sizes[i]] = np.flatnonzero(label == i)
+    place = np.arange(width) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    members = np.argsort(label, kind="stable")
+    blocks[label[members], place] = members
     return blocks
 
 
@@ -217,7 +231,14 @@ def _unknown(recurrence: Recurrence):
     ]
 
 
-def _pattern(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
+def _traced(recurrence: Recurrence):
+    """The function whose pattern is sought, of its first argument, and its arguments.
+
+    asdex reads the body of a `custom_jvp` function, but its derivative is the rule: a
+    spike with a surrogate gradient depends on nothing by the one and on its argument by
+    the other. In the JVP, as a function of the tangent, the rule stands in its place.
+    """
+    step = _real_step(recurrence)
     zeros = jtu.tree_map(
         lambda s: np.zeros(s.shape, s.dtype),
         (
@@ -226,7 +247,18 @@ def _pattern(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
             _unknown(recurrence),
         ),
     )
-    pattern = asdex.jacobian_sparsity(_real_step(recurrence), *zeros, argnums=0)
+    if not recurrence.has_custom_jvp:
+        return step, zeros
+
+    def tangent(dv, v, x, unknown):
+        return jax.jvp(lambda v: step(v, x, unknown), (v,), (dv,))[1]
+
+    return tangent, (zeros[0], *zeros)
+
+
+def _pattern(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
+    function, zeros = _traced(recurrence)
+    pattern = asdex.jacobian_sparsity(function, *zeros, argnums=0)
     return np.asarray(pattern.rows), np.asarray(pattern.cols)
 
 
@@ -263,7 +295,11 @@ def _is_dense(recurrence: Recurrence) -> bool:
         return pull(jnp.asarray(last, out.dtype))[0], column
 
     row, column = probe(v, x, constants)
-    return bool(np.all(np.asarray(row) != 0) or np.all(np.asarray(column) != 0))
+
+    def full(d):
+        return bool(np.all(np.isfinite(d) & (np.asarray(d) != 0)))
+
+    return full(row) or full(column)
 
 
 def _fingerprint(recurrence: Recurrence) -> str:
@@ -314,6 +350,10 @@ def _fingerprint(recurrence: Recurrence) -> str:
                     parameter(eqn.params[key])
         add([name(v) for v in program.outvars])
 
+    if recurrence.has_custom_jvp:
+        # The rules take part in the pattern, so they must in the text.
+        function, zeros = _traced(recurrence)
+        parameter(jax.make_jaxpr(function)(*zeros))
     jaxpr(recurrence.jaxpr)
     for known in recurrence.known:
         add(None if known is None else (known.shape, str(known.dtype), known.tobytes()))
