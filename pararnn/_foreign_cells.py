@@ -19,8 +19,12 @@ class EquinoxCell(eqx.Module):
         return self.cell(x, state)
 
     def init_state(self) -> PyTree[Array]:
-        zeros = jnp.zeros(self.cell.hidden_size, self.cell.weight_hh.dtype)
-        return (zeros, zeros) if isinstance(self.cell, eqx.nn.LSTMCell) else zeros
+        def zeros():
+            return jnp.zeros(self.cell.hidden_size, self.cell.weight_hh.dtype)
+
+        if isinstance(self.cell, eqx.nn.LSTMCell):
+            return zeros(), zeros()
+        return zeros()
 
     def output(self, state: PyTree[Array]) -> Array:
         return state[0] if isinstance(self.cell, eqx.nn.LSTMCell) else state

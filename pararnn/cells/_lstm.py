@@ -131,8 +131,10 @@ class LSTMCell(AbstractCell):
 
     def init_state(self) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
         """Zeros $(c, h)$, each `[d_state]`, at least float32."""
-        zero = zeros(self.d_state, self.W_hi.dtype)
-        return zero, zero
+        # Two buffers: one given twice could not be donated.
+        return zeros(self.d_state, self.W_hi.dtype), zeros(
+            self.d_state, self.W_hi.dtype
+        )
 
     def output(
         self, state: tuple[Float[Array, " d_state"], Float[Array, " d_state"]]

@@ -123,8 +123,8 @@ class ParaLSTMCell(AbstractCell):
 
     def init_state(self) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
         """Zeros $(c, h)$, each `[d_state]`, at least float32."""
-        zero = zeros(self.d_state, self.a_f.dtype)
-        return zero, zero
+        # Two buffers: one given twice could not be donated.
+        return zeros(self.d_state, self.a_f.dtype), zeros(self.d_state, self.a_f.dtype)
 
     def output(
         self, state: tuple[Float[Array, " d_state"], Float[Array, " d_state"]]
