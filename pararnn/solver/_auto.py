@@ -51,13 +51,16 @@ class Attempt(NamedTuple):
     max_steps: int
 
 
-def choose_attempt(steps: int, channels: int) -> Attempt | None:
+def choose_attempt(steps: int, channels: int, differentiated: bool) -> Attempt | None:
     """Newton's segments and steps, or `None` for the sequential loop at once.
 
-    **Arguments:** `channels` counts the numbers in one step's state, batch included.
+    **Arguments:** `channels` counts the numbers in one step's state, batch included;
+    `differentiated`, whether a derivative is taken of this solve.
     """
     if jax.default_backend() == "cpu":
-        if channels > 1 or steps < 4096:
+        # Newton's segments are copies of the inputs. Beside a gradient, where the
+        # forward pass is the smaller part, they would be half of the memory.
+        if channels > 1 or steps < 4096 or differentiated:
             return None
         return Attempt(segments=256, max_steps=3)
     if steps < 64:

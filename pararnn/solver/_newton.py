@@ -90,6 +90,7 @@ class Carry(NamedTuple):
     starts: Array  # [S, *batch, width]
     num_steps: Array  # int [*batch]
     done: Bool[Array, "*batch"]
+    correction: Array  # [*batch], the last one, relative
     nonfinite: Array  # int [*batch]
     history: Array  # [history, *batch]
 
@@ -189,6 +190,7 @@ class Segments:
             starts=jnp.concatenate([self.h0[None], starts]),
             num_steps=jnp.zeros(batch_shape, jnp.int32),
             done=jnp.zeros(batch_shape, bool),
+            correction=jnp.ones(batch_shape, recurrence.dtype),
             nonfinite=jnp.zeros(batch_shape, jnp.int32),
             history=jnp.full(
                 (self.solver.history, *batch_shape), jnp.nan, recurrence.dtype
@@ -260,8 +262,11 @@ class Segments:
     def iterate(self, carry: Carry, limit: int) -> Carry:
         """Newton steps until every correction is small, or the limit is reached."""
         # Convergence is quadratic: a correction below the square root of the tolerance
-        # leaves an error below the tolerance, which the certificate then checks.
+        # leaves an error below the tolerance. So does one that, shrinking at the rate
+        # of the last two, would be followed by one below the tolerance. Either is only
+        # a forecast: the certificate decides.
         small = 0.1 * math.sqrt(self.rtol)
+        tiny = self.atol / small if small else self.atol
 
         def active(carry: Carry):
             return ~carry.done & (carry.num_steps < limit)
@@ -290,11 +295,13 @@ class Segments:
             new = jnp.where(jnp.isfinite(new), new, self.restart)
             # Each start against its own size: one that runs away must not excuse the
             # others.
-            correction = jnp.max(jnp.abs(new - old), axis=-1)
-            scale = jnp.max(jnp.abs(new), axis=-1)
-            close = correction <= small * scale + self.atol
-            close = close & ~jnp.any(broken, axis=-1)
-            done = jnp.all(close | _overflowed(ends), axis=0)
+            scale = jnp.max(jnp.abs(new), axis=-1) + tiny
+            correction = jnp.max(jnp.abs(new - old), axis=-1) / scale
+            correction = jnp.where(jnp.any(broken, axis=-1), jnp.inf, correction)
+            correction = jnp.where(_overflowed(ends), 0, correction)
+            correction = jnp.max(correction, axis=0, initial=0)
+            ahead = correction * (correction / carry.correction) ** 2
+            done = (correction <= small) | (ahead <= 0.1 * self.rtol)
             axes = (0, new.ndim - 1)
             history = carry.history
             if self.solver.history:
@@ -309,6 +316,7 @@ class Segments:
                 starts=jnp.concatenate([carry.starts[:1], new]),
                 num_steps=carry.num_steps + counted,
                 done=carry.done | (moving & done),
+                correction=jnp.where(moving, correction, carry.correction),
                 nonfinite=carry.nonfinite
                 + counted * jnp.sum(broken, axes, dtype=jnp.int32),
                 history=history,

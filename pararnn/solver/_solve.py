@@ -1,5 +1,6 @@
 """`solve`: a trajectory, its certificate and its derivative."""
 
+import copy
 import functools as ft
 from collections.abc import Callable
 from typing import Any
@@ -108,7 +109,14 @@ class _Config:
         self.adjoint: Adjoint = adjoint
         self.max_steps: int | None = max_steps
         self.throw: bool = throw
+        self.differentiated = False
         self._declared = structure
+
+    def for_derivative(self) -> "_Config":
+        """The same solve, as the primal of a derivative."""
+        config = copy.copy(self)
+        config.differentiated = True
+        return config
 
     @ft.cached_property
     def structure(self) -> Structure:
@@ -126,7 +134,7 @@ def _evaluate(primals, guess, *, config: _Config):
 @_evaluate.def_jvp
 def _(primals, tangents, *, config: _Config):
     (arguments, guess), (t_arguments, _) = primals, tangents
-    states, stats = _evaluate(arguments, guess, config=config)
+    states, stats = _evaluate(arguments, guess, config=config.for_derivative())
     recurrence = config.recurrence
     if recurrence.has_custom_vjp:
         plan, structure = None, None
@@ -206,7 +214,7 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
         states, stats = newton(solver, config.max_steps)
     else:
         channels = config.recurrence.width * int(np.prod(shape))
-        attempt = choose_attempt(steps, channels)
+        attempt = choose_attempt(steps, channels, config.differentiated)
         if attempt is None:
             states, stats = sequential()
         else:
