@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Complex, DTypeLike, Float
 
-from pararnn.scan import Diagonal, linear_scan
+from pararnn.scan import Diagonal, linear_scan, promote
 
 
 class AbstractDiagonalLayer(eqx.Module):
@@ -170,8 +170,7 @@ def check_arguments(
 def wide(dtype: DTypeLike) -> np.dtype:
     """The precision to compute in beside parameters of `dtype`: at least float32,
     also where promotion is strict."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(dtype, jnp.float32)
+    return promote(jnp.float32, dtype)
 
 
 def widen(*parameters: Array) -> tuple[Array, ...]:

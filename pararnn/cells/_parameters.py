@@ -7,6 +7,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from ..scan import promote
+
 
 def check_size(where: str, name: str, value) -> int:
     """`value` as an int, or a `ValueError` if it is not a positive integer."""
@@ -84,8 +86,7 @@ def check_input(where: str, x, d_input: int) -> Array:
 
 def wide_dtype(*dtypes: DTypeLike) -> np.dtype:
     """The promoted dtype, at least float32, also where promotion is strict."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(jnp.float32, *dtypes)
+    return promote(jnp.float32, *dtypes)
 
 
 def uniform(

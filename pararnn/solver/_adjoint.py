@@ -166,9 +166,7 @@ def _materialised(recurrence, structure, parameters, before, inputs, d, terms):
 
     def columns(h, x):
         def step(v):
-            return recurrence.ravel(
-                recurrence.step(parameters, recurrence.unravel(v), x)
-            )
+            return recurrence.vector_step(parameters, v, x)
 
         _, push = jax.linearize(step, recurrence.ravel(h))
         return jax.vmap(push)(seeds)
@@ -196,9 +194,7 @@ def _swept(recurrence, structure, parameters, before, inputs, d, terms):
         """What the linearised step needs to be applied, as leaves."""
 
         def step(v):
-            return recurrence.ravel(
-                recurrence.step(parameters, recurrence.unravel(v), x)
-            )
+            return recurrence.vector_step(parameters, v, x)
 
         _, push = jax.linearize(step, recurrence.ravel(h))
         leaves, tree = jtu.tree_flatten(push)

@@ -203,11 +203,7 @@ class Segments:
     def _step(self, h, x):
         """One step of vectors `[segments, *batch, width]`."""
 
-        def one(parameters, h, x):
-            h = self.recurrence.unravel(h)
-            return self.recurrence.ravel(self.recurrence.step(parameters, h, x))
-
-        return self.over.lift(one)(self.parameters, h, x)
+        return self.over.lift(self.recurrence.vector_step)(self.parameters, h, x)
 
     def _push(self, h, x, tangents):
         """One step of states, and of tangents `[size, segments, *batch, width]`.
@@ -218,8 +214,7 @@ class Segments:
 
         def one(parameters, h, x, tangents):
             def step(h):
-                h = recurrence.unravel(h)
-                return recurrence.ravel(recurrence.smooth_step(parameters, h, x))
+                return recurrence.vector_step(parameters, h, x, smooth=True)
 
             ahead, push = jax.linearize(step, h)
             tangents = jax.vmap(push)(tangents)
@@ -299,17 +294,12 @@ class Segments:
             correction = jnp.max(jnp.abs(new - old), axis=-1) / scale
             correction = jnp.where(jnp.any(broken, axis=-1), jnp.inf, correction)
             correction = jnp.where(_overflowed(ends), 0, correction)
-            correction = jnp.max(correction, axis=0, initial=0)
+            correction = jnp.max(correction, axis=0)
             ahead = correction * (correction / carry.correction) ** 2
+            # A step that overflowed was no measure of a rate.
+            ahead = jnp.where(jnp.isfinite(carry.correction), ahead, jnp.inf)
             done = (correction <= small) | (ahead <= 0.1 * self.rtol)
-            axes = (0, new.ndim - 1)
-            history = carry.history
-            if self.solver.history:
-                size = jnp.max(jnp.abs(defects), axes, initial=0)
-                row = jnp.arange(self.solver.history, dtype=jnp.int32)
-                row = row.reshape(-1, *(1,) * self.rank)
-                here = (row == carry.num_steps[None]) & moving[None]
-                history = jnp.where(here, size[None], history)
+            overflowed = jnp.sum(broken, (0, new.ndim - 1), dtype=jnp.int32)
             new = jnp.where(moving[None, ..., None], new, old)
             counted = moving.astype(jnp.int32)
             return Carry(
@@ -317,12 +307,21 @@ class Segments:
                 num_steps=carry.num_steps + counted,
                 done=carry.done | (moving & done),
                 correction=jnp.where(moving, correction, carry.correction),
-                nonfinite=carry.nonfinite
-                + counted * jnp.sum(broken, axes, dtype=jnp.int32),
-                history=history,
+                nonfinite=carry.nonfinite + counted * overflowed,
+                history=self._record(carry, moving, defects),
             )
 
         return lax.while_loop(unfinished, newton_step, carry)
+
+    def _record(self, carry: Carry, moving, defects) -> Array:
+        """The history with the largest defect of each sequence that moves."""
+        if not self.solver.history:
+            return carry.history
+        size = jnp.max(jnp.abs(defects), (0, defects.ndim - 1))
+        row = jnp.arange(self.solver.history, dtype=jnp.int32)
+        row = row.reshape(-1, *(1,) * self.rank)
+        here = (row == carry.num_steps[None]) & moving[None]
+        return jnp.where(here, size[None], carry.history)
 
     def finish(self, carry: Carry) -> Attempt:
         """Step through the segments once more, keep every state, and certify them.
@@ -355,7 +354,7 @@ class Segments:
         small = residuals <= self.atol + self.rtol * scale
         return Attempt(
             states=tuple(self._join(s) for s in states),
-            residual=jnp.max(residuals, axis=0, initial=0),
+            residual=jnp.max(residuals, axis=0),
             certified=jnp.all(small, axis=0),
             ended=jnp.all(small | lost, axis=0),
             carry=carry,

@@ -91,20 +91,21 @@ class Recurrence:
 
     # The vector view: solvers that need a Jacobian see one real vector.
 
+    def vector_step(self, parameters, v: Array, x, *, smooth: bool = False) -> Array:
+        """`step`, or `smooth_step`, from one real vector to the next."""
+        step = self.smooth_step if smooth else self.step
+        return self.ravel(step(parameters, self.unravel(v), x))
+
     @ft.cached_property
     def dtype(self):
         """Real dtype of the vector view, float32 at least."""
-        if not self.state_leaves:
-            return jnp.dtype(jnp.float32)
         dtypes = [s.dtype for s in self.state_leaves]
         return jnp.finfo(promote(jnp.float32, *dtypes)).dtype
 
     @ft.cached_property
     def eps(self) -> float:
         """Rounding of the coarsest leaf of the state: no residual can be below it."""
-        return max(
-            (float(jnp.finfo(s.dtype).eps) for s in self.state_leaves), default=0.0
-        )
+        return max(float(jnp.finfo(s.dtype).eps) for s in self.state_leaves)
 
     @ft.cached_property
     def width(self) -> int:
@@ -118,7 +119,7 @@ class Recurrence:
             parts += [half.reshape(-1).astype(self.dtype) for half in halves]
         if len(parts) == 1:
             return parts[0]
-        return jnp.concatenate(parts) if parts else jnp.zeros(0, self.dtype)
+        return jnp.concatenate(parts)
 
     def unravel(self, v: Array) -> tuple[Array, ...]:
         leaves, at = [], 0
