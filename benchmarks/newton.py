@@ -1,11 +1,12 @@
 """Full Newton, one segment a step, against a textbook DEER loop."""
 
+import functools as ft
 from collections.abc import Iterator
 
 import pararnn
 
 from ._case import Case, Settings
-from ._peers import deer, scan_states
+from ._peers import deer, newton_floor, scan_states
 from ._problems import forward, make_dense_gru, make_diagonal_gru
 from ._timing import (
     compile_all,
@@ -19,7 +20,9 @@ from ._timing import (
 TABLES = {
     "newton": "`pararnn.Newton()`, every step its own segment, against a loop written "
     "from the paper of DEER (Lim et al., 2309.12252); forward, float32. The errors are "
-    "to `lax.scan`."
+    "to `lax.scan`. Floor: one evaluation of the cell and one elementwise `lax.scan` "
+    "for each of Newton's iterations, and one evaluation for the guess; no "
+    "derivatives, no check."
 }
 
 
@@ -52,11 +55,14 @@ def _measure(problem, steps, settings):
     expected = compile_program(forward(problem, scan_states), *args)(*args)
     deer_states, iterations = programs["deer"](*args)
     newton_states, num_steps = programs["newton"](*args)
+    floor = ft.partial(newton_floor, iterations=int(num_steps))
+    programs["floor"] = compile_program(forward(problem, floor), *args)
     times = time_in_turn(programs, *args, quick=settings.quick)
     return {
         "DEER ms": times.ms("deer"),
         "Newton ms": times.ms("newton"),
         "ratio": times.ratio("newton", "deer"),
+        "floor ratio": times.ratio("floor", "deer"),
         "DEER MB": megabytes(programs["deer"]),
         "Newton MB": megabytes(programs["newton"]),
         "memory ratio": memory_ratio(programs["newton"], programs["deer"]),
