@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from . import accuracy, adjoint, linear_scan, newton, scaling, segments, solve
+from . import accuracy, adjoint, linear_scan, methods, newton, scaling, segments, solve
 from ._case import Case, Group, Row, Settings
 from ._report import Results, describe_machine
 from ._summary import render_summary
@@ -21,6 +21,7 @@ GROUPS: dict[str, Group] = {
     "linear_scan": linear_scan,
     "newton": newton,
     "segments": segments,
+    "methods": methods,
     "adjoint": adjoint,
     "scaling": scaling,
     "accuracy": accuracy,

@@ -88,8 +88,9 @@ def make_dense_gru(width: int) -> Problem:
     return Problem("dense GRU", dense_gru, width, 3, True, width**-0.5)
 
 
-def make_elman(width: int) -> Problem:
-    return Problem("dense Elman", elman, width, 1, True, 0.5 * width**-0.5)
+def make_elman(width: int, gain: float = 0.5) -> Problem:
+    """`gain` scales the recurrent matrix: from 1 or so on the cell is chaotic."""
+    return Problem("dense Elman", elman, width, 1, True, gain * width**-0.5)
 
 
 FIVE = (

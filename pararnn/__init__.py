@@ -1,5 +1,9 @@
 """Nonlinear and linear recurrences, parallel in time, on JAX."""
 
+from ._lineax import (
+    BlockBidiagonalLinearOperator as BlockBidiagonalLinearOperator,
+    ParallelScan as ParallelScan,
+)
 from ._rnn import RNN as RNN, Bidirectional as Bidirectional
 from .cells import (
     AbstractCell as AbstractCell,
@@ -18,12 +22,22 @@ from .scan import (
     linear_scan as linear_scan,
 )
 from .solver import (
+    ELK as ELK,
     RESULTS as RESULTS,
+    AbstractMethod as AbstractMethod,
     Auto as Auto,
+    DampedNewton as DampedNewton,
+    Jacobi as Jacobi,
+    Ladder as Ladder,
     Newton as Newton,
+    Picard as Picard,
+    Problem as Problem,
+    QuasiNewton as QuasiNewton,
     Sequential as Sequential,
     Solution as Solution,
     Structure as Structure,
+    Windows as Windows,
     jacobian_structure as jacobian_structure,
+    residual as residual,
     solve as solve,
 )

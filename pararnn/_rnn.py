@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._foreign_cells import as_cell
 from .cells import AbstractCell
-from .solver import Auto, Newton, Sequential, count_steps, solve
+from .solver import Auto, Solver, count_steps, solve
 
 
 class RNN(eqx.Module):
@@ -31,13 +31,13 @@ class RNN(eqx.Module):
     """
 
     cell: Any
-    solver: Auto | Newton | Sequential
+    solver: Solver
 
     def __init__(
         self,
         cell: Any,
         *,
-        solver: Auto | Newton | Sequential = Auto(),
+        solver: Solver = Auto(),
         init_state: PyTree[Array] | None = None,
         output: Callable[[PyTree], Any] | None = None,
     ):

@@ -1,6 +1,10 @@
 """The scan engine: transitions, and the linear recurrences solved with them."""
 
-from ._arithmetic import promote as promote
+from ._arithmetic import (
+    invert_matrices as invert_matrices,
+    multiply_matrices as multiply_matrices,
+    promote as promote,
+)
 from ._backends import Schedule as Schedule
 from ._choose import Backend as Backend
 from ._linear_scan import (
@@ -9,6 +13,7 @@ from ._linear_scan import (
     run_scan as run_scan,
     solve_recurrence as solve_recurrence,
 )
+from ._prefix import prefix as prefix
 from ._transitions import (
     AbstractTransition as AbstractTransition,
     BlockDiagonal as BlockDiagonal,

@@ -40,3 +40,38 @@ def _align(a: Array, x: Array) -> tuple[Array, Array]:
     dtype, ndim = promote(a, x), max(a.ndim, x.ndim)
     a, x = (v.reshape((1,) * (ndim - v.ndim) + v.shape).astype(dtype) for v in (a, x))
     return a, x
+
+
+def invert_matrices(a: Array) -> Array:
+    """Inverses of `[..., n, n]`, by Gauss-Jordan elimination with row pivoting.
+
+    LAPACK's routines, called by XLA on large batches inside a loop, hang on a CPU of
+    two cores: a [511, 8, 8] batch of `jnp.linalg.solve` never returns (jaxlib 0.10.2).
+    This is n rounds of elementwise work, so it fuses and runs anywhere. A singular
+    matrix gives entries that are not finite.
+    """
+    n = a.shape[-1]
+    index = jnp.arange(n, dtype=jnp.int32)
+    inverse = jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), a.shape)
+
+    def swap(m, k, pivot):
+        """Rows k and `pivot` `[...]` of m in each other's place."""
+        order = jnp.broadcast_to(index, (*pivot.shape, n))
+        at = pivot[..., None]
+        order = jnp.where(index == k, at, jnp.where(order == at, k, order))
+        return jnp.take_along_axis(m, order[..., None], axis=-2)
+
+    def eliminate(k, carry):
+        a, inverse = carry
+        column = lax.dynamic_index_in_dim(a, k, -1, keepdims=False)
+        size = jnp.where(index < k, -1, jnp.abs(column))
+        pivot = jnp.argmax(size, axis=-1).astype(jnp.int32)
+        a, inverse = swap(a, k, pivot), swap(inverse, k, pivot)
+        column = lax.dynamic_index_in_dim(a, k, -1, keepdims=True)
+        head = lax.dynamic_index_in_dim(column, k, -2, keepdims=True)
+        # The pivot's row becomes itself over the pivot, the others lose their column.
+        factor = jnp.where((index == k)[:, None], 1 - 1 / head, column / head)
+        rows = [lax.dynamic_index_in_dim(m, k, -2, keepdims=True) for m in (a, inverse)]
+        return a - factor * rows[0], inverse - factor * rows[1]
+
+    return lax.fori_loop(0, n, eliminate, (a, inverse))[1]

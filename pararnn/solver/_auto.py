@@ -17,21 +17,19 @@ fill its vector units: parallel time only helps a single narrow sequence. On a G
 always cut, into segments of 16 steps.
 """
 
-from typing import NamedTuple
-
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from ._newton import Newton, check_tolerances
+from ._ladder import Ladder
+from .methods import Jacobi, Newton
+from .methods._base import check_tolerances
 
 
 class Auto(eqx.Module):
     """Chooses the method by platform and size, and always returns the right answer.
 
-    Where parallel time is faster, a few steps of [`pararnn.Newton`][] on segments are
-    tried. If any sequence is not certified by then, the sequential loop runs, and
+    Where parallel time is faster, a [`pararnn.Ladder`][] of a few cheap steps is tried,
+    on segments. If any sequence is not certified by then, the sequential loop runs, and
     `stats["sequential"]` says so.
 
     **Arguments:** `rtol`, `atol`, as for [`pararnn.Newton`][].
@@ -46,51 +44,31 @@ class Auto(eqx.Module):
         check_tolerances("Auto", self.rtol, self.atol)
 
 
-class Attempt(NamedTuple):
-    segments: int
-    max_steps: int
-
-
-def choose_attempt(steps: int, channels: int, differentiated: bool) -> Attempt | None:
-    """Newton's segments and steps, or `None` for the sequential loop at once.
+def choose_ladder(
+    auto: Auto,
+    steps: int,
+    channels: int,
+    differentiated: bool,
+    max_steps: int | None = None,
+) -> Ladder:
+    """The rungs to try; none for the sequential loop at once.
 
     **Arguments:** `channels` counts the numbers in one step's state, batch included;
-    `differentiated`, whether a derivative is taken of this solve.
+    `differentiated`, whether a derivative is taken of this solve; `max_steps` is the
+    limit on each rung that the user gave.
     """
     if jax.default_backend() == "cpu":
-        # Newton's segments are copies of the inputs. Beside a gradient, where the
-        # forward pass is the smaller part, they would be half of the memory.
+        # Segments are copies of the inputs. Beside a gradient, where the forward pass
+        # is the smaller part, they would be half of the memory.
         if channels > 1 or steps < 4096 or differentiated:
-            return None
-        return Attempt(segments=256, max_steps=3)
-    if steps < 64:
-        return None
-    return Attempt(segments=steps // 16, max_steps=8)
-
-
-def with_fallback(newton, sequential):
-    """Newton's answer where it is certified for all, the sequential one otherwise."""
-    states, stats = newton
-    shared = {k: jnp.asarray(v) for k, v in stats.items() if k != "certified"}
-
-    def fall_back():
-        states, stats = sequential()
-        replaced = {
-            k: jnp.broadcast_to(jnp.asarray(stats.get(k, v), v.dtype), v.shape)
-            for k, v in shared.items()
-        }
-        # The steps that were tried remain part of the story.
-        return states, replaced | {k: shared[k] for k in ("num_steps", "nonfinite")} | {
-            "certified": jnp.ones_like(certified)
-        }
-
-    certified = stats["certified"]
-    return lax.cond(
-        jnp.all(certified),
-        lambda: (states, shared | {"certified": certified}),
-        fall_back,
+            return Ladder(())
+        segments, limits = 256, (1, 3)
+    elif steps < 64:
+        return Ladder(())
+    else:
+        segments, limits = steps // 16, (1, 8)
+    methods = (
+        Jacobi(segments, rtol=auto.rtol, atol=auto.atol),
+        Newton(segments, rtol=auto.rtol, atol=auto.atol),
     )
-
-
-def as_newton(solver: Auto, attempt: Attempt) -> Newton:
-    return Newton(attempt.segments, rtol=solver.rtol, atol=solver.atol)
+    return Ladder(methods, limits if max_steps is None else max_steps)

@@ -13,7 +13,7 @@ from ..scan import check_reset
 from ._recurrence import Recurrence
 
 
-def _as_step(cell: Callable) -> Callable:
+def as_step(cell: Callable) -> Callable:
     """Any supported cell as a function `f(h, x) -> h`.
 
     Equinox's `GRUCell` and `LSTMCell` take `(input, state)` and are turned round. A
@@ -38,7 +38,7 @@ def make_recurrence(where: str, f: Callable, xs: PyTree, h0: PyTree) -> Recurren
         )
     steps = count_steps(where, xs)
     _check_state(where, h0)
-    f = _as_step(f)
+    f = as_step(f)
     try:
         recurrence = Recurrence(f, xs, h0)
     except (TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from ._solution import RESULTS
 # A solve carries the result as a number, which arrays of sequences can hold: 0 for
 # success, and the place in this list, from 1.
 FAILURES = (
-    RESULTS.newton_not_converged,
+    RESULTS.not_converged,
     RESULTS.nonfinite_inputs,
     RESULTS.nonfinite_parameters,
     RESULTS.nonfinite_states,
@@ -42,21 +42,10 @@ class Report(NamedTuple):
 def report(batch: Batch, stats, states, arguments, shape) -> Report:
     """Statistics for each sequence, `[*batch]`, with the code of the result."""
     steps = states[0].shape[0]
-    certified = jnp.broadcast_to(jnp.asarray(stats.pop("certified")), shape)
+    certified = stats.pop("certified")
     finite = jnp.all(stats.pop("finite"))
-    history = stats.pop("residual_history", None)
-    dtypes = {
-        "num_steps": jnp.int32,
-        "residual": batch.recurrence.dtype,
-        "sequential": jnp.bool_,
-        "nonfinite": jnp.int32,
-    }
-    stats = {
-        name: jnp.broadcast_to(jnp.asarray(stats[name], dtype), shape)
-        for name, dtype in dtypes.items()
-    }
-    if history is not None and history.shape[0]:
-        stats["residual_history"] = jnp.moveaxis(history, 0, -1)
+    if "residual_history" in stats:
+        stats["residual_history"] = jnp.moveaxis(stats["residual_history"], 0, -1)
     code = jnp.where(certified, 0, 1).astype(jnp.int32)
 
     def all_good():
@@ -74,7 +63,9 @@ def report(batch: Batch, stats, states, arguments, shape) -> Report:
         return jnp.where(first < steps, cause, code), first
 
     # Only a failed solve pays for finding out where and why.
-    stats["code"], stats["first_nonfinite"] = lax.cond(finite, all_good, find_failure)
+    stats["code"], first = lax.cond(finite, all_good, find_failure)
+    stats["first_nonfinite"] = first
+    stats["certified_steps"] = jnp.minimum(stats["certified_steps"], first)
     return Report(stats, finite & jnp.all(certified), lambda: find_failure()[0])
 
 

@@ -4,7 +4,9 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import numpy as np
 import optimistix as optx
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 
@@ -12,13 +14,13 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     """How a solve ended. Extends `optimistix.RESULTS`."""
 
     successful = ""
-    newton_not_converged = (
-        "Newton's method did not bring the residual below the tolerance within "
+    not_converged = (
+        "The solver did not bring the residual below the tolerance within "
         "`max_steps`. Likely causes: (a) the recurrence is chaotic or badly "
         "conditioned, so that it is not predictable over long stretches: use fewer "
         "`segments`, or the default solver, which then steps sequentially; (b) "
         "`max_steps` is small: at most `segments` steps are ever needed; (c) `rtol` "
-        "and `atol` are below what the dtype can resolve. With `throw=False` the last "
+        "and `atol` are below what the dtype can resolve. With `throw=False` the best "
         "iterate is returned, and `stats['residual']` says how far it is."
     )
     nonfinite_inputs = (
@@ -47,25 +49,80 @@ class Solution(eqx.Module):
 
     **Attributes:**
 
-    - `states`: pytree like `h0`, leaves `[T, ...]`: $h_1 \\dots h_T$.
+    - `states`: pytree like `h0`, leaves `[T, ...]`: $h_1 \\dots h_T$. After a failure
+        they are the best iterate: the one with the smallest residual.
     - `result`: a [`pararnn.RESULTS`][]; compare with `RESULTS.successful`.
     - `stats`: a dict of arrays.
-        - `"num_steps"` (int32): Newton steps taken; 0 if only the sequential loop ran.
+        - `"num_steps"` (int32): the method's steps; 0 if only the sequential loop ran.
         - `"residual"` (real): $\\max_t |f(h_{t-1}, x_t) - h_t|$ at the states that are
             returned; 0 for states computed one from the other.
+        - `"certified_steps"` (int32): how many steps from the first one on have a
+            residual within the tolerance at each of them; T after a success.
         - `"sequential"` (bool): whether the states come from the sequential loop.
+        - `"rung"` (int32): which method of a [`pararnn.Ladder`][] the states come from,
+            counted from 0; the loop comes last. 0 for other solvers.
         - `"nonfinite"` (int32): entries of iterates that overflowed and were restarted.
         - `"first_nonfinite"` (int32): first step with a state that is not finite, T if
             there is none.
-        - `"residual_history"` (real, `[history]`): defect before each Newton step, NaN
-            from the last one on; only with `Newton(history=...)`.
+        - `"residual_history"` (real, `[history]`): defect before each step, NaN from
+            the last one on; only of methods with `history=...`.
+    - `solver`: the solver as text.
+
+    Under `vmap` the result and all statistics have the batch's axes.
     """
 
     states: PyTree[Array]
     result: Any
     stats: dict[str, Array]
+    solver: str = eqx.field(static=True, default="")
 
     @property
     def final(self) -> PyTree[Array]:
         """The last state, as `h0`; requires T >= 1."""
         return jax.tree.map(lambda s: s[-1], self.states)
+
+    def __repr__(self) -> str:
+        shapes = jax.tree.map(_describe, self.states)
+        lines = [f"states {shapes}".replace("'", ""), f"by {self.solver}"]
+        values = jax.tree.leaves((self.result, self.stats))
+        if not any(isinstance(value, Tracer) for value in values):
+            lines[:0] = [_outcome(self.result)]
+            lines += _statistics(self.stats)
+        return "Solution(\n" + "".join(f"  {line}\n" for line in lines) + ")"
+
+
+def _describe(leaf) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _outcome(result) -> str:
+    good = np.asarray(result == RESULTS.successful)
+    if good.size == 1 and good:
+        return "successful"
+    if good.size == 1:
+        return str(RESULTS[result]).split(".")[0] + "."
+    return f"{good.sum()} of {good.size} sequences successful"
+
+
+def _statistics(arrays: dict[str, Array]) -> list[str]:
+    """The statistics in words; those that are as they should be are left out."""
+    stats = {name: np.asarray(value) for name, value in arrays.items()}
+    if not stats["num_steps"].size:
+        return []
+    lines = [
+        f"{_range(stats['num_steps'])} steps, residual {stats['residual'].max():.2g}, "
+        f"certified up to step {_range(stats['certified_steps'])}"
+    ]
+    sequential = stats["sequential"]
+    if sequential.all():
+        lines.append("from the sequential loop")
+    elif sequential.any():
+        lines.append(f"from the sequential loop: {sequential.sum()} sequences")
+    if stats["nonfinite"].any():
+        lines.append(f"{stats['nonfinite'].sum()} entries overflowed and restarted")
+    return lines
+
+
+def _range(values: np.ndarray) -> str:
+    low, high = values.min(), values.max()
+    return f"{low}" if low == high else f"{low} to {high}"

@@ -9,21 +9,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
-from ._auto import Auto, as_newton, choose_attempt, with_fallback
-from ._inputs import check_like, check_resets, count_steps, make_recurrence
-from ._newton import Newton, is_count, solve_newton
+from ._auto import Auto
+from ._inputs import as_step, check_like, check_resets, count_steps, make_recurrence
 from ._recurrence import Batch, Recurrence
 from ._report import as_result, raise_on_failure, report
-from ._sequential import Sequential, solve_sequentially
+from ._run import Run, Solver
 from ._solution import RESULTS, Solution
 from ._structure import Structure, declared_structure, find_structure
+from .methods import is_count
 
-Solver = Auto | Newton | Sequential
+# A trajectory, a name, or a function of (xs, h0); see `solve`.
+Guess = PyTree | str | Callable[[PyTree, PyTree], PyTree] | None
 
 
 def solve(
@@ -34,7 +34,7 @@ def solve(
     solver: Solver = Auto(),
     reset: Bool[Array, " T"] | None = None,
     reset_state: PyTree | None = None,
-    initial_guess: PyTree | None = None,
+    initial_guess: Guess = None,
     max_steps: int | None = None,
     structure: Structure | str | None = None,
     adjoint: Adjoint = "auto",
@@ -54,15 +54,20 @@ def solve(
         `LSTMCell` and Flax NNX cells are recognised.
     - `xs`: inputs, a pytree with leaves `[T, ...]`, unbatched.
     - `h0`: initial state, a pytree of floating-point or complex arrays.
-    - `solver`: [`pararnn.Auto`][], [`pararnn.Newton`][] or [`pararnn.Sequential`][].
+    - `solver`: [`pararnn.Auto`][]; a method, such as [`pararnn.Newton`][]; several, as
+        a [`pararnn.Ladder`][]; one window of time after the other,
+        [`pararnn.Windows`][]; or [`pararnn.Sequential`][].
     - `reset`: bool `[T]`; where true, step t starts from `reset_state` in place of the
         previous state, whatever that was.
     - `reset_state`: like `h0`; zeros if not given.
-    - `initial_guess`: a trajectory like the states, for Newton to start from. Only
-        speed depends on it, and no derivative.
-    - `max_steps`: limit on Newton steps. With `Newton`, `None` is the number of
-        segments, after which the answer is exact but for rounding; `Auto` then tries
-        the few steps that it can afford.
+    - `initial_guess`: where a method starts from: a trajectory like the states (in
+        training, the states of the step before: a warm start), a function of `(xs, h0)`
+        that returns one, `"cell"` for $f(0, x_t)$, `"h0"`, `"zeros"`, or `None` for a
+        few steps from `h0` with the inputs just before each segment. Only speed depends
+        on it, and no derivative. Where it is not finite, `h0` stands in.
+    - `max_steps`: limit on the steps of a method. `None` is the number of segments,
+        after which the answer is exact but for rounding; `Auto` and `Ladder` then take
+        the few steps that they can afford.
     - `structure`: a claim about `∂f/∂h`, `"diagonal"`, `"dense"` or a
         [`pararnn.Structure`][]; it is checked. Found automatically if not given.
     - `adjoint`: how derivatives are solved: `"parallel"` (all Jacobians formed at
@@ -84,10 +89,10 @@ def solve(
     fresh = check_resets(where, recurrence, reset, reset_state, steps)
     if structure is not None:
         structure = declared_structure(structure, recurrence)
-    guess = _check_guess(where, initial_guess, recurrence, steps)
+    guess = _make_guess(where, initial_guess, f, xs, h0, recurrence, steps)
     x_leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(xs))
     if steps == 0:
-        return _empty(recurrence)
+        return _empty(recurrence, solver)
     config = _Config(recurrence, solver, structure, adjoint, max_steps, throw)
     primals = (
         (recurrence.release_constants(), fresh),
@@ -97,7 +102,7 @@ def solve(
     leaves, stats = _evaluate(primals, guess, config=config)
     result = as_result(stats.pop("code"))
     states = jtu.tree_unflatten(recurrence.state_tree, leaves)
-    return Solution(states, result, stats)
+    return Solution(states, result, stats, repr(solver))
 
 
 class _Config:
@@ -191,36 +196,9 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess):
 
 
 def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
-    steps = jtu.tree_leaves(inputs)[0].shape[0]
-    rank = len(batch.levels)
-    shape = h0[0].shape[:rank]
-    solver = config.solver
-
-    def sequential():
-        return solve_sequentially(batch, parameters, inputs, h0)
-
-    def newton(solver: Newton, max_steps):
-        if min(solver.segments or steps, steps) == 1:
-            states, stats = sequential()
-            empty = jnp.full((solver.history, *shape), jnp.nan, config.recurrence.dtype)
-            return states, stats | {"residual_history": empty}
-        return solve_newton(
-            batch, parameters, inputs, h0, guess, config.structure, solver, max_steps
-        )
-
-    if isinstance(solver, Sequential):
-        states, stats = sequential()
-    elif isinstance(solver, Newton):
-        states, stats = newton(solver, config.max_steps)
-    else:
-        channels = config.recurrence.width * int(np.prod(shape))
-        attempt = choose_attempt(steps, channels, config.differentiated)
-        if attempt is None:
-            states, stats = sequential()
-        else:
-            limit = config.max_steps or attempt.max_steps
-            tried = newton(as_newton(solver, attempt), limit)
-            states, stats = with_fallback(tried, sequential)
+    shape = h0[0].shape[: len(batch.levels)]
+    run = Run(batch, parameters, lambda: config.structure, config.differentiated)
+    states, stats = run(config.solver, inputs, h0, guess, config.max_steps)
     stats, good, find_code = report(
         batch, stats, states, (parameters, inputs, h0), shape
     )
@@ -230,10 +208,11 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
 
 
 def _check_options(where: str, solver: Any, adjoint: Any, max_steps: Any) -> None:
-    if not isinstance(solver, Auto | Newton | Sequential):
+    if not isinstance(solver, Solver):
         raise TypeError(
-            f"{where}: `solver` is {solver!r:.80}; expected pararnn.Auto(), "
-            "pararnn.Newton(segments=...) or pararnn.Sequential()."
+            f"{where}: `solver` is {solver!r:.80}; expected pararnn.Auto(), a method "
+            "such as pararnn.Newton(segments=...), pararnn.Ladder(...), "
+            "pararnn.Windows(...) or pararnn.Sequential()."
             + (" Did you forget to call the class?" if isinstance(solver, type) else "")
         )
     if adjoint not in ADJOINTS:
@@ -247,9 +226,16 @@ def _check_options(where: str, solver: Any, adjoint: Any, max_steps: Any) -> Non
         )
 
 
-def _check_guess(where: str, guess, recurrence: Recurrence, steps: int):
-    if guess is None:
-        return None
+def _make_guess(
+    where: str,
+    guess: Guess,
+    f: Callable,
+    xs: PyTree,
+    h0: PyTree,
+    recurrence: Recurrence,
+    steps: int,
+):
+    """The leaves of a trajectory to start from, or `None` for the methods' own."""
     like = jtu.tree_unflatten(
         recurrence.state_tree,
         [
@@ -257,19 +243,42 @@ def _check_guess(where: str, guess, recurrence: Recurrence, steps: int):
             for s in recurrence.state_leaves
         ],
     )
+    if guess is None:
+        return None
+    if isinstance(guess, str):
+        guess = _guess_by_name(where, guess, f, xs, h0, like)
+    elif callable(guess):
+        guess = guess(xs, h0)
     check_like(where, "initial_guess", guess, like, "a state for each step, [T, ...]")
-    # Newton's answer does not depend on where it started.
+    # The answer does not depend on where a method started.
     return tuple(jax.lax.stop_gradient(leaf) for leaf in jtu.tree_leaves(guess))
 
 
-def _empty(recurrence: Recurrence) -> Solution:
+def _guess_by_name(where: str, name: str, f: Callable, xs, h0, like) -> PyTree:
+    if name == "zeros":
+        return jtu.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+    if name == "h0":
+        return jtu.tree_map(lambda h, s: jnp.broadcast_to(h, s.shape), h0, like)
+    if name == "cell":
+        zero = jtu.tree_map(jnp.zeros_like, h0)
+        return jax.vmap(as_step(f), in_axes=(None, 0))(zero, xs)
+    raise ValueError(
+        f"{where}: unknown `initial_guess` {name!r}; there are 'cell', which is "
+        "f(0, x) at each step, 'h0', 'zeros', a trajectory like the states, a function "
+        "of (xs, h0) that returns one, and None."
+    )
+
+
+def _empty(recurrence: Recurrence, solver: Solver) -> Solution:
     states = [jnp.zeros((0, *s.shape), s.dtype) for s in recurrence.state_leaves]
     stats = {
         "num_steps": jnp.asarray(0, jnp.int32),
         "residual": jnp.asarray(0, recurrence.dtype),
+        "certified_steps": jnp.asarray(0, jnp.int32),
         "sequential": jnp.asarray(True),
+        "rung": jnp.asarray(0, jnp.int32),
         "nonfinite": jnp.asarray(0, jnp.int32),
         "first_nonfinite": jnp.asarray(0, jnp.int32),
     }
     tree = jtu.tree_unflatten(recurrence.state_tree, states)
-    return Solution(tree, RESULTS.successful, stats)
+    return Solution(tree, RESULTS.successful, stats, repr(solver))

@@ -1,96 +1,63 @@
-"""Newton's method on segments of time (multiple shooting).
+"""Newton's method and its relatives on segments of time (multiple shooting).
 
 Time is cut into S segments. From a guess `s_i` of the state that each segment starts
-from, step all segments side by side and push the tangent along: this gives the end
-states `φ_i(s_i)` and their Jacobians `P_i`. Newton's correction of the guesses solves
+from, step all segments side by side and push a transition along: this gives the end
+states `φ_i(s_i)` and, exactly or not, their Jacobians `P_i`. The correction of the
+guesses solves, or nearly solves,
 
     δ_{i+1} = P_i δ_i + (φ_i(s_i) - s_{i+1}),   δ_0 = 0,
 
 a linear recurrence of length S for the scan engine. Solving for the correction, not
-for the new state, keeps the rounding of `P s` out of the answer. S = T is the Newton
-of DEER (Lim et al., 2309.12252) and ParaRNN (Danieli et al., 2510.21450); S = 1 is the
-plain loop. After k sweeps the first k segments are exact, so S sweeps always suffice.
+for the new state, keeps the rounding of `P s` out of the answer. After k steps the
+first k segments are exact whatever `P` is, so S steps always suffice. What `P` is and
+how the correction is solved for is the method's (`methods/`); the rest stands here.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ..scan import Schedule, run_scan
-from ._blocks import from_blocks, to_blocks, transition_factors
 from ._recurrence import Batch
 from ._sequential import all_zero
 from ._structure import Structure
 
+if TYPE_CHECKING:
+    from .methods import AbstractMethod
+
 # Steps of the initial guess. On the GRUs of the benchmarks one more of them divides the
-# residual by three to four, and three of them save one Newton step over one: 3 for 4, in
-# 10 of 18 rows.
+# residual by three to four, and three of them save one Newton step over one: 3 steps
+# for 4, in 10 of 18 rows.
 WARM_UP = 3
 
+# One step of the cell and of the transition that is pushed along.
+Push = Callable[[Callable[[Array], Array], Array, Array], tuple[Array, Array]]
 
-class Newton(eqx.Module):
-    r"""Newton's method, `segments` stretches of time in parallel.
 
-    From guesses $s_i$ of the states that the S segments start from, the segments are
-    stepped side by side to their ends $\varphi_i(s_i)$ with Jacobians $P_i$; the
-    correction $\delta_{i+1} = P_i \delta_i + \varphi_i(s_i) - s_{i+1}$ is a linear
-    recurrence. S = T is the method of DEER (Lim et al. 2023, 2309.12252) and ParaRNN
-    (Danieli et al. 2025, 2510.21450). All segments have the same length, rounded up, so
-    there may be fewer than asked for.
+class Linearization(NamedTuple):
+    """What a method pushes along a segment in place of the Jacobian.
 
-    **Arguments:**
-
-    - `segments`: from 1 (the plain loop) to T or `None` (every step by itself: most
-        parallel, least robust). In between, each segment is stepped sequentially.
-    - `rtol`, `atol`: the solve has converged when at every step t the residual, in the
-        max-norm over the state, is at most `atol + rtol * max|h_t|`. Default: 64 and 1
-        times the rounding of the state's dtype.
-    - `history`: how many steps of the residual history to keep in `stats`.
-
-    **Raises:** `ValueError` for counts that are not whole numbers in range, and for
-    negative tolerances.
+    `push(step, h, tangents)` returns `step(h)` and the tangents `[size, width]` one
+    step further; `structure` says which matrix they stand for.
     """
 
-    segments: int | None = eqx.field(static=True, default=None)
-    rtol: float | None = eqx.field(static=True, default=None)
-    atol: float | None = eqx.field(static=True, default=None)
-    history: int = eqx.field(static=True, default=0)
-
-    def __check_init__(self):
-        if self.segments is not None and not (
-            is_count(self.segments) and self.segments >= 1
-        ):
-            raise ValueError(
-                f"Newton: `segments` is {self.segments!r}; expected a whole number "
-                "from 1 to the number of steps, or None for one segment a step."
-            )
-        check_tolerances("Newton", self.rtol, self.atol)
-        if not (is_count(self.history) and self.history >= 0):
-            raise ValueError(
-                f"Newton: `history` is {self.history!r}; expected a whole number >= 0."
-            )
+    structure: Structure
+    push: Push
 
 
-def is_count(value) -> bool:
-    """Whether a whole number, which a bool is not."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+class Best(NamedTuple):
+    """The starts with the smallest defects so far, for a solve that may fail."""
 
-
-def check_tolerances(where: str, rtol: float | None, atol: float | None) -> None:
-    """Refuse tolerances that are negative or NaN."""
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{where}: `{name}` is {value!r}; expected >= 0.")
+    starts: Array
+    residual: Array
 
 
 class Carry(NamedTuple):
-    """The Newton loop's state; `*batch` are the sequences solved together."""
+    """The loop's state; `*batch` are the sequences solved together."""
 
     starts: Array  # [S, *batch, width]
     num_steps: Array  # int [*batch]
@@ -98,6 +65,7 @@ class Carry(NamedTuple):
     correction: Array  # [*batch], the last one, relative
     nonfinite: Array  # int [*batch]
     history: Array  # [history, *batch]
+    best: Best | None
 
 
 class Attempt(NamedTuple):
@@ -107,22 +75,26 @@ class Attempt(NamedTuple):
     residual: Array  # [*batch]
     certified: Bool[Array, "*batch"]
     ended: Bool[Array, "*batch"]  # certified, or known not to stay finite
+    certified_steps: Array  # int [*batch]
     carry: Carry
 
 
-def solve_newton(
+def solve_on_segments(
     batch: Batch,
     parameters,
     inputs,
     h0,
     guess,
-    structure: Structure,
-    solver: Newton,
+    find_structure: Callable[[], Structure],
+    method: "AbstractMethod",
     max_steps: int | None,
-):
-    """States `[T, *batch, ...]` by leaf, and what every method reports."""
-    segments = Segments(batch, parameters, inputs, h0, structure, solver)
-    limit = segments.count if max_steps is None else max_steps
+) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    """States `[T, *batch, ...]` by leaf, and what every method reports.
+
+    `guess` holds the leaves of a trajectory `[T, *batch, ...]`, or is `None`.
+    """
+    segments = Segments(batch, parameters, inputs, h0, find_structure, method)
+    limit = segments.count if max_steps is None else min(max_steps, segments.count)
 
     def unfinished(attempt: Attempt):
         return jnp.any(~attempt.ended & (attempt.carry.num_steps < limit))
@@ -131,13 +103,16 @@ def solve_newton(
         carry = attempt.carry._replace(done=attempt.ended)
         return segments.finish(segments.iterate(carry, limit))
 
-    # One attempt is Newton steps until the correction predicts convergence, and a
-    # plain pass that certifies it; seldom is a second one needed.
-    first = segments.finish(segments.iterate(segments.start(guess), limit))
+    # One attempt is steps until the correction predicts convergence, and a plain pass
+    # that certifies it; seldom is a second one needed.
+    start = segments.start(guess, may_fail=limit < segments.count)
+    first = segments.finish(segments.iterate(start, limit))
     attempt = lax.while_loop(unfinished, attempt_again, first)
+    attempt = segments.or_best(attempt)
     return attempt.states, {
         "num_steps": attempt.carry.num_steps,
         "residual": attempt.residual,
+        "certified_steps": attempt.certified_steps,
         "sequential": False,
         "nonfinite": attempt.carry.nonfinite,
         "certified": attempt.certified,
@@ -152,12 +127,21 @@ def solve_newton(
 class Segments:
     """The segmented problem: everything that stays the same from step to step."""
 
-    def __init__(self, batch: Batch, parameters, inputs, h0, structure, solver):
-        self.batch, self.parameters, self.structure = batch, parameters, structure
+    def __init__(
+        self,
+        batch: Batch,
+        parameters,
+        inputs,
+        h0,
+        find_structure: Callable[[], Structure],
+        method: "AbstractMethod",
+    ):
+        self.batch, self.parameters, self.method = batch, parameters, method
         self.recurrence = recurrence = batch.recurrence
-        self.solver = solver
+        linearization = method.linearize(recurrence.width, find_structure)
+        self.structure, self.push = linearization
         self.steps = jax.tree.leaves(inputs)[0].shape[0]
-        wanted = min(solver.segments or self.steps, self.steps)
+        wanted = min(method.segments or self.steps, self.steps)
         self.length = math.ceil(self.steps / wanted)
         self.count = math.ceil(self.steps / self.length)
         self.inputs = jax.tree.map(self._split, inputs)
@@ -166,8 +150,8 @@ class Segments:
         # Where an iterate has overflowed. A reset may drop an h0 that is not finite.
         self.restart = jnp.where(jnp.isfinite(self.h0), self.h0, 0)
         self.rank = len(batch.levels)
-        self.rtol = 64 * recurrence.eps if solver.rtol is None else solver.rtol
-        self.atol = recurrence.eps if solver.atol is None else solver.atol
+        self.rtol = 64 * recurrence.eps if method.rtol is None else method.rtol
+        self.atol = recurrence.eps if method.atol is None else method.atol
 
     def _split(self, x):
         """`[T, ...]` to `[length, segments, ...]`; the last segment repeats its end."""
@@ -176,8 +160,8 @@ class Segments:
             x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])
         return x.reshape(self.count, self.length, *x.shape[1:]).swapaxes(0, 1)
 
-    def start(self, guess) -> Carry:
-        """The first guess of the segments' starts."""
+    def start(self, guess, *, may_fail: bool) -> Carry:
+        """The first guess of the segments' starts; the best is kept if it may fail."""
         recurrence = self.recurrence
         if guess is not None:
             index = jnp.arange(1, self.count) * self.length - 1
@@ -187,15 +171,18 @@ class Segments:
             starts = self._warm_up()
         starts = jnp.where(jnp.isfinite(starts), starts, self.restart)
         batch_shape = self.h0.shape[:-1]
+        starts = jnp.concatenate([self.h0[None], starts])
+        best = Best(starts, jnp.full(batch_shape, jnp.inf, recurrence.dtype))
         return Carry(
-            starts=jnp.concatenate([self.h0[None], starts]),
+            starts=starts,
             num_steps=jnp.zeros(batch_shape, jnp.int32),
             done=jnp.zeros(batch_shape, bool),
             correction=jnp.ones(batch_shape, recurrence.dtype),
             nonfinite=jnp.zeros(batch_shape, jnp.int32),
             history=jnp.full(
-                (self.solver.history, *batch_shape), jnp.nan, recurrence.dtype
+                (self.method.history, *batch_shape), jnp.nan, recurrence.dtype
             ),
+            best=best if may_fail else None,
         )
 
     def _warm_up(self) -> Array:
@@ -236,8 +223,7 @@ class Segments:
             def step(h):
                 return recurrence.vector_step(parameters, h, x, smooth=True)
 
-            ahead, push = jax.linearize(step, h)
-            tangents = jax.vmap(push)(tangents)
+            ahead, tangents = self.push(step, h, tangents)
             reset = x[1]
             if reset is not None:
                 # Selected once more: the cell's Jacobian may be infinite there.
@@ -264,65 +250,79 @@ class Segments:
         (ends, tangents), _ = lax.scan(body, (starts, tangents), self.inputs)
         return ends, tangents
 
-    def _correct(self, tangents, defects):
-        """Solve the recurrence of the corrections over the segments."""
-        kind, factors = transition_factors(self.structure, tangents)
-        terms = to_blocks(self.structure, defects)
-        schedule = Schedule(kind, "after", False)
-        x, _ = run_scan(
-            schedule, "auto", factors, terms, jnp.zeros_like(terms[0]), None
-        )
-        return from_blocks(self.structure, x)
-
     def iterate(self, carry: Carry, limit: int) -> Carry:
-        """Newton steps until every correction is small, or the limit is reached."""
-        # Convergence is quadratic: a correction below the square root of the tolerance
-        # leaves an error below the tolerance. So does one that, shrinking at the rate
-        # of the last two, would be followed by one below the tolerance. Either is only
-        # a forecast: the certificate decides.
-        small = 0.1 * math.sqrt(self.rtol)
-        tiny = self.atol / small if small else self.atol
+        """Steps until every correction is small, or the limit is reached."""
 
         def active(carry: Carry):
             return ~carry.done & (carry.num_steps < limit)
 
-        def unfinished(carry: Carry):
-            return jnp.any(active(carry))
+        return lax.while_loop(
+            lambda carry: jnp.any(active(carry)),
+            lambda carry: self.advance(carry, active(carry)),
+            carry,
+        )
 
-        def newton_step(carry: Carry) -> Carry:
-            moving = active(carry)
-            ends, tangents = self._sweep(carry.starts)
-            starts, defects = self._corrected(carry, ends[:-1], tangents[:, :-1])
-            # Each start against its own size: one that runs away must not excuse the
-            # others. (Sliced behind the reductions, which would copy a slice.)
-            scale = jnp.max(jnp.abs(starts), axis=-1)[1:] + tiny
-            change = jnp.max(jnp.abs(starts - carry.starts), axis=-1)[1:] / scale
-            starts, change, overflowed = lax.cond(
-                jnp.all(jnp.isfinite(change)),
-                lambda carry, starts, change: (starts, change, carry.nonfinite * 0),
-                self._repair,
-                carry,
-                starts,
-                change,
-            )
-            correction = jnp.max(change, axis=0)
-            ahead = correction * (correction / carry.correction) ** 2
-            # A step that overflowed was no measure of a rate.
-            ahead = jnp.where(jnp.isfinite(carry.correction), ahead, jnp.inf)
-            done = (correction <= small) | (ahead <= 0.1 * self.rtol)
-            if self.rank:  # one sequence alone moves as long as the loop runs
-                starts = jnp.where(moving[None, ..., None], starts, carry.starts)
-            counted = moving.astype(jnp.int32)
-            return Carry(
-                starts=starts,
-                num_steps=carry.num_steps + counted,
-                done=carry.done | (moving & done),
-                correction=jnp.where(moving, correction, carry.correction),
-                nonfinite=carry.nonfinite + counted * overflowed,
-                history=self._record(carry, moving, defects),
-            )
+    def advance(self, carry: Carry, moving: Bool[Array, " *batch"]) -> Carry:
+        """One step of all sequences that are `moving`."""
+        ends, tangents = self._sweep(carry.starts)
+        starts, defects = self._corrected(carry, ends[:-1], tangents[:, :-1])
+        # Each start against its own size: one that runs away must not excuse the
+        # others. (Sliced behind the reductions, which would copy a slice.)
+        scale = jnp.max(jnp.abs(starts), axis=-1)[1:] + self._tiny
+        change = jnp.max(jnp.abs(starts - carry.starts), axis=-1)[1:] / scale
+        starts, change, overflowed = lax.cond(
+            jnp.all(jnp.isfinite(change)),
+            lambda carry, starts, change: (starts, change, carry.nonfinite * 0),
+            self._repair,
+            carry,
+            starts,
+            change,
+        )
+        correction = jnp.max(change, axis=0, initial=0)
+        best = self._keep_best(carry, defects)
+        done = self._foresees_convergence(correction, carry.correction)
+        if self.rank:  # one sequence alone moves as long as the loop runs
+            starts = jnp.where(moving[None, ..., None], starts, carry.starts)
+        counted = moving.astype(jnp.int32)
+        return Carry(
+            starts=starts,
+            num_steps=carry.num_steps + counted,
+            done=carry.done | (moving & done),
+            correction=jnp.where(moving, correction, carry.correction),
+            nonfinite=carry.nonfinite + counted * overflowed,
+            history=self._record(carry, moving, defects),
+            best=best,
+        )
 
-        return lax.while_loop(unfinished, newton_step, carry)
+    @property
+    def _small(self) -> float:
+        return 0.1 * math.sqrt(self.rtol)
+
+    @property
+    def _tiny(self) -> float:
+        """The size of state below which corrections count absolutely."""
+        return self.atol / self._small if self._small else self.atol
+
+    def _foresees_convergence(self, correction, before) -> Bool[Array, " *batch"]:
+        """Whether the error that remains is forecast to be below the tolerance.
+
+        Only a forecast: the certificate decides. Where convergence is quadratic, a
+        correction below the square root of the tolerance leaves an error below the
+        tolerance. So does one that, shrinking at the rate of the last two, would be
+        followed by one below the tolerance. Where it is linear at rate ρ, a correction
+        c leaves an error up to c ρ / (1 - ρ), which may be far larger than c; nothing
+        more can be had of corrections that are down at the rounding.
+        """
+        rate = correction / before
+        # A step that overflowed was no measure of a rate.
+        rate = jnp.where(jnp.isfinite(before), rate, jnp.inf)
+        if self.method.quadratic:
+            ahead = correction * rate**2
+            settled = correction <= self._small
+        else:
+            ahead = jnp.where(rate < 1, correction * rate / (1 - rate), jnp.inf)
+            settled = correction <= self.recurrence.eps
+        return settled | (ahead <= 0.1 * self.rtol)
 
     def _corrected(self, carry: Carry, ends, tangents):
         """The starts behind one Newton correction, and the defects it corrects.
@@ -336,7 +336,9 @@ class Segments:
         place = place.reshape(-1, *(1,) * (old.ndim - 1))
         exact = carry.num_steps[None, ..., None]
         defects = jnp.where(place < exact, 0, ends - old)
-        new = old + self._correct(tangents, defects)
+        new = old + self.method.correct(
+            self.structure, tangents, defects, self.length, carry.correction
+        )
         new = jnp.where(place == exact, ends, new)
         new = jnp.where(place < exact, old, new)
         return jnp.concatenate([carry.starts[:1], new]), defects
@@ -358,12 +360,38 @@ class Segments:
         overflowed = jnp.sum(broken, (0, new.ndim - 1), dtype=jnp.int32)
         return jnp.concatenate([starts[:1], new]), change, overflowed
 
+    def _keep_best(self, carry: Carry, defects) -> Best | None:
+        if carry.best is None:
+            return None
+        residual = jnp.max(jnp.abs(defects), (0, defects.ndim - 1), initial=0)
+        better = residual < carry.best.residual
+        return Best(
+            jnp.where(better[None, ..., None], carry.starts, carry.best.starts),
+            jnp.where(better, residual, carry.best.residual),
+        )
+
+    def or_best(self, attempt: Attempt) -> Attempt:
+        """The attempt, with its best iterate where it failed and the last is worse."""
+        best = attempt.carry.best
+        if best is None:
+            return attempt
+        # NaN counts as worse than anything.
+        worse = ~attempt.certified & ~(attempt.residual <= best.residual)
+
+        def step_again():
+            starts = jnp.where(
+                worse[None, ..., None], best.starts, attempt.carry.starts
+            )
+            return self.finish(attempt.carry._replace(starts=starts))
+
+        return lax.cond(jnp.any(worse), step_again, lambda: attempt)
+
     def _record(self, carry: Carry, moving, defects) -> Array:
         """The history with the largest defect of each sequence that moves."""
-        if not self.solver.history:
+        if not self.method.history:
             return carry.history
-        size = jnp.max(jnp.abs(defects), (0, defects.ndim - 1))
-        row = jnp.arange(self.solver.history, dtype=jnp.int32)
+        size = jnp.max(jnp.abs(defects), (0, defects.ndim - 1), initial=0)
+        row = jnp.arange(self.method.history, dtype=jnp.int32)
         row = row.reshape(-1, *(1,) * self.rank)
         here = (row == carry.num_steps[None]) & moving[None]
         return jnp.where(here, size[None], carry.history)
@@ -396,9 +424,13 @@ class Segments:
         states = tuple(join(s, h) for s, h in zip(states, starts, strict=True))
         scale = jnp.max(jnp.abs(carry.starts), axis=-1)[1:]
         small = residuals <= self.atol + self.rtol * scale
+        # The last state of a segment is the next start; it is as good as its residual.
+        first = jnp.argmin(small, axis=0).astype(jnp.int32) if self.count > 1 else 0
+        failed = (first + 1) * self.length - 1
         return Attempt(
             states=tuple(self._join(s) for s in states),
-            residual=jnp.max(residuals, axis=0),
+            residual=jnp.max(residuals, axis=0, initial=0),
+            certified_steps=jnp.where(jnp.all(small, axis=0), self.steps, failed),
             certified=jnp.all(small, axis=0),
             ended=jnp.all(small | lost, axis=0),
             carry=carry,

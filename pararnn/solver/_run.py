@@ -1,0 +1,157 @@
+"""Each kind of solver on the native batch axes of a problem."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax import lax
+
+from ._auto import Auto, choose_ladder
+from ._ladder import Ladder
+from ._recurrence import Batch
+from ._segments import solve_on_segments
+from ._sequential import Sequential, solve_sequentially
+from ._structure import Structure
+from ._windows import Windows, solve_windows
+from .methods import AbstractMethod
+
+Solver = Auto | Ladder | AbstractMethod | Sequential | Windows
+
+
+class Run(NamedTuple):
+    """A problem but for its inputs and initial state; `*batch` sequences at once."""
+
+    batch: Batch
+    parameters: Any
+    find_structure: Callable[[], Structure]
+    differentiated: bool
+
+    def __call__(self, solver: Solver, inputs, h0, guess, max_steps: int | None):
+        """States `[T, *batch, ...]` by leaf, and the statistics of the solve."""
+        steps = jtu.tree_leaves(inputs)[0].shape[0]
+        shape = h0[0].shape[: len(self.batch.levels)]
+        if isinstance(solver, Auto):
+            channels = self.batch.recurrence.width * int(np.prod(shape))
+            solver = choose_ladder(
+                solver, steps, channels, self.differentiated, max_steps
+            )
+            max_steps = None
+        if isinstance(solver, Windows):
+
+            def window(inputs, h0, guess):
+                return self(solver.solver, inputs, h0, guess, max_steps)
+
+            return solve_windows(window, steps, solver.length, inputs, h0, guess)
+        if isinstance(solver, Ladder):
+            states, stats = self._climb(solver, inputs, h0, guess, max_steps)
+        elif isinstance(solver, AbstractMethod):
+            states, stats = self._iterate(solver, inputs, h0, guess, max_steps)
+        else:
+            states, stats = self._step(inputs, h0)
+        return states, self._complete(stats, steps, shape)
+
+    def _step(self, inputs, h0):
+        return solve_sequentially(self.batch, self.parameters, inputs, h0)
+
+    def _iterate(self, method: AbstractMethod, inputs, h0, guess, max_steps):
+        steps = jtu.tree_leaves(inputs)[0].shape[0]
+        if min(method.segments or steps, steps) > 1:
+            return solve_on_segments(
+                self.batch,
+                self.parameters,
+                inputs,
+                h0,
+                guess,
+                self.find_structure,
+                method,
+                max_steps,
+            )
+        states, stats = self._step(inputs, h0)
+        shape = h0[0].shape[: len(self.batch.levels)]
+        history = (method.history, *shape)
+        return states, stats | {
+            "residual_history": jnp.full(history, jnp.nan, self.batch.recurrence.dtype)
+        }
+
+    def _climb(self, ladder: Ladder, inputs, h0, guess, max_steps):
+        """One rung after the other, as long as any sequence is not certified."""
+        if not ladder.methods:
+            return self._step(inputs, h0)
+        steps = jtu.tree_leaves(inputs)[0].shape[0]
+        shape = h0[0].shape[: len(self.batch.levels)]
+
+        def attempt(number, guess):
+            limit = max_steps or ladder.steps[number]
+            method = ladder.methods[number]
+            states, stats = self._iterate(method, inputs, h0, guess, limit)
+            return states, self._complete(stats, steps, shape) | {
+                "rung": jnp.full(shape, number, jnp.int32)
+            }
+
+        def last():
+            states, stats = self._step(inputs, h0)
+            return states, self._complete(stats, steps, shape) | {
+                "rung": jnp.full(shape, len(ladder.methods), jnp.int32)
+            }
+
+        found = attempt(0, guess)
+        for number in range(1, len(ladder.methods) + 1):
+
+            def climb(found, number=number):
+                if number == len(ladder.methods):
+                    return _keep_certified(found, last())
+                return _keep_certified(found, attempt(number, found[0]))
+
+            found = lax.cond(
+                jnp.all(found[1]["certified"]), lambda found: found, climb, found
+            )
+        return found
+
+    def _complete(self, stats, steps: int, shape):
+        """Every statistic as an array over the batch, whatever the solver."""
+        dtypes = {
+            "num_steps": jnp.int32,
+            "residual": self.batch.recurrence.dtype,
+            "sequential": jnp.bool_,
+            "nonfinite": jnp.int32,
+            "certified": jnp.bool_,
+            "certified_steps": jnp.int32,
+            "finite": jnp.bool_,
+            "rung": jnp.int32,
+        }
+        defaults = {"rung": 0, "certified_steps": steps}
+        complete = {
+            name: jnp.broadcast_to(
+                jnp.asarray(stats.get(name, defaults.get(name)), dtype), shape
+            )
+            for name, dtype in dtypes.items()
+        }
+        history = stats.get("residual_history")
+        if history is not None and history.shape[0]:
+            complete["residual_history"] = history
+        return complete
+
+
+def _keep_certified(before, after):
+    """The later answer, but for sequences whose earlier one was certified."""
+    (states, stats), (new_states, new_stats) = before, after
+    kept = stats["certified"]
+
+    def choose(old, new, axis):
+        behind = (1,) * (old.ndim - axis - kept.ndim)
+        return jnp.where(kept.reshape((1,) * axis + kept.shape + behind), old, new)
+
+    merged = {}
+    for name, old in stats.items():
+        if name == "residual_history":
+            merged[name] = old
+        elif name in ("num_steps", "nonfinite"):
+            # The steps that were tried remain part of the story.
+            merged[name] = old + jnp.where(kept, 0, new_stats[name])
+        else:
+            merged[name] = choose(old, new_stats[name], 0)
+    states = jax.tree.map(lambda old, new: choose(old, new, 1), states, new_states)
+    return states, merged
