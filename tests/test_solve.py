@@ -550,6 +550,29 @@ def test_a_failure_raises_whatever_is_looked_at(seen, batched):
         jax.block_until_ready(run(good.at[..., 5].set(jnp.nan)))
 
 
+@pytest.mark.parametrize("solver", [Newton(), Newton(512), pararnn.Jacobi()])
+def test_nan_in_a_long_sequence_is_never_certified(solver):
+    """XLA's maximum over many numbers on a CPU may lose a NaN."""
+
+    def f(h, x):
+        return jnp.tanh(0.1 * h) + jnp.sqrt(x)
+
+    steps, width = 2048, 4
+    xs = jnp.ones((2, steps, width)).at[0, 512].set(-1.0).at[1, 1024, 0].set(-1.0)
+
+    @jax.jit
+    @jax.vmap
+    def run(xs):
+        options = {"solver": solver, "max_steps": 30, "throw": False}
+        sol = solve(f, xs, jnp.zeros(width), **options)
+        return sol.result == RESULTS.successful, sol.stats
+
+    good, stats = run(xs)
+    assert not np.any(good)
+    assert stats["first_nonfinite"].tolist() == [512, 1024]
+    assert stats["certified_steps"].tolist() == [512, 1024]
+
+
 def test_one_segment_keeps_the_history_it_was_asked_for():
     sol = solve(lambda h, x: 0.5 * h + x, jnp.ones(T), 0.0, solver=Newton(1, history=3))
     assert sol.stats["residual_history"].shape == (3,)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from ...scan import Schedule, run_scan
 from .._blocks import from_blocks, to_blocks, transition_factors
 from .._root_finding import RootState, finish_root, init_root, step_root
-from .._segments import Linearization
+from .._segments import Linearization, largest
 from .._structure import Structure
 
 
@@ -85,6 +85,12 @@ class AbstractMethod(optx.AbstractRootFinder):
     ) -> tuple[PyTree, Any, dict[str, Any]]:
         del options, tags, result
         return finish_root(self, fn, y, aux, args, state)
+
+
+def max_norm(tree: PyTree) -> Array:
+    """The largest number of a pytree, infinite if one is not a number."""
+    sizes = [largest(leaf) for leaf in jax.tree.leaves(tree)]
+    return jnp.max(jnp.stack(sizes))
 
 
 def is_count(value) -> bool:

@@ -5,11 +5,10 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-import optimistix as optx
 
 from .._segments import Linearization
 from .._structure import Structure
-from ._base import AbstractMethod, check_method, solve_corrections
+from ._base import AbstractMethod, check_method, max_norm, solve_corrections
 from ._newton import push_exactly
 
 
@@ -49,7 +48,7 @@ class DampedNewton(AbstractMethod):
         self.segments = segments
         self.damping = damping
         self.rtol, self.atol, self.history = rtol, atol, history
-        self.norm = optx.max_norm
+        self.norm = max_norm
 
     def __check_init__(self):
         check_method(self)

@@ -5,14 +5,13 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-import optimistix as optx
 from jaxtyping import Array
 
 from ...scan import Schedule, invert_matrices, multiply_matrices, prefix, run_scan
 from .._blocks import from_blocks, to_blocks, transition_factors
 from .._segments import Linearization
 from .._structure import Structure
-from ._base import AbstractMethod, check_method, diagonal
+from ._base import AbstractMethod, check_method, diagonal, max_norm
 from ._newton import push_exactly
 from ._quasi_newton import make_push_diagonal
 
@@ -63,7 +62,7 @@ class ELK(AbstractMethod):
         self.damping = damping
         self.diagonal = diagonal
         self.rtol, self.atol, self.history = rtol, atol, history
-        self.norm = optx.max_norm
+        self.norm = max_norm
 
     def __check_init__(self):
         check_method(self)

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import equinox as eqx
-import optimistix as optx
 
 from .._segments import Linearization
 from .._structure import Structure
-from ._base import AbstractMethod, check_method, diagonal
+from ._base import AbstractMethod, check_method, diagonal, max_norm
 
 
 class Jacobi(AbstractMethod):
@@ -43,7 +42,7 @@ class Jacobi(AbstractMethod):
     ):
         self.segments = segments
         self.rtol, self.atol, self.history = rtol, atol, history
-        self.norm = optx.max_norm
+        self.norm = max_norm
 
     def __check_init__(self):
         check_method(self)

@@ -7,11 +7,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optimistix as optx
 
 from .._segments import Linearization, Push
 from .._structure import Structure
-from ._base import AbstractMethod, check_method, diagonal, is_count, solve_corrections
+from ._base import (
+    AbstractMethod,
+    check_method,
+    diagonal,
+    is_count,
+    max_norm,
+    solve_corrections,
+)
 
 
 def make_push_diagonal(vectors, scale: float) -> Push:
@@ -70,7 +76,7 @@ class QuasiNewton(AbstractMethod):
         self.segments = segments
         self.probes = probes
         self.rtol, self.atol, self.history = rtol, atol, history
-        self.norm = optx.max_norm
+        self.norm = max_norm
 
     def __check_init__(self):
         check_method(self)
