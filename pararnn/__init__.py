@@ -1,5 +1,6 @@
 """Nonlinear and linear recurrences, parallel in time, on JAX."""
 
+from ._implicit import Implicit as Implicit
 from ._lineax import (
     BlockBidiagonalLinearOperator as BlockBidiagonalLinearOperator,
     ParallelScan as ParallelScan,

@@ -1,0 +1,456 @@
+"""Implicit recurrences `F(h_t, h_{t-1}, x_t) = 0`, as cells like any other.
+
+A step is solved by Newton's method; its derivative follows from the implicit function
+theorem at the solution, and never passes through the iterations. The same blocks that
+the solvers find in a cell's Jacobian are found in `∂F/∂h_t` and inverted one by one.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .scan._arithmetic import multiply_matrices
+from .solver._blocks import from_blocks, to_blocks, transition_factors
+from .solver._recurrence import Recurrence
+from .solver._segments import largest
+from .solver._structure import find_structure
+
+
+class Implicit(eqx.Module):
+    r"""A cell whose next state is defined by an equation: $F(h_t, h_{t-1}, x_t) = 0$.
+
+    Backward Euler, differential-algebraic equations of index 1 and implicit layers are
+    recurrences of this form. `Implicit(F)` is a cell `f(h, x) -> h_new`, for
+    [`pararnn.solve`][] with any solver, [`pararnn.RNN`][], or a loop of one's own:
+
+        def F(h_new, h, x):  # backward Euler of dh/dt = g(h, x)
+            return h_new - h - dt * g(h_new, x)
+
+        sol = pararnn.solve(pararnn.Implicit(F), xs, h0)
+
+    From $z_0 = h_{t-1}$, or from `guess`, Newton's method iterates
+
+    $$z_{k+1} = z_k - (\partial_z F)^{-1} F(z_k, h_{t-1}, x_t)$$
+
+    down to rounding. There is no damping: of several solutions the one that this
+    reaches is returned, and a step too long for it fails. Tangents, to any order and
+    in both modes, are those of the implicit function theorem at the solution,
+
+    $$dh_t = -(\partial_z F)^{-1}
+        (\partial_h F\, dh_{t-1} + \partial_x F\, dx_t + \partial_\theta F\, d\theta),$$
+
+    with $\theta$ everything that `F` closes over. The blocks of $\partial_z F$ are
+    found as by [`pararnn.jacobian_structure`][]: a diagonal one costs a division, a
+    block-diagonal one an inverse for each block, any other the inverse of a
+    `width x width` matrix. The cell's own Jacobian keeps that structure, as far as
+    $\partial_h F$ shares it.
+
+    **A step that fails** has NaN in its whole state, so that [`pararnn.solve`][] ends
+    with `RESULTS.nonfinite_states`. It fails if there is no solution, if $\partial_z F$
+    is singular on the way or at the solution, or if Newton's method started too far
+    from it. [`pararnn.Implicit.stats`][] of the step before
+    `stats["first_nonfinite"]` tells more.
+
+    **Arguments:**
+
+    - `F`: `F(h_new, h, x) -> residual`; any function or module, differentiable in
+        forward mode. `h_new` and `h` are states, real or complex, and the residual has
+        their structure, shapes and dtypes. Which entry holds which equation is free,
+        but for a diagonal or block-diagonal structure entry i is to hold the equation
+        for entry i. Give matrix products on a GPU `precision="highest"`: rounded to
+        TF32, the default there, some steps do not come below the tolerance.
+    - `guess`: `guess(h, x)`, a state to start from; the previous one if not given.
+        Only speed, and which of several solutions is found, depend on it; no
+        derivative does.
+    - `rtol`, `atol`: a step has been solved when two corrections in succession, in the
+        max-norm over the state, are at most `atol + rtol * max|h_new|`. Convergence
+        being quadratic, the second brings the error down to rounding. Default: the
+        square root of the rounding of the state's dtype, and that rounding itself;
+        what is below the rounding of `h_new` or `h` always suffices.
+    - `max_steps`: limit on Newton's steps.
+
+    **Raises:** `TypeError` if `F` or `guess` cannot be called; `ValueError` for
+    tolerances that are negative or NaN, and for a limit that is not a whole number.
+
+    ??? cite "Source"
+
+        Newton's method for implicit integrators: Hairer and Wanner, "Solving Ordinary
+        Differential Equations II", section IV.8 (1996), and section VI.1 for
+        differential-algebraic equations of index 1. Implicit layers: Bai, Kolter and
+        Koltun, "Deep equilibrium models" (2019), 1909.01377.
+    """
+
+    F: Callable[[PyTree, PyTree, PyTree], PyTree]
+    guess: Callable[[PyTree, PyTree], PyTree] | None
+    rtol: float | None = eqx.field(static=True)
+    atol: float | None = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        F: Callable[[PyTree, PyTree, PyTree], PyTree],
+        *,
+        guess: Callable[[PyTree, PyTree], PyTree] | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        max_steps: int = 32,
+    ):
+        _check_functions(F, guess)
+        self.F, self.guess = F, guess
+        # Numbers of NumPy would count as arrays, with a dtype of their own.
+        self.rtol = _as_tolerance("rtol", rtol)
+        self.atol = _as_tolerance("atol", atol)
+        self.max_steps = _as_limit(max_steps)
+
+    def __call__(self, h: PyTree[Array], x: PyTree) -> PyTree[Array]:
+        r"""The state $h_t$ that solves $F(h_t, h, x) = 0$.
+
+        **Arguments:** `h`, the previous state, a pytree of floating-point or complex
+        arrays; `x`, the input of this step, any pytree of arrays.
+
+        **Returns:** a state like `h`: the solution, or NaN everywhere.
+
+        **Raises:** `ValueError` or `TypeError` while tracing, if `F` or `guess` does
+        not fit the state.
+        """
+        equation, arguments = _pose(self, h, x)
+        return equation.state(_root(*arguments, equation=equation))
+
+    def stats(self, h: PyTree[Array], x: PyTree) -> dict[str, Any]:
+        """How the solve of one step ends, for finding out why one fails.
+
+        **Arguments:** as for a call.
+
+        **Returns:** a dict without derivatives: `"converged"` (bool); `"num_steps"`
+        (int32), Newton steps taken; `"correction"` (real), the max-norm of the last
+        one; `"last"`, the last iterate, a state like `h`, whether converged or not.
+
+        **Raises:** as a call.
+        """
+        equation, arguments = _pose(self, h, x)
+        end = _newton(equation, *lax.stop_gradient(arguments))
+        return {
+            "converged": end.close,
+            "num_steps": end.num_steps,
+            "correction": end.correction,
+            "last": equation.state(end.v),
+        }
+
+
+class _Equation:
+    """`F(z, h, x) = 0` for z, as data: a recurrence in z, driven by h and x.
+
+    What traces a cell and finds its structure does so for `F` unchanged: one "step" is
+    from z to the residual, with `(h, x)` for its input. States are real vectors `v`.
+    """
+
+    def __init__(self, recurrence: Recurrence, options: Implicit):
+        self.recurrence = recurrence
+        self.structure = find_structure(recurrence)
+        eps = recurrence.eps
+        self.rtol = eps**0.5 if options.rtol is None else options.rtol
+        self.atol = eps if options.atol is None else options.atol
+        self.rounding = 64 * eps
+        self.max_steps = options.max_steps
+
+    def residual(self, constants, v: Array, h, x) -> Array:
+        return self.recurrence.vector_step((constants, None), v, ((*h, *x), None))
+
+    def residual_and_inverse(self, constants, v: Array, h, x) -> tuple[Array, Array]:
+        """`F` at v, and the inverse of its Jacobian there, block by block."""
+
+        def at(v):
+            return self.residual(constants, v, h, x)
+
+        seeds = jnp.asarray(self.structure.seeds, v.dtype)
+        value, push = jax.linearize(at, v)
+        kind, blocks = transition_factors(self.structure, jax.vmap(push)(seeds))
+        if kind == "elementwise":
+            return value, 1 / blocks
+        empty = self.structure.blocks == self.structure.width
+        if np.any(empty):
+            # The empty places of small blocks solve the equation 1 * 0 = 0.
+            filler = empty[:, :, None] & np.eye(self.structure.size, dtype=bool)
+            blocks = jnp.where(filler, 1, blocks)
+        return value, _inverse(blocks)
+
+    def apply(self, inverse: Array, v: Array) -> Array:
+        v = to_blocks(self.structure, v)
+        diagonal = self.structure.kind == "diagonal"
+        v = inverse * v if diagonal else multiply_matrices(inverse, v)
+        return from_blocks(self.structure, v)
+
+    def state(self, v: Array) -> PyTree[Array]:
+        leaves = self.recurrence.unravel(v)
+        return jtu.tree_unflatten(self.recurrence.state_tree, leaves)
+
+
+class _Iterate(NamedTuple):
+    """Where Newton's method stands."""
+
+    v: Float[Array, " width"]
+    correction: Float[Array, ""]  # the last one, in the max-norm
+    num_steps: Int[Array, ""]
+    close: Bool[Array, ""]  # the last correction was within the tolerance
+    ended: Bool[Array, ""]
+
+
+@eqx.filter_custom_jvp
+def _root(constants, h, x, guess, *, equation: _Equation):
+    """The solution as a real vector, NaN where there is none."""
+    end = _newton(equation, constants, h, x, guess)
+    return jnp.where(end.close, end.v, jnp.nan)
+
+
+@_root.def_jvp
+def _(primals, tangents, *, equation: _Equation):
+    """The implicit function theorem.
+
+    The solution is taken from `_root` again, whose derivative is this rule: so the rule
+    can itself be differentiated, to any order.
+    """
+    v = _root(*primals, equation=equation)
+    # The guess takes no part.
+    arguments, tangents = primals[:3], tangents[:3]
+    untouched = jtu.tree_map(_is_none, tangents, is_leaf=_is_none)
+    held, moved = eqx.partition(arguments, untouched)
+    if not jtu.tree_leaves(moved):
+        return v, None
+
+    def at_solution(moved):
+        constants, h, x = eqx.combine(held, moved)
+        return equation.residual(constants, v, h, x)
+
+    # `moved` and `tangents` have the same leaves.
+    _, pushed = jax.jvp(at_solution, (moved,), (tangents,))
+    constants, h, x = arguments
+    _, inverse = equation.residual_and_inverse(constants, v, h, x)
+    return v, -equation.apply(inverse, pushed)
+
+
+def _is_none(x) -> bool:
+    return x is None
+
+
+def _newton(equation: _Equation, constants, h, x, guess) -> _Iterate:
+    """Newton's method, until it has come to rest or cannot."""
+    ravel = equation.recurrence.ravel
+    start = ravel(h if guess is None else guess)
+    # What the equation subtracts from one another is as large as the previous state,
+    # also where the next one is zero.
+    floor = equation.rounding * largest(ravel(h))
+
+    def step(at: _Iterate) -> _Iterate:
+        value, inverse = equation.residual_and_inverse(constants, at.v, h, x)
+        change = equation.apply(inverse, value)
+        v = at.v - change
+        correction, size = largest(change), largest(v)
+        finite = jnp.isfinite(correction) & jnp.isfinite(size)
+        rounding = jnp.maximum(equation.rounding * size, floor)
+        allowed = jnp.maximum(equation.atol + equation.rtol * size, rounding)
+        close = finite & (correction <= allowed)
+        at_rest = close & (at.close | (correction <= rounding))
+        return _Iterate(v, correction, at.num_steps + 1, close, at_rest | ~finite)
+
+    def unfinished(at: _Iterate):
+        return ~at.ended & (at.num_steps < equation.max_steps)
+
+    no, dtype = jnp.asarray(False), start.dtype
+    none = jnp.asarray(0, jnp.int32)
+    first = _Iterate(start, jnp.asarray(jnp.inf, dtype), none, no, no)
+    return lax.while_loop(unfinished, step, first)
+
+
+@jax.custom_jvp
+def _inverse(blocks: Float[Array, "n size size"]) -> Float[Array, "n size size"]:
+    """The inverses of blocks; not finite where one is singular.
+
+    With inverses, a Jacobian's columns are one matrix product, and the dependencies of
+    a product are seen by asdex, those of a factorisation are not. It has no rule for
+    what `jnp.linalg` is made of, and so takes the cell for dense: which is right for
+    one block only. Several are small, most often, and eliminated by hand.
+    """
+    if len(blocks) > 1:
+        return _eliminate(blocks)
+    factors, _, order = lax.linalg.lu(blocks[0])
+    permuted = order[:, None] == lax.broadcasted_iota(order.dtype, factors.shape, 1)
+    half = lax.linalg.triangular_solve(
+        factors,
+        permuted.astype(factors.dtype),
+        left_side=True,
+        lower=True,
+        unit_diagonal=True,
+    )
+    return lax.linalg.triangular_solve(factors, half, left_side=True)[None]
+
+
+@_inverse.defjvp
+def _(primals, tangents):
+    inverse = _inverse(*primals)
+    moved = multiply_matrices(multiply_matrices(inverse, tangents[0]), inverse)
+    return inverse, -moved
+
+
+def _eliminate(blocks: Array) -> Array:
+    """Gauss-Jordan elimination with partial pivoting, all blocks side by side."""
+    size = blocks.shape[1]
+    row = lax.broadcasted_iota(jnp.int32, blocks.shape[:2], 1)
+
+    def column(k, both):
+        entries = lax.dynamic_index_in_dim(both, k, 2, keepdims=False)
+        best = jnp.argmax(jnp.where(row < k, -1, jnp.abs(entries)), axis=1)
+        here = (row == k)[:, :, None]
+        there = (row == best.astype(row.dtype)[:, None])[:, :, None]
+        pivots = jnp.sum(jnp.where(there, both, 0), axis=1, keepdims=True)
+        moved = lax.dynamic_index_in_dim(both, k, 1)
+        both = jnp.where(there, moved, both)
+        pivots = pivots / lax.dynamic_index_in_dim(pivots, k, 2)
+        factors = lax.dynamic_index_in_dim(both, k, 2)
+        return jnp.where(here, pivots, both - factors * pivots)
+
+    unit = jnp.broadcast_to(jnp.eye(size, dtype=blocks.dtype), blocks.shape)
+    both = jnp.concatenate([blocks, unit], axis=2)
+    return lax.fori_loop(0, size, column, both)[:, :, size:]
+
+
+# What users pass, checked.
+
+
+def _pose(options: Implicit, h: PyTree, x: PyTree):
+    """The equation of one step, and what it is made of: constants, h, x, guess."""
+    _check_state(h)
+    # The recurrence drops a time axis, which one step has not.
+    inputs = jtu.tree_map(lambda leaf: jnp.asarray(leaf)[None], (h, x))
+    try:
+        recurrence = Recurrence(lambda z, hx: options.F(z, *hx), inputs, h)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"Implicit: `F(h_new, h, x)` could not be traced with the states "
+            f"{_describe(h)} and the input {_describe(x)}. Likely causes: (a) `F` has "
+            "other arguments, or in another order: first the new state, then the "
+            "previous one, then the input; (b) the sizes of state or input do not fit; "
+            f"(c) `F` branches on values: use `jnp.where`. It said: {error}"
+        ) from error
+    _check_residual(recurrence)
+    guess = None
+    if options.guess is not None:
+        guess = options.guess(h, x)
+        _check_guess(guess, h)
+        guess = lax.stop_gradient(_leaves(guess))
+    equation = _Equation(recurrence, options)
+    arguments = recurrence.release_constants(), _leaves(h), _leaves(x), guess
+    return equation, arguments
+
+
+def _leaves(tree: PyTree) -> tuple[Array, ...]:
+    return tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(tree))
+
+
+def _check_functions(F: Any, guess: Any) -> None:
+    if not callable(F):
+        raise TypeError(
+            f"Implicit: `F` is a {type(F).__name__}, which cannot be called; "
+            "expected a function `F(h_new, h, x)` that returns the residual of the "
+            "equation. Likely cause: `F` was called, `Implicit(F(...))`: pass the "
+            "function itself."
+        )
+    if guess is not None and not callable(guess):
+        raise TypeError(
+            f"Implicit: `guess` is a {type(guess).__name__}, which cannot be "
+            "called; expected a function `guess(h, x)` that returns a state. For a "
+            "fixed one pass `lambda h, x: value`."
+        )
+
+
+def _as_tolerance(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if not (isinstance(value, int | float | np.number) and value >= 0):
+        raise ValueError(
+            f"Implicit: `{name}` is {value!r:.80}; expected a number >= 0, not an "
+            "array, or None for what the state's dtype can resolve."
+        )
+    return float(value)
+
+
+def _as_limit(value: Any) -> int:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not (whole and value >= 1):
+        raise ValueError(
+            f"Implicit: `max_steps` is {value!r:.80}; expected a whole number >= 1. "
+            "Newton's method seldom needs more than ten; more do not help one that "
+            "starts too far from the solution, a `guess` or a shorter step does."
+        )
+    return int(value)
+
+
+def _check_state(h: PyTree) -> None:
+    for path, leaf in jtu.tree_leaves_with_path(h):
+        numbers = eqx.is_array_like(leaf)
+        if not numbers or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"Implicit: the state's leaf `h{jtu.keystr(path)}` is {leaf!r:.80}; "
+                "every leaf must be a floating-point or complex array, since the "
+                "equation is solved for it. Cast it, or move it to the inputs."
+            )
+
+
+def _check_residual(recurrence: Recurrence) -> None:
+    if recurrence.has_custom_vjp:
+        raise TypeError(
+            "Implicit: `F` contains a function with a `jax.custom_vjp` rule, which has "
+            "no forward-mode derivative; Newton's method and the derivative of the "
+            "solution need one. Define the rule by `jax.custom_jvp` instead: reverse "
+            "mode follows from it."
+        )
+    state = jtu.tree_unflatten(recurrence.state_tree, recurrence.state_leaves)
+    if not _same(recurrence.output, state):
+        raise ValueError(
+            f"Implicit: `F(h_new, h, x)` returns {_describe(recurrence.output)}, but "
+            f"the state is {_describe(state)}; there must be one equation for each "
+            "number of the state, in the same structure, shapes and dtypes. Likely "
+            "causes: (a) an equation is missing, or put together with another: return "
+            "the residuals as the state is built; (b) the input broadcasts against the "
+            "state, for instance since it carries a batch axis; (c) state and "
+            "parameters differ in dtype: create `h0` in the dtype that `F` returns."
+        )
+
+
+def _check_guess(guess: PyTree, h: PyTree) -> None:
+    if not _same(guess, h):
+        raise ValueError(
+            f"Implicit: `guess(h, x)` returns {_describe(guess)}, but the state is "
+            f"{_describe(h)}; Newton's method starts from a state. Likely cause: the "
+            "guess is of a part of the state only, or in another dtype: return all of "
+            "it, the rest taken from `h`."
+        )
+
+
+def _same(got: PyTree, state: PyTree) -> bool:
+    if jtu.tree_structure(got) != jtu.tree_structure(state):
+        return False
+    pairs = zip(jtu.tree_leaves(got), jtu.tree_leaves(state), strict=True)
+    return all(_shape_dtype(a) == _shape_dtype(b) for a, b in pairs)
+
+
+def _shape_dtype(leaf):
+    """Of an array, a number, or an abstract one."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.shape, leaf.dtype
+    return jnp.shape(leaf), jnp.result_type(leaf)
+
+
+def _describe(tree: PyTree) -> str:
+    def one(leaf):
+        shape, dtype = _shape_dtype(leaf)
+        return f"{dtype}{list(shape)}"
+
+    return str(jtu.tree_map(one, tree)).replace("'", "")

@@ -1,0 +1,771 @@
+"""Implicit recurrences against loops in NumPy.
+
+The loops solve each step by Newton's method with Jacobians from complex steps, and
+differentiate it by the implicit function theorem: no JAX takes part in either.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+
+from pararnn import RESULTS, RNN, Auto, Newton, Sequential, jacobian_structure, solve
+from pararnn._implicit import Implicit
+from tests.problems import some_resets
+
+T = 23
+SOLVERS = {
+    "newton": Newton(),
+    "newton-7": Newton(7),
+    "sequential": Sequential(),
+    "auto": Auto(),
+}
+
+
+class Equation(NamedTuple):
+    F: Callable  # (numpy or jax.numpy, parameters, h_new, h, x) -> residual
+    parameters: Any
+    xs: Any
+    h0: Any
+    structure: str
+
+    def cell(self, parameters=None, **options):
+        p = self.parameters if parameters is None else parameters
+        return Implicit(lambda z, h, x: self.F(jnp, p, z, h, x), **options)
+
+    @property
+    def point(self):
+        return self.parameters, self.xs, self.h0
+
+
+# Backward Euler of h' = L h + x.
+
+
+def linear(m, p, z, h, x):
+    return z - h - 0.1 * (p["L"] @ z + x)
+
+
+def stiff_matrix():
+    """Rates from 1 to 1e5, in directions that are far from orthogonal."""
+    basis = np.array([[1.0, 0.9, 0.2], [0.0, 1.0, 0.7], [0.1, 0.0, 1.0]])
+    return basis @ np.diag([-1.0, -1e2, -1e5]) @ np.linalg.inv(basis)
+
+
+# Backward Euler of driven Van der Pol oscillators, the state split by kind.
+
+
+def van_der_pol(m, p, z, h, x):
+    force = p["mu"] * (1 - z["q"] ** 2) * z["v"] - z["q"] + x
+    return {"q": z["q"] - h["q"] - 0.1 * z["v"], "v": z["v"] - h["v"] - 0.1 * force}
+
+
+# Backward Euler of a pendulum with a cart's acceleration x, in Cartesian coordinates:
+#   p' = v,   v' = -λ p - (x, g),   0 = d²/dt² |p|²/2 = |v|² + p·v'.
+
+
+def pendulum(m, c, z, h, x, dt=0.05):
+    p, v, tension = z
+    gravity = m.stack([x, c["g"]])
+    acceleration = -tension * p - gravity
+    return (
+        p - h[0] - dt * v,
+        v - h[1] - dt * acceleration,
+        v @ v + p @ acceleration,
+    )
+
+
+def pendulum_at(angle, g=9.81):
+    """At rest, with the tension that the constraint asks for."""
+    p = np.array([np.sin(angle), -np.cos(angle)])
+    return p, np.zeros(2), np.array(g * np.cos(angle))
+
+
+# Layers.
+
+
+def implicit_rnn(m, p, z, h, x):
+    return z - m.tanh(p["W"] @ z + p["U"] @ h + p["V"] @ x)
+
+
+def diagonal(m, p, z, h, x):
+    return z + p["a"] * z**3 - 0.9 * m.tanh(h) - x
+
+
+def blocks_out_of_order(m, p, z, h, x):
+    """Blocks of the entries (0, 3), (1, 4, 5) and (2,), each with its equations."""
+    shuffled = m.stack([z[3], z[4], z[2], z[0], z[5], z[1]])
+    return 2 * z + p["a"] * m.sin(shuffled) - m.tanh(h) - x
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+EQUATIONS = {
+    "stiff": Equation(
+        linear, {"L": stiff_matrix()}, normal(0, T, 3), normal(1, 3), "Dense"
+    ),
+    "van-der-pol": Equation(
+        van_der_pol,
+        {"mu": np.array([1.0, 5.0])},
+        normal(2, T, 2),
+        {"q": np.array([2.0, -1.5]), "v": np.array([0.0, 0.3])},
+        "BlockDiagonal(2)",
+    ),
+    "pendulum": Equation(
+        pendulum, {"g": np.array(9.81)}, normal(3, T), pendulum_at(1.0), "Dense"
+    ),
+    "implicit-rnn": Equation(
+        implicit_rnn,
+        {
+            # Of norm 0.6, so that the fixed point is unique.
+            "W": 0.6 * np.linalg.qr(normal(4, 4, 4))[0],
+            "U": 0.5 * normal(5, 4, 4),
+            "V": normal(6, 4, 2),
+        },
+        normal(7, T, 2),
+        normal(8, 4),
+        "Dense",
+    ),
+    "diagonal": Equation(
+        diagonal,
+        {"a": np.linspace(0.1, 2, 5)},
+        normal(9, T, 5),
+        normal(10, 5),
+        "Diagonal",
+    ),
+    "blocks": Equation(
+        blocks_out_of_order,
+        {"a": np.linspace(0.2, 1, 6)},
+        normal(11, T, 6),
+        normal(12, 6),
+        "BlockDiagonal(3)",
+    ),
+}
+
+
+# The loops in NumPy.
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def like(tree, v):
+    leaves, definition = jax.tree.flatten(tree)
+    ends = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
+    parts = np.split(v, ends)
+    parts = [p.reshape(np.shape(leaf)) for p, leaf in zip(parts, leaves, strict=True)]
+    return jax.tree.unflatten(definition, parts)
+
+
+def numpy_step(F, p, h, x):
+    """The solution as a vector, and the Jacobian there."""
+    z, last = flat(h), np.inf
+    unit = 1e-30j * np.eye(z.size)
+    for _ in range(50):
+        value = flat(F(np, p, like(h, z), h, x))
+        columns = [flat(F(np, p, like(h, z + e), h, x)).imag for e in unit]
+        jacobian = np.stack(columns, axis=1) / 1e-30
+        change = np.linalg.solve(jacobian, value)
+        z, size = z - change, np.abs(change).max()
+        if (last < 1e-6 and size >= 0.1 * last) or size == 0:
+            return z, jacobian
+        last = size
+    raise AssertionError("the reference does not converge")
+
+
+def at(xs, t):
+    return jax.tree.map(lambda x: x[t], xs)
+
+
+def numpy_loop(equation, point=None, tangents=None, reset=None, fresh=None):
+    """States `[T, width]`, and their tangents."""
+    p, xs, h = equation.point if point is None else point
+    states, pushed = [], []
+    for t in range(T):
+        x = at(xs, t)
+        if reset is not None and reset[t]:
+            h = fresh
+        z, jacobian = numpy_step(equation.F, p, h, x)
+        if tangents is not None:
+            dp, dxs, dh = tangents
+            here, there = (p, h, x), (dp, dh, at(dxs, t))
+            p_, h_, x_ = jax.tree.map(lambda a, d: a + 1e-30j * d, here, there)
+            moved = flat(equation.F(np, p_, like(h, z + 0j), h_, x_)).imag / 1e-30
+            dz = -np.linalg.solve(jacobian, moved)
+            pushed.append(dz)
+            tangents = dp, dxs, like(h, dz)
+        h = like(h, z)
+        states.append(z)
+    return np.stack(states), np.stack(pushed) if pushed else None
+
+
+def directions(tree, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda v: rng.standard_normal(np.shape(v)), tree)
+
+
+def weights(width):
+    return np.cos(np.arange(T * width)).reshape(T, width)
+
+
+def numpy_slope(equation, u, moved=0.0, v=None):
+    """The derivative of the loss along u, at a point moved along v."""
+    point = equation.point
+    if v is not None:
+        point = jax.tree.map(lambda a, d: a + moved * d, point, v)
+    _, pushed = numpy_loop(equation, point, u)
+    return np.sum(weights(pushed.shape[1]) * pushed)
+
+
+def numpy_curvature(equation, u, v):
+    """The second derivative along u and v: a central difference of order 4."""
+
+    def central(e):
+        slopes = [numpy_slope(equation, u, s * e, v) for s in (1, -1)]
+        return (slopes[0] - slopes[1]) / (2 * e)
+
+    e = 2e-4
+    return (4 * central(e) - central(2 * e)) / 3
+
+
+def vectors(states):
+    """States of JAX as `[T, width]`."""
+    leaves = [leaf.reshape(T, -1) for leaf in jax.tree.leaves(states)]
+    return jnp.concatenate(leaves, axis=1)
+
+
+def loss_of(equation, solver):
+    """A number that depends on all states, and the states."""
+
+    def loss(point):
+        p, xs, h0 = point
+        states = vectors(solve(equation.cell(p), xs, h0, solver=solver).states)
+        return jnp.sum(jnp.asarray(weights(states.shape[1])) * states), states
+
+    return loss
+
+
+def dot(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(np.vdot(x, y) for x, y in pairs)
+
+
+def close(got, wanted, rtol):
+    scale = np.abs(wanted).max()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=rtol * scale)
+
+
+# The table: equations x solvers. Derivatives are taken at the states, whichever solver
+# found them: first ones of one equation are enough to see that each solver comes to it.
+
+DERIVATIVES = [
+    ("stiff", "sequential", 2),
+    ("van-der-pol", "sequential", 1),
+    ("pendulum", "sequential", 2),
+    ("implicit-rnn", "sequential", 2),
+    ("blocks", "auto", 2),
+    *(("diagonal", solver, 1) for solver in ("newton", "newton-7", "auto")),
+]
+STATES = [(name, solver) for name in EQUATIONS for solver in SOLVERS]
+STATES = [pair for pair in STATES if pair not in {row[:2] for row in DERIVATIVES}]
+
+
+@pytest.mark.parametrize("name, solver", STATES)
+def test_states(name, solver):
+    equation = EQUATIONS[name]
+    run = ft.partial(solve, equation.cell(), solver=SOLVERS[solver])
+    states = jax.jit(lambda xs, h0: vectors(run(xs, h0).states))(*equation.point[1:])
+    close(states, numpy_loop(equation)[0], 1e-11)
+
+
+@pytest.mark.parametrize("name, solver, order", DERIVATIVES)
+def test_states_and_derivatives(name, solver, order):
+    """The gradient, a tangent, and the forward derivative of the gradient."""
+    equation = EQUATIONS[name]
+    loss, point = loss_of(equation, SOLVERS[solver]), equation.point
+
+    @jax.jit
+    def everything(point, v):
+        both = jax.value_and_grad(loss, has_aux=True)
+        if order == 2:
+            return jax.jvp(both, (point,), (v,))
+        slope, pushed = jax.jvp(loss, (point,), (v,))[1]
+        return both(point), ((slope, pushed), None)
+
+    v = directions(point, 0)
+    ((_, states), gradient), ((slope, pushed), product) = everything(point, v)
+    close(states, numpy_loop(equation)[0], 1e-11)
+    close(pushed, numpy_loop(equation, tangents=v)[1], 1e-9)
+    np.testing.assert_allclose(slope, numpy_slope(equation, v), rtol=1e-9)
+    for seed in (1, 2):
+        u = directions(point, seed)
+        wanted = numpy_slope(equation, u)
+        np.testing.assert_allclose(dot(gradient, u), wanted, rtol=1e-9)
+        if order == 2:
+            wanted = numpy_curvature(equation, u, v)
+            np.testing.assert_allclose(dot(product, u), wanted, rtol=1e-6)
+
+
+def test_gradient_of_a_gradient():
+    equation = EQUATIONS["diagonal"]
+    loss, point = loss_of(equation, Sequential()), equation.point
+    u, v = directions(point, 1), directions(point, 2)
+
+    def along(point):
+        gradient = jax.grad(lambda p: loss(p)[0])(point)
+        pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(v), strict=True)
+        return sum(jnp.vdot(a, b) for a, b in pairs)
+
+    product = jax.jit(jax.grad(along))(point)
+    wanted = numpy_curvature(equation, u, v)
+    np.testing.assert_allclose(dot(product, u), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_structure(name):
+    equation = EQUATIONS[name]
+    found = jacobian_structure(equation.cell(), equation.xs[0], equation.h0)
+    assert repr(found) == equation.structure
+
+
+def test_resets_under_vmap():
+    """Parameters, inputs and states with a batch axis, under `jit`, with resets."""
+    equation, reset = EQUATIONS["diagonal"], some_resets(T)
+
+    def of(seed):
+        return jax.tree.map(lambda v, d: v + 0.1 * d, *shifted(seed))
+
+    def shifted(seed):
+        return equation.point, directions(equation.point, seed)
+
+    points, fresh = [of(seed) for seed in (0, 1, 2)], np.ones(5)
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *points)
+
+    def states(point):
+        p, xs, h0 = point
+        options = {"solver": Newton(5), "reset": reset, "reset_state": fresh}
+        return solve(equation.cell(p), xs, h0, **options).states
+
+    got = jax.jit(jax.vmap(states))(batch)
+    for one, point in zip(got, points, strict=True):
+        close(one, numpy_loop(equation, point, None, reset, fresh)[0], 1e-11)
+
+
+# Against what is known of the equations.
+
+
+def test_stiff_linear_equation_in_closed_form():
+    """The states are powers of the resolvent, and so are their Jacobians."""
+    L, h0 = jnp.asarray(stiff_matrix()), jnp.ones(3)
+
+    def F(z, h, x):
+        return z - h - 0.1 * L @ z
+
+    def states(h0):
+        return solve(Implicit(F), jnp.arange(T), h0).states
+
+    resolvent = np.linalg.inv(np.eye(3) - 0.1 * stiff_matrix())
+    powers = np.stack([np.linalg.matrix_power(resolvent, t + 1) for t in range(T)])
+    got, jacobian = jax.jit(lambda h: (states(h), jax.jacfwd(states)(h)))(h0)
+    close(got, powers @ np.ones(3), 1e-11)
+    close(jacobian, powers, 1e-11)
+
+
+def pendulum_run(steps):
+    """States at the `steps` times up to t = 2, and the right ones by angle."""
+    dt, h0 = 2 / steps, pendulum_at(1.0)
+
+    def F(z, h, x):
+        return pendulum(jnp, {"g": 9.81}, z, h, x, dt)
+
+    run = jax.jit(lambda h0: solve(Implicit(F), jnp.zeros(steps), h0).states)
+    times = dt * np.arange(1, steps + 1)
+    exact = scipy.integrate.solve_ivp(
+        lambda t, y: [y[1], -9.81 * np.sin(y[0])],
+        (0, 2.0),
+        [1.0, 0.0],
+        t_eval=times,
+        rtol=1e-10,
+        atol=1e-10,
+    )
+    angle = exact.y[0]
+    return run(h0), np.stack([np.sin(angle), -np.cos(angle)], axis=1)
+
+
+def test_pendulum_behaves_as_its_equations_say():
+    """The hidden constraint holds at every step; errors are of the first order."""
+    errors, drifts, energies = [], [], []
+    for steps in (800, 1600):
+        (p, v, tension), exact = jax.tree.map(np.asarray, pendulum_run(steps))
+        square = np.sum(p**2, axis=1)
+        hidden = np.sum(v**2, axis=1) - tension * square - 9.81 * p[:, 1]
+        assert np.abs(hidden).max() < 1e-11
+        energy = 0.5 * np.sum(v**2, axis=1) + 9.81 * p[:, 1]
+        errors.append(np.abs(p - exact).max())
+        drifts.append(np.abs(square - 1).max())
+        energies.append(np.abs(energy + 9.81 * np.cos(1.0)).max())
+    for name, (coarse, fine) in zip(
+        ("error", "drift", "energy"), (errors, drifts, energies), strict=True
+    ):
+        assert 1.7 < coarse / fine < 2.3, name
+
+
+def test_few_steps_are_needed():
+    equation = EQUATIONS["implicit-rnn"]
+    stats = jax.jit(equation.cell().stats)(equation.h0, equation.xs[0])
+    assert stats["converged"] and 3 <= stats["num_steps"] <= 6
+    assert stats["correction"] < 1e-14
+    z, _ = numpy_step(equation.F, equation.parameters, equation.h0, equation.xs[0])
+    close(stats["last"], z, 1e-14)
+
+
+# Failure.
+
+
+def no_root_from(t):
+    """z² = x, which has no solution once the input is negative."""
+    return lambda z, h, x: z**2 - x, jnp.where(jnp.arange(T) < t, 4.0, -1.0)[:, None]
+
+
+def singular(z, h, x):
+    both = z[0] - z[1]
+    return jnp.stack([both - h[0], both - x])
+
+
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+def test_a_step_without_solution_is_reported(solver):
+    F, xs = no_root_from(9)
+    run = ft.partial(solve, Implicit(F), solver=SOLVERS[solver])
+    solution = jax.jit(lambda xs: run(xs, jnp.ones(1), throw=False))(xs)
+    assert solution.result == RESULTS.nonfinite_states
+    assert solution.stats["first_nonfinite"] == 9
+    close(solution.states[:9], np.full((9, 1), 2.0), 1e-14)
+    assert np.all(np.isnan(solution.states[9]))
+
+
+def test_a_step_without_solution_raises():
+    F, xs = no_root_from(9)
+    with pytest.raises(RuntimeError, match="a NaN or an infinity"):
+        jax.block_until_ready(
+            jax.jit(lambda xs: solve(Implicit(F), xs, jnp.ones(1)).states)(xs)
+        )
+
+
+FAILING = {
+    "singular": (Implicit(singular), jnp.ones(2), jnp.asarray(0.5)),
+    "singular, solved by the previous state": (
+        Implicit(singular),
+        jnp.asarray([1.0, 0.0]),
+        jnp.asarray(1.0),
+    ),
+    "no solution": (Implicit(lambda z, h, x: z**2 + 1 + x), jnp.ones(3), 0.0),
+    "NaN in the equation": (
+        Implicit(lambda z, h, x: z + jnp.log(z) - x),
+        -jnp.ones(1),
+        1.0,
+    ),
+    "NaN in the previous state": (
+        Implicit(lambda z, h, x: z - h),
+        jnp.asarray([1.0, jnp.nan]),
+        0.0,
+    ),
+    "too few steps": (
+        Implicit(lambda z, h, x: jnp.exp(z) - h - x, max_steps=2),
+        jnp.ones(2),
+        30.0,
+    ),
+    "cycling": (
+        Implicit(lambda z, h, x: z**3 - 2 * z + 2 + x),
+        jnp.zeros(1),
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_step_that_fails_is_nan(name):
+    cell, h, x = FAILING[name]
+    state, stats = jax.jit(lambda h, x: (cell(h, x), cell.stats(h, x)))(h, x)
+    assert np.all(np.isnan(state))
+    assert not stats["converged"]
+    assert stats["num_steps"] <= cell.max_steps
+
+
+def test_a_guess_selects_the_solution_and_has_no_derivative():
+    def F(z, h, x):
+        return z**2 - x
+
+    def run(scale, x, cell):
+        return cell(scale * jnp.ones(2), x)
+
+    def far(h, x):
+        return 5 * h
+
+    x = jnp.asarray([4.0, 9.0])
+    for guess, sign in ((None, -1), (far, -1), (lambda h, x: -far(h, x), 1)):
+        cell = Implicit(F, guess=guess)
+        jacobians = jax.jit(jax.jacfwd(lambda s, x: run(s, x, cell), (0, 1)))
+        close(jax.jit(lambda s, x: run(s, x, cell))(-1.0, x), sign * np.sqrt(x), 1e-14)
+        along_guess, along_x = jacobians(-1.0, x)
+        assert not np.any(along_guess)
+        close(along_x, sign * np.diag(0.5 / np.sqrt(x)), 1e-14)
+
+
+def test_tolerances_decide_what_is_accepted():
+    """A double root, to which Newton's method crawls: half the error at each step."""
+
+    def F(z, h, x):
+        return (z - 1) ** 2
+
+    def at(**options):
+        return jax.jit(Implicit(F, max_steps=200, **options))(jnp.full(1, 2.0), 0.0)
+
+    assert np.abs(at(rtol=np.float64(1e-3)) - 1) < 2e-3
+    assert np.abs(at() - 1) < 1e-7
+    # Near enough to the previous state is not near the solution.
+    assert np.isnan(jax.jit(Implicit(F))(jnp.full(1, 1e10), 0.0))
+
+
+def test_tolerances_below_rounding_are_rounding():
+    """Also where the solution is zero, and what makes it is not."""
+
+    def F(z, h, x):
+        return jnp.tanh(z) - 0.1 * z[::-1] + h - x
+
+    cell = Implicit(F, rtol=0.0, atol=0.0)
+    run = jax.jit(jax.vmap(lambda h: cell(h, 1e3)))
+    assert np.all(np.isfinite(run(1e3 + np.linspace(-0.1, 0.1, 60).reshape(30, 2))))
+
+
+# Other states, inputs and cells.
+
+
+@pytest.mark.parametrize("dtype, rtol", [("float32", 1e-6), ("bfloat16", 0.03)])
+def test_coarse_dtypes(dtype, rtol):
+    equation = EQUATIONS["implicit-rnn"]
+    point = jax.tree.map(lambda v: jnp.asarray(v, dtype), equation.point)
+    run = jax.jit(lambda p, xs, h0: solve(equation.cell(p), xs, h0).states)
+    states = run(*point)
+    assert states.dtype == dtype
+    exact = jax.tree.map(lambda v: np.asarray(v, float), point)
+    close(np.asarray(states, float), numpy_loop(equation, exact)[0], rtol)
+
+
+def rotated(m, p, z, h, x):
+    """z + a |z|² z = exp(0.4 i) h + x, in real and imaginary parts."""
+    c, s = np.cos(0.4), np.sin(0.4)
+    turned = m.stack([c * h[0] - s * h[1], s * h[0] + c * h[1]])
+    return z + p["a"] * (z[0] ** 2 + z[1] ** 2) * z - turned - x
+
+
+def test_complex_states():
+    """As the same equation in real and imaginary parts."""
+    a = np.array(0.5)
+    parts = Equation(
+        rotated, {"a": a}, normal(0, T, 2, 3), normal(1, 2, 3), "BlockDiagonal(2)"
+    )
+
+    def F(z, h, x):
+        square = (z * jnp.conj(z)).real
+        return z + jax.lax.complex(a * square, 0 * square) * z - np.exp(0.4j) * h - x
+
+    def joined(v):
+        return jax.lax.complex(v[..., 0, :], v[..., 1, :])
+
+    def loss(xs, h0):
+        states = solve(Implicit(F), joined(xs), joined(h0)).states
+        states = jnp.stack([states.real, states.imag], axis=1).reshape(T, 6)
+        return jnp.sum(jnp.asarray(weights(6)) * states), states
+
+    xs, h0 = jnp.asarray(parts.xs), jnp.asarray(parts.h0)
+    both = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, states), gradient = both(xs, h0)
+    close(states, numpy_loop(parts)[0], 1e-11)
+    _, *u = directions(parts.point, 0)
+    wanted = numpy_slope(parts, ({"a": 0.0}, *u))
+    np.testing.assert_allclose(dot(gradient, tuple(u)), wanted, rtol=1e-9)
+    found = jacobian_structure(Implicit(F), joined(xs[0]), joined(h0))
+    assert repr(found) == parts.structure
+
+
+def test_integer_inputs_and_rules_inside():
+    """A table looked up by tokens, a `relu`, and a matrix in the previous state."""
+    table, U = jnp.asarray(normal(0, 3, 4)), jnp.asarray(0.5 * normal(1, 4, 4))
+    tokens, h0 = jnp.arange(T) % 3, jnp.zeros(4)
+
+    def F(z, h, x):
+        return z + 0.5 * jax.nn.relu(z) - U @ h - table[x]
+
+    def explicit(h, x):
+        v = U @ h + table[x]
+        return jnp.where(v > 0, v / 1.5, v)
+
+    states = jax.jit(lambda: solve(Implicit(F), tokens, h0, solver=Newton(4)).states)()
+    wanted = jax.jit(
+        lambda: jax.lax.scan(lambda h, x: (explicit(h, x),) * 2, h0, tokens)[1]
+    )()
+    close(states, wanted, 1e-13)
+    assert repr(jacobian_structure(Implicit(F), tokens[0], h0)) == "Dense"
+
+
+def test_random_keys_as_inputs():
+    keys, h0 = jax.random.split(jax.random.key(0), T), jnp.zeros(3)
+
+    def F(z, h, key):
+        return 2 * z - jnp.tanh(h) - jax.random.normal(key, (3,))
+
+    def explicit(h, key):
+        return 0.5 * (jnp.tanh(h) + jax.random.normal(key, (3,)))
+
+    cell = Implicit(F)
+    states, stats = jax.jit(
+        lambda: (solve(cell, keys, h0).states, cell.stats(h0, keys[0]))
+    )()
+    wanted = jax.jit(
+        lambda: jax.lax.scan(lambda h, k: (explicit(h, k),) * 2, h0, keys)[1]
+    )()
+    close(states, wanted, 1e-14)
+    assert stats["converged"]
+    assert repr(jacobian_structure(cell, keys[0], h0)) == "Diagonal"
+
+
+def test_as_a_layer_with_parameters():
+    """`F` may be a module: its arrays are parameters of the layer."""
+    equation = EQUATIONS["diagonal"]
+
+    class Model(eqx.Module):
+        a: jax.Array
+
+        def __call__(self, z, h, x):
+            return diagonal(jnp, {"a": self.a}, z, h, x)
+
+    layer = RNN(
+        Implicit(Model(jnp.asarray(equation.parameters["a"]))), init_state=equation.h0
+    )
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(layer):
+        ys, _ = layer(equation.xs)
+        return jnp.sum(jnp.asarray(weights(5)) * ys)
+
+    found = gradient(layer).cell.function.F.a
+    u = directions(equation.point, 0)
+    u = (u[0], *jax.tree.map(np.zeros_like, u[1:]))
+    np.testing.assert_allclose(
+        np.vdot(found, u[0]["a"]), numpy_slope(equation, u), rtol=1e-9
+    )
+
+
+# Bad input.
+
+
+@jax.custom_vjp
+def reverse_only(x):
+    return x
+
+
+reverse_only.defvjp(lambda x: (x, None), lambda _, g: (g,))
+H, X = jnp.ones(3), jnp.ones(2)
+
+
+def called(F, h=H, x=X, **options):
+    return lambda: jax.eval_shape(Implicit(F, **options), h, x)
+
+
+# name: (call, exception, parts of the message)
+WRONG = {
+    "no function": (lambda: Implicit(H), TypeError, ["`F`", "called", "F(h_new"]),
+    "a guess that is a state": (
+        called(lambda z, h, x: z, guess=H),
+        TypeError,
+        ["`guess`", "lambda h, x"],
+    ),
+    "a negative rtol": (
+        lambda: Implicit(singular, rtol=-1.0),
+        ValueError,
+        ["`rtol`", "-1.0"],
+    ),
+    "a NaN atol": (
+        lambda: Implicit(singular, atol=float("nan")),
+        ValueError,
+        ["`atol`", "nan"],
+    ),
+    "a tolerance that is no number": (
+        lambda: Implicit(singular, rtol="1e-3"),
+        ValueError,
+        ["`rtol`", "'1e-3'"],
+    ),
+    "no steps": (
+        lambda: Implicit(singular, max_steps=0),
+        ValueError,
+        ["`max_steps`", "0"],
+    ),
+    "half a step": (
+        lambda: Implicit(singular, max_steps=2.5),
+        ValueError,
+        ["`max_steps`", "2.5"],
+    ),
+    "two arguments": (
+        called(lambda z, h: z - h),
+        TypeError,
+        ["`F(h_new, h, x)`", "order", "float64[3]"],
+    ),
+    "sizes that do not fit": (
+        called(lambda z, h, x: z - h - x),
+        TypeError,
+        ["sizes", "float64[2]"],
+    ),
+    "an equation too few": (
+        called(lambda z, h, x: (z - h)[:2]),
+        ValueError,
+        ["float64[2]", "float64[3]", "an equation is missing"],
+    ),
+    "another structure": (
+        called(lambda z, h, x: (z - h, x)),
+        ValueError,
+        ["(float64[3], float64[2])", "same structure"],
+    ),
+    "another dtype": (
+        called(lambda z, h, x: (z - h).astype(jnp.float32)),
+        ValueError,
+        ["float32[3]", "float64[3]", "dtype"],
+    ),
+    "an integer state": (
+        called(lambda z, h, x: z - h, h={"n": jnp.ones(3, int)}),
+        TypeError,
+        ["`h['n']`", "floating-point"],
+    ),
+    "a guess of another shape": (
+        called(lambda z, h, x: z - h, guess=lambda h, x: x),
+        ValueError,
+        ["guess(h, x)", "float64[2]", "float64[3]"],
+    ),
+    "no forward derivative": (
+        called(lambda z, h, x: reverse_only(z) - h),
+        TypeError,
+        ["custom_vjp", "custom_jvp"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls(name):
+    wrong, exception, parts = WRONG[name]
+    with pytest.raises(exception, match="Implicit: ") as caught:
+        wrong()
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_wrong_equations_are_named_by_solve():
+    with pytest.raises(ValueError, match="an equation is missing"):
+        solve(Implicit(lambda z, h, x: z[:2]), jnp.ones((T, 2)), H)
