@@ -1,5 +1,7 @@
 """Nonlinear and linear recurrences, parallel in time, on JAX."""
 
+from ._diagnose import Diagnosis as Diagnosis, diagnose as diagnose
+from ._diffrax import integrate as integrate
 from ._implicit import Implicit as Implicit
 from ._lineax import (
     BlockBidiagonalLinearOperator as BlockBidiagonalLinearOperator,

@@ -264,7 +264,8 @@ def close(got, wanted, rtol):
 
 
 # The table: equations x solvers. Derivatives are taken at the states, whichever solver
-# found them: first ones of one equation are enough to see that each solver comes to it.
+# found them: first ones of one equation are enough to see that each solver comes to it,
+# and second ones of each kind of inverse (`test_gradient_of_a_gradient`: the diagonal).
 
 DERIVATIVES = [
     ("stiff", "sequential", 2),

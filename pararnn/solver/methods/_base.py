@@ -25,7 +25,7 @@ class AbstractMethod(optx.AbstractRootFinder):
     take for the Jacobian $\partial f / \partial h$. The derivative of a solve does not
     depend on it: that is taken at the solution with the exact Jacobian.
 
-    A method is also an [`optimistix.AbstractRootFinder`][] of the function
+    A method is also an `optimistix.AbstractRootFinder` of the function
     [`pararnn.residual`][], see there.
 
     **Attributes:**
