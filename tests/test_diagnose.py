@@ -15,7 +15,6 @@ from pararnn import (
     Auto,
     Jacobi,
     Newton,
-    QuasiNewton,
     Sequential,
     _diagnose as module,
     solve,
@@ -135,13 +134,12 @@ def test_resets_stop_perturbations():
         jnp.zeros(2),
         reset=reset,
         reset_state=jnp.ones(2),
-        methods=[Newton()],
+        methods=[],
     )
     assert abs(d.exponent - math.log(1.5)) < 1e-9
     # Seven factors stand between two resets.
     assert abs(d.trajectory.log_growth - 7 * math.log(1.5)) < 1e-9
     assert d.trajectory.last - d.trajectory.first == 7
-    assert d.methods["Newton()"].steps[-1] <= 3
 
 
 def test_perturbations_that_vanish():
@@ -226,7 +224,7 @@ def test_nothing_to_try(tmp_path):
     d.plot(tmp_path / "nothing.png")
 
 
-@pytest.mark.parametrize("method", [Newton(), Newton(8), QuasiNewton()], ids=repr)
+@pytest.mark.parametrize("method", [Newton(), Newton(8)], ids=["one", "eight"])
 def test_a_shorter_length_is_a_shorter_recurrence(method):
     f, xs, h0 = tanh_cell(2.0), noise(128), jnp.full(8, 0.3)
     d = diagnose(f, xs, h0, methods=[method], lengths=[32])
@@ -257,9 +255,7 @@ def test_default_methods_of_wide_cells():
 # Any cell.
 
 
-@pytest.mark.parametrize(
-    "name", ["nonholomorphic", "bfloat16", "dict-state", "width-1"]
-)
+@pytest.mark.parametrize("name", ["nonholomorphic", "bfloat16", "dict-state"])
 def test_any_state(name):
     parameters, xs, h0 = instance(name)
     d = diagnose(CELLS[name].f(parameters), xs, h0, methods=[])
