@@ -11,7 +11,17 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from . import accuracy, adjoint, linear_scan, methods, newton, scaling, segments, solve
+from . import (
+    accuracy,
+    adjoint,
+    linear_scan,
+    methods,
+    newton,
+    reliability,
+    scaling,
+    segments,
+    solve,
+)
 from ._case import Case, Group, Row, Settings
 from ._report import Results, describe_machine
 from ._summary import render_summary
@@ -25,6 +35,7 @@ GROUPS: dict[str, Group] = {
     "adjoint": adjoint,
     "scaling": scaling,
     "accuracy": accuracy,
+    "reliability": reliability,
 }
 FOLDER = Path(__file__).parent / "results"
 

@@ -67,6 +67,24 @@ REQUIREMENTS = (
     Requirement(
         "accuracy: second derivatives, float64", 1e-7, "second derivatives", ("error",)
     ),
+    Requirement("reliability: wrong answers", 0, "random cells", ("wrong",)),
+    Requirement(
+        "reliability: residual of certified steps of chaotic flows, float64",
+        1e-12,
+        "flow solvers",
+        ("residual error",),
+    ),
+    Requirement("reliability: time of the default on chaos", 1.5, "flows", ("ratio",)),
+    Requirement(
+        "reliability: steps for synchronized flows", 5, "observers", ("steps",)
+    ),
+    Requirement(
+        "reliability: steps for the word problem of S5",
+        3,
+        "permutations",
+        ("steps",),
+        lambda key: key["T"] <= 512,
+    ),
 )
 
 

@@ -102,6 +102,15 @@ def test_low_precision(name, solver):
     assert_close(sol.states, oracle, {"float32": 1e-5, "bfloat16": 0.02}[name])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("method", ["elk", "quasi-elk", "damped", "hutchinson"])
+def test_short_sequences(method, steps):
+    cell, (parameters, xs, h0) = CELLS["gru-dense"], instance("gru-dense", steps)
+    sol = run_jitted(cell.f(parameters), xs, h0, solver=METHODS[method])
+    oracle = jax.jit(lambda xs: scan(cell.f(parameters), xs, h0))(xs)
+    assert_close(sol.states, oracle, 1e-11)
+
+
 @each_method
 def test_as_many_steps_as_segments_always_suffice(method):
     """Chaos, where no method but stepping predicts anything."""

@@ -174,7 +174,7 @@ def _smooth(algebra, kind, F: Array, r: Array, strength: Array) -> Array:
     )
     ahead = _apply(kind, F[1:], m[:-1]) + r[1:]
     first = m[:-1] - _apply(kind, smoother, ahead)
-    smoother = jnp.concatenate([smoother, jnp.zeros_like(smoother[:1])])
+    smoother = jnp.concatenate([smoother, jnp.zeros_like(F[:1])])
     return _scan(kind, smoother, jnp.concatenate([first, m[-1:]]), reverse=True)
 
 
