@@ -311,7 +311,8 @@ class Segments:
         tolerance. So does one that, shrinking at the rate of the last two, would be
         followed by one below the tolerance. Where it is linear at rate ρ, a correction
         c leaves an error up to c ρ / (1 - ρ), which may be far larger than c; nothing
-        more can be had of corrections that are down at the rounding.
+        more can be had of corrections of a few roundings, which is what the loop itself
+        makes at each step and passes on in the same way.
         """
         rate = correction / before
         # A step that overflowed was no measure of a rate.
@@ -321,7 +322,7 @@ class Segments:
             settled = correction <= self._small
         else:
             ahead = jnp.where(rate < 1, correction * rate / (1 - rate), jnp.inf)
-            settled = correction <= self.recurrence.eps
+            settled = correction <= 4 * self.recurrence.eps
         return settled | (ahead <= 0.1 * self.rtol)
 
     def _corrected(self, carry: Carry, ends, tangents):
