@@ -4,6 +4,7 @@ import abc
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
