@@ -23,6 +23,7 @@ from .scan import (
     Diagonal as Diagonal,
     Scalar as Scalar,
     linear_scan as linear_scan,
+    matrix_scan as matrix_scan,
 )
 from .solver import (
     ELK as ELK,

@@ -13,6 +13,7 @@ from ._linear_scan import (
     run_scan as run_scan,
     solve_recurrence as solve_recurrence,
 )
+from ._matrix_scan import matrix_scan as matrix_scan
 from ._prefix import prefix as prefix
 from ._transitions import (
     AbstractTransition as AbstractTransition,

@@ -50,3 +50,48 @@ def choose_backend(backend: Backend, kind: str, steps: int, size: int) -> Choice
     if kind == "matrix" and size > 16:
         return Choice("chunked", segments)
     return Choice("associative", segments)
+
+
+Form = Literal["auto", "recurrent", "chunkwise"]
+FORMS = ("auto", "recurrent", "chunkwise")
+
+
+class FormChoice(NamedTuple):
+    """How to run `matrix_scan`, when its value and when its derivative is wanted."""
+
+    value: Literal["recurrent", "chunkwise"]
+    derivative: Literal["recurrent", "chunkwise"]
+    chunk: int
+
+
+# `matrix_scan` on the same CPU, T = 4096, 4 heads, K = V = 64, float32, milliseconds,
+# value / value and gradient (`python -m benchmarks matrix_scan` measures it again):
+#
+# | kind                | recurrent | chunks of 16 | 32       | 64       | 128      |
+# |---------------------|-----------|--------------|----------|----------|----------|
+# | delta rule          | 18 / 244  | 55 / 146     | 43 / 117 | 39 / 106 | 63 / 184 |
+# | decay for each head | 11 / 240  | 30 / 64      | 12 / 50  | 12 / 45  | 15 / 58  |
+# | decay for each key  | 11 / 240  | 50 / 113     | 43 / 115 | 33 / 79  |          |
+#
+# The recurrent step is one fused loop over a state that stays in the cache, with a
+# third of the multiplications of the chunkwise form; its derivative must store or
+# reload all states. A GPU, where a step is a launch, takes the products of matrices;
+# not measured.
+_CHUNK, _SHORT = 64, 32
+
+
+def choose_form(form: Form, chunk: int | None, steps: int, every: int) -> FormChoice:
+    """Settle how `matrix_scan` runs, from what is known while tracing.
+
+    **Arguments:** `every`, how many steps lie between two readings, which divides a
+    chunk.
+    """
+    if chunk is None:
+        chunk = every * max(1, _CHUNK // every)
+        chunk = min(chunk, every << max(0, steps // every - 1).bit_length())
+    if form != "auto":
+        return FormChoice(form, form, chunk)
+    if steps < _SHORT:
+        return FormChoice("recurrent", "recurrent", chunk)
+    on_cpu = jax.default_backend() == "cpu"
+    return FormChoice("recurrent" if on_cpu else "chunkwise", "chunkwise", chunk)
