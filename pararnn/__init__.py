@@ -1,6 +1,5 @@
 """Nonlinear and linear recurrences, parallel in time, on JAX."""
 
-from ._diagnose import Diagnosis as Diagnosis, diagnose as diagnose
 from ._diffrax import integrate as integrate
 from ._implicit import Implicit as Implicit
 from ._lineax import (
@@ -16,6 +15,7 @@ from .cells import (
     ParaGRUCell as ParaGRUCell,
     ParaLSTMCell as ParaLSTMCell,
 )
+from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from .scan import (
     AbstractTransition as AbstractTransition,
     BlockDiagonal as BlockDiagonal,

@@ -27,7 +27,14 @@ MAY_IMPORT = {
     "pararnn.scan": {"pararnn.scan"},
     "pararnn.solver": {"pararnn.solver", "pararnn.scan"},
     "pararnn.cells": {"pararnn.cells", "pararnn.scan"},
-    "pararnn": {"pararnn", "pararnn.cells", "pararnn.solver", "pararnn.scan"},
+    "pararnn.diagnosis": {"pararnn.diagnosis", "pararnn.solver", "pararnn.scan"},
+    "pararnn": {
+        "pararnn",
+        "pararnn.diagnosis",
+        "pararnn.cells",
+        "pararnn.solver",
+        "pararnn.scan",
+    },
     "linear": {"linear", "pararnn.scan"},
 }
 

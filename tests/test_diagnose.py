@@ -13,13 +13,16 @@ from problems import CELLS, instance
 import pararnn
 from pararnn import (
     Auto,
+    Diagnosis,
     Jacobi,
     Newton,
     Sequential,
-    _diagnose as module,
+    diagnose,
     solve,
 )
-from pararnn._diagnose import Diagnosis, diagnose
+from pararnn.diagnosis._methods import default_methods
+from pararnn.diagnosis._options import name_of
+from pararnn.diagnosis._progress import Progress
 
 WEIGHTS = np.array(jr.normal(jr.key(0), (8, 8), "float64")) / 8**0.5
 
@@ -242,8 +245,8 @@ def test_a_shorter_length_is_a_shorter_recurrence(method):
 def test_default_methods_of_wide_cells():
     def names(width, steps):
         structure = pararnn.Structure(np.arange(width)[None], width)
-        found = module._default_methods(structure, steps, 4)
-        return [module._name(method) for method in found]
+        found = default_methods(structure, steps, 4)
+        return [name_of(method) for method in found]
 
     assert names(8, 1024)[:2] == ["Newton()", "Newton(segments=64)"]
     assert "ELK()" in names(8, 1024)
@@ -339,7 +342,7 @@ def test_plot_without_matplotlib(default, monkeypatch):
 
 def test_progress(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with module._Progress(2, True) as bar:
+    with Progress(2, True) as bar:
         bar.advance("at once")
         assert bar.bar is None
         bar.started -= 2
@@ -347,7 +350,7 @@ def test_progress(monkeypatch, capsys):
         assert bar.bar is not None
     assert "after a while" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "rich.progress", None)
-    with module._Progress(2, True) as bar:
+    with Progress(2, True) as bar:
         bar.started -= 2
         bar.advance("without rich")
         assert bar.bar is None
