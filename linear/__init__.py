@@ -1,4 +1,28 @@
 """Linear recurrent layers, on the scan engine of `pararnn`."""
 
-from ._lru import LRU as LRU
-from ._s4d import S4D as S4D
+from ._layer import AbstractLayer as AbstractLayer
+from ._registry import LAYERS as LAYERS, make_layer as make_layer
+from .dense import LSSL as LSSL, BlockLRNN as BlockLRNN
+from .diagonal import (
+    LRU as LRU,
+    RGLRU as RGLRU,
+    S4D as S4D,
+    S5 as S5,
+    Mamba as Mamba,
+    MinGRU as MinGRU,
+    MinLSTM as MinLSTM,
+)
+from .matrix import (
+    GLA as GLA,
+    MLSTM as MLSTM,
+    RWKV7 as RWKV7,
+    DeltaNet as DeltaNet,
+    DeltaProduct as DeltaProduct,
+    GatedDeltaNet as GatedDeltaNet,
+    GatedDeltaProduct as GatedDeltaProduct,
+    Mamba2 as Mamba2,
+)
+from .parts import (
+    Diagonalised as Diagonalised,
+    perturb_then_diagonalise as perturb_then_diagonalise,
+)

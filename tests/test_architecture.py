@@ -26,7 +26,8 @@ FILES = {
 MAY_IMPORT = {
     "pararnn.scan": {"pararnn.scan"},
     "pararnn.solver": {"pararnn.solver", "pararnn.scan"},
-    "pararnn.cells": {"pararnn.cells", "pararnn.scan"},
+    "pararnn._parameters": {"pararnn._parameters", "pararnn.scan"},
+    "pararnn.cells": {"pararnn.cells", "pararnn._parameters", "pararnn.scan"},
     "pararnn.diagnosis": {"pararnn.diagnosis", "pararnn.solver", "pararnn.scan"},
     "pararnn": {
         "pararnn",
@@ -35,7 +36,7 @@ MAY_IMPORT = {
         "pararnn.solver",
         "pararnn.scan",
     },
-    "linear": {"linear", "pararnn.scan"},
+    "linear": {"linear", "pararnn._parameters", "pararnn.scan"},
 }
 
 
@@ -112,7 +113,8 @@ def project_modules() -> list[type[eqx.Module]]:
 
 
 def is_abstract(cls: type) -> bool:
-    return inspect.isabstract(cls) or bool(getattr(cls, "__abstractvars__", ()))
+    missing = ("__abstractvars__", "__abstractclassvars__")
+    return inspect.isabstract(cls) or any(getattr(cls, name, ()) for name in missing)
 
 
 def test_every_class_is_abstract_or_final():

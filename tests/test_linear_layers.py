@@ -1,3 +1,5 @@
+"""Every layer against its equations, and what all layers promise."""
+
 import re
 
 import equinox as eqx
@@ -8,40 +10,19 @@ import numpy as np
 import pytest
 from jax import lax
 
+import linear
 import tests.numpy_reference as reference
-from linear import LRU, S4D
+from tests.layers import D_MODEL, ROWS, disturbed, make, random_state
 
-# name: class, further arguments, reference, shape of the state.
-D_MODEL, D_STATE, T = 3, 8, 11
-S4D_STATE = (D_MODEL, D_STATE // 2)
-LAYERS = {
-    "lru": (LRU, {}, reference.lru, (D_STATE,)),
-    "lru-ring": (LRU, {"r_min": 0.9, "r_max": 0.99}, reference.lru, (D_STATE,)),
-} | {
-    f"s4d-{init}-{rule}": (
-        S4D,
-        {"initialisation": init, "discretisation": rule},
-        reference.s4d,
-        S4D_STATE,
-    )
-    for init in ("lin", "inv", "real", "legs")
-    for rule in ("zoh", "bilinear")
-}
-S4DS = [name for name in LAYERS if name.startswith("s4d")]
-
-each_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-def make(name, d_model=D_MODEL, d_state=D_STATE, **arguments):
-    cls, defaults, *_ = LAYERS[name]
-    return cls(d_model, d_state, **{"key": jr.key(0)} | defaults | arguments)
+T = 40  # long enough for derivatives to be chunkwise
+RESETS = np.isin(np.arange(T), [0, 4, 5, 20, T - 2])
+each_layer = pytest.mark.parametrize("name", ROWS)
 
 
 def problem(name):
-    rng = np.random.default_rng(0)
-    shape = LAYERS[name][3]
-    state = rng.normal(size=shape) + 1j * rng.normal(size=shape)
-    return rng.normal(size=(T, D_MODEL)), state
+    layer = disturbed(make(name))
+    xs = np.random.default_rng(2).normal(size=(T, D_MODEL))
+    return layer, jnp.asarray(xs), random_state(layer)
 
 
 def assert_close(got, wanted, rtol=1e-10):
@@ -49,275 +30,228 @@ def assert_close(got, wanted, rtol=1e-10):
         scale = np.max(np.abs(wanted), initial=1e-300)
         np.testing.assert_allclose(got, wanted, rtol=0, atol=rtol * scale)
 
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
     jax.tree.map(check, got, wanted)
 
 
-@eqx.filter_jit
-def parallel(layer, xs, state=None, reset=None):
-    return layer(xs, state, reset=reset)
-
-
-@eqx.filter_jit
-def steps(layer, xs, state=None, reset=None):
-    fresh = layer.init_state()
-    reset = jnp.zeros(xs.shape[0], bool) if reset is None else reset
-
+def in_steps(layer, xs, state, reset):
     def step(state, at_t):
         x, reset = at_t
-        y, state = layer.step(x, jnp.where(reset, fresh, state))
-        return state, y
+        ys, state = layer(x[None], state, reset=reset[None])
+        return state, ys[0]
 
-    state, ys = lax.scan(step, fresh if state is None else state, (xs, reset))
+    state, ys = lax.scan(step, state, (xs, reset))
     return ys, state
 
 
-@eqx.filter_jit
-def in_two_parts(layer, xs, state=None, reset=None):
+def in_two_parts(layer, xs, state, reset):
     cut = T // 3
-    first, second = (None, None) if reset is None else (reset[:cut], reset[cut:])
-    ys, state = layer(xs[:cut], state, reset=first)
-    rest, state = layer(xs[cut:], state, reset=second)
+    ys, state = layer(xs[:cut], state, reset=reset[:cut])
+    rest, state = layer(xs[cut:], state, reset=reset[cut:])
     return jnp.concatenate([ys, rest]), state
 
 
-@each_layer
-@pytest.mark.parametrize("runner", [parallel, steps, in_two_parts])
-@pytest.mark.parametrize("start", ["fresh", "state", "reset"])
-def test_equals_the_equations(name, runner, start):
-    layer, (xs, state) = make(name), problem(name)
-    reset = None
-    if start == "fresh":
-        given, state = None, np.zeros_like(state)
-    else:
-        given = jnp.asarray(state)
-    if start == "reset":
-        reset = np.zeros(T, bool)
-        reset[[0, 4, 5, T - 2]] = True
-    wanted = LAYERS[name][2](reference.parameters(layer), xs, state, reset)
-    got = runner(
-        layer, jnp.asarray(xs), given, None if reset is None else jnp.asarray(reset)
-    )
-    assert_close(got, wanted)
-
-
-@pytest.mark.parametrize("name", S4DS)
-def test_s4d_is_a_convolution(name):
-    layer, (xs, _) = make(name), problem(name)
-    ys, _ = parallel(layer, jnp.asarray(xs))
-    wanted = reference.s4d_by_convolution(reference.parameters(layer), xs)
-    assert_close(ys, wanted)
-    kernel = eqx.filter_jit(lambda layer: layer.kernel(T))(layer)
-    direct = np.stack(
-        [sum(kernel[lag] * xs[t - lag] for lag in range(t + 1)) for t in range(T)]
-    )
-    assert_close(direct + np.asarray(layer.D) * xs, wanted)
-
-
-@pytest.mark.parametrize("name", ["lru", "s4d-lin-zoh"])
-def test_a_reset_lets_no_infinity_through(name):
-    layer, (xs, state) = make(name), problem(name)
-    reset = jnp.zeros(T, bool).at[0].set(True)
-    got = parallel(layer, jnp.asarray(xs), jnp.full(state.shape, jnp.inf + 0j), reset)
-    assert_close(got, parallel(layer, jnp.asarray(xs)), 1e-14)
+def decoded(layer, xs, state):
+    state, ys = lax.scan(lambda s, x: layer.step(x, s)[::-1], state, xs)
+    return ys, state
 
 
 @each_layer
-def test_no_steps(name):
-    layer, (xs, state) = make(name), problem(name)
-    none = jnp.zeros(0, bool)
-    ys, last = parallel(layer, jnp.asarray(xs[:0]), jnp.asarray(state), none)
-    assert ys.shape == (0, D_MODEL)
-    np.testing.assert_array_equal(last, state)
-    _, last = parallel(layer, jnp.asarray(xs[:0]))
-    np.testing.assert_array_equal(last, layer.init_state())
-
-
-@each_layer
-def test_fresh_state(name):
-    state = make(name).init_state()
-    assert state.shape == LAYERS[name][3] and state.dtype == jnp.complex128
-    assert not np.any(state)
-
-
-@pytest.mark.parametrize("name", ["lru", "s4d-lin-zoh", "s4d-legs-bilinear"])
-@pytest.mark.parametrize(
-    "parameters, inputs, state",
-    [
-        ("float32", "float32", "complex64"),
-        ("float32", "float64", "complex64"),
-        ("bfloat16", "bfloat16", "complex64"),
-        ("float64", "bfloat16", "complex128"),
-    ],
-)
-def test_dtypes(name, parameters, inputs, state):
-    layer = make(name, dtype=jnp.dtype(parameters))
-    xs = jnp.ones((T, D_MODEL), inputs)
-    assert layer.init_state().dtype == jnp.dtype(state)
-    for runner in (parallel, steps):
-        ys, last = eqx.filter_eval_shape(runner, layer, xs)
-        assert (ys.dtype, last.dtype) == (jnp.dtype(inputs), jnp.dtype(state))
-
-
-@pytest.mark.parametrize("name", ["lru", "s4d-lin-zoh"])
-def test_float32(name):
-    layer, (xs, state) = make(name, dtype=jnp.float32), problem(name)
-    xs, state = xs.astype(np.float32), state.astype(np.complex64)
-    wanted = LAYERS[name][2](reference.parameters(layer), xs, state)
-    assert_close(parallel(layer, jnp.asarray(xs), jnp.asarray(state)), wanted, 3e-6)
-
-
-@pytest.mark.parametrize("name", ["lru", "s4d-lin-zoh"])
-def test_batch(name):
-    layer, (xs, _) = make(name), problem(name)
-    batch = jnp.stack([jnp.asarray(xs), jnp.asarray(xs[::-1])])
-    ys, state = jax.jit(jax.vmap(layer))(batch)
-    for i in range(2):
-        assert_close((ys[i], state[i]), parallel(layer, batch[i]), 1e-14)
-
-
-@pytest.mark.parametrize("name", ["lru", "s4d-lin-zoh", "s4d-inv-bilinear"])
-def test_every_parameter_has_a_derivative(name):
-    xs = jnp.asarray(problem(name)[0])
+def test_equals_the_equations(name):
+    layer, xs, state = problem(name)
+    reset = jnp.asarray(RESETS)
 
     @eqx.filter_jit
-    @eqx.filter_grad
-    def grad(layer, runner):
-        ys, _ = runner(layer, xs)
-        return jnp.sum(ys**2)
+    def run(layer, xs, state, reset):
+        return {
+            "fresh": layer(xs),
+            "continued": layer(xs, state),
+            "decoded": decoded(layer, xs, state),
+            "reset": layer(xs, state, reset=reset),
+            "reset in steps": in_steps(layer, xs, state, reset),
+            "reset in two parts": in_two_parts(layer, xs, state, reset),
+            "reversed": layer(xs, state, reset=reset, reverse=True),
+        }
 
-    by_scan, by_steps = (grad(make(name), runner) for runner in (parallel, steps))
-    for (path, a), b in zip(
-        jax.tree.leaves_with_path(by_scan), jax.tree.leaves(by_steps), strict=True
+    def loop(xs, state, reset=None):
+        state = jax.tree.map(np.asarray, state)
+        return ROWS[name].reference(reference.parameters(layer), xs, state, reset)
+
+    got, xs = run(layer, xs, state, reset), np.asarray(xs)
+    assert_close(got["fresh"], loop(xs, layer.init_state()))
+    for case in ("continued", "decoded"):
+        assert_close(got[case], loop(xs, state))
+    for case in ("reset", "reset in steps", "reset in two parts"):
+        assert_close(got[case], loop(xs, state, RESETS))
+    # Backwards, a sequence starts at the step before the first one of the next.
+    ends = np.append(RESETS[1:], False)[::-1]
+    ys, last = loop(xs[::-1], state, ends)
+    assert_close(got["reversed"], (ys[::-1], last))
+
+
+@each_layer
+def test_derivatives_by_finite_differences(name):
+    layer, xs, state = problem(name)
+    weights = np.random.default_rng(3).normal(size=(T, D_MODEL))
+    arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    @jax.jit
+    def gradient(arrays, xs, state):
+        def loss(arrays, xs, state):
+            ys, last = eqx.combine(arrays, static)(xs, state, reset=jnp.asarray(RESETS))
+            return jnp.sum(ys * weights) + sum(
+                jnp.sum(jnp.abs(v) ** 2) for v in jax.tree.leaves(last)
+            )
+
+        return jax.grad(loss, argnums=(0, 1, 2))(arrays, xs, state)
+
+    def loop(arrays, xs, state):
+        p = reference.parameters(eqx.combine(arrays, static))
+        ys, last = ROWS[name].reference(p, xs, state, RESETS)
+        return np.sum(ys * weights) + sum(
+            np.sum(np.abs(v) ** 2) for v in jax.tree.leaves(last)
+        )
+
+    primal = jax.tree.map(np.asarray, (arrays, xs, state))
+    found = jax.tree.map(np.asarray, gradient(*primal))
+    fixed = ("A", "B") if name == "lssl" else ()
+    for (path, g), v in zip(
+        jax.tree.leaves_with_path(found[0]), jax.tree.leaves(primal[0]), strict=True
     ):
-        assert np.all(np.isfinite(a)) and np.any(a), jax.tree_util.keystr(path)
-        assert_close(a, b)
+        assert np.all(np.isfinite(g)), path
+        assert np.any(g) != (path[0].name in fixed), path
+        del v
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+
+        def direction(v):
+            d = rng.normal(size=v.shape)
+            return d + 1j * rng.normal(size=v.shape) if np.iscomplexobj(v) else d
+
+        tangent = jax.tree.map(direction, primal)
+        for field in fixed:
+            tangent = eqx.tree_at(
+                lambda t: getattr(t[0], field),
+                tangent,
+                replace_fn=np.zeros_like,
+            )
+        step = 1e-6
+        ahead, behind = (
+            loop(*jax.tree.map(lambda v, d: v + sign * step * d, primal, tangent))
+            for sign in (1, -1)
+        )
+        # JAX's gradient of a complex variable is the conjugate of the field's.
+        along = sum(
+            np.sum(g * d).real
+            for g, d in zip(
+                jax.tree.leaves(found), jax.tree.leaves(tangent), strict=True
+            )
+        )
+        np.testing.assert_allclose(along, (ahead - behind) / (2 * step), rtol=2e-6)
 
 
-@pytest.mark.parametrize("r_min, r_max, max_phase", [(0, 1, 6.28), (0.9, 0.99, 0.3)])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_lru_starts_in_the_ring(r_min, r_max, max_phase, dtype):
-    layer = LRU(
-        2,
-        500,
-        r_min=r_min,
-        r_max=r_max,
-        max_phase=max_phase,
-        dtype=dtype,
-        key=jr.key(3),
-    )
-    eigenvalues = np.asarray(layer.transition(), complex)
-    size, phase = np.abs(eigenvalues), np.angle(eigenvalues) % (2 * np.pi)
-    slack = 1e-6
-    assert size.min() >= r_min - slack and size.max() <= r_max + slack
-    assert phase.max() <= max_phase + slack
-    # Uniform on the ring: half of the area inside of the radius of half the area.
-    inner = np.mean(size**2 < (r_min**2 + r_max**2) / 2)
-    assert 0.4 < inner < 0.6 and 0.4 < np.mean(phase < max_phase / 2) < 0.6
-    gamma = np.exp(np.asarray(layer.gamma_log, float))
-    assert np.all(np.isfinite(layer.gamma_log))
-    np.testing.assert_allclose(gamma**2, 1 - size**2, atol=1e-6)
+@each_layer
+def test_no_steps_and_one(name):
+    layer, xs, state = problem(name)
+    ys, last = layer(xs[:0], state, reset=jnp.zeros(0, bool))
+    assert ys.shape == (0, D_MODEL)
+    assert_close(last, state, 0)
+    one, last = eqx.filter_jit(layer)(xs[:1], state)
+    y, after = eqx.filter_jit(layer.step)(xs[0], state)
+    assert_close((one[0], last), (y, after), 1e-15)
 
 
-def legs(n):
-    A, B = reference.hippo_legs_normal(len(n) * 2)
-    eigenvalues, vectors = np.linalg.eig(A)
-    order = np.argsort(eigenvalues.imag)[len(n) :]
-    # A is normal: its eigenvectors are orthonormal, each up to its phase.
-    return eigenvalues[order], np.abs(vectors[:, order].conj().T @ B)
-
-
-N = 16
-INITIALISATIONS = {
-    "lin": lambda n: (-0.5 + 1j * np.pi * n, np.ones(len(n))),
-    "inv": lambda n: (
-        -0.5 + 1j * N / np.pi * (N / (2 * n + 1) - 1),
-        np.ones(len(n)),
-    ),
-    "real": lambda n: (-(n + 1.0), np.ones(len(n))),
-    "legs": legs,
-}
-
-
-@pytest.mark.parametrize("initialisation", INITIALISATIONS)
-def test_s4d_initialisation(initialisation):
-    layer = S4D(2, N, initialisation=initialisation, key=jr.key(0))
-    p = reference.parameters(layer)
-    A, B = INITIALISATIONS[initialisation](np.arange(N // 2))
-    for channel in range(2):
-        got = -np.exp(p.log_A_real[channel]) + 1j * p.A_imag[channel]
-        np.testing.assert_allclose(got, A, rtol=1e-10, atol=1e-10)
-        got = p.B_re[channel] + 1j * p.B_im[channel]
-        np.testing.assert_allclose(got, B, rtol=1e-10, atol=1e-10)
-
-
-def test_s4d_random_parameters():
-    layer = S4D(400, 4, dt_min=1e-3, dt_max=1e-1, key=jr.key(0))
-    p = reference.parameters(layer)
-    assert p.log_dt.min() >= np.log(1e-3) and p.log_dt.max() <= np.log(1e-1)
-    assert 0.4 < np.mean(np.exp(p.log_dt) < 1e-2) < 0.6
-    for values, variance in ((p.C_re, 0.5), (p.C_im, 0.5), (p.D, 1)):
-        np.testing.assert_allclose(np.var(values), variance, rtol=0.25)
-
-
-@pytest.mark.parametrize("rule", ["zoh", "bilinear"])
-@pytest.mark.parametrize("initialisation", INITIALISATIONS)
-def test_s4d_is_stable(initialisation, rule):
-    layer = S4D(
-        3,
-        64,
-        initialisation=initialisation,
-        discretisation=rule,
-        dt_max=10.0,
-        key=jr.key(0),
-    )
-    size = np.abs(layer.transition())
-    assert np.all(size < 1)
-    # The signs of the bilinear rule flipped are the inverse: the distance from 1 is
-    # that of the exponential, to first order.
-    layer = eqx.tree_at(lambda s: s.log_dt, layer, jnp.full(3, np.log(1e-6)))
-    decay = -np.exp(np.asarray(layer.log_A_real)) * 1e-6
-    np.testing.assert_allclose(np.log(np.abs(layer.transition())), decay, rtol=1e-6)
-
-
-BOTH = ("lru", "s4d-lin-zoh")
-# What is wrong, which layers refuse it, arguments, and what the message must say.
-BAD_ARGUMENTS = {
-    "zero model": (BOTH, {"d_model": 0}, "`d_model` must be a positive integer, got 0"),
-    "float state": (BOTH, {"d_state": 8.0}, "computed with `/`"),
-    "bool model": (BOTH, {"d_model": True}, "got True"),
-    "no key": (BOTH, {"key": None}, "`key` must be .* got None"),
-    "seed as key": (BOTH, {"key": 0}, "Pass `key=jax.random.key"),
-    "integer dtype": (BOTH, {"dtype": jnp.int32}, "`dtype` must be .* got int32"),
-    "complex dtype": (BOTH, {"dtype": jnp.complex64}, "two real arrays"),
-    "radii swapped": (BOTH[:1], {"r_min": 0.9, "r_max": 0.5}, "swapped"),
-    "radius above 1": (BOTH[:1], {"r_max": 1.5}, "`r_max` = 1.5"),
-    "no phase": (BOTH[:1], {"max_phase": 0}, "`max_phase` must be positive"),
-    "odd state": (BOTH[1:], {"d_state": 7}, "`d_state` must be even, got 7"),
-    "initialisation": (BOTH[1:], {"initialisation": "hippo"}, "lin, inv, real, legs"),
-    "discretisation": (BOTH[1:], {"discretisation": "euler"}, "zoh, bilinear"),
-    "steps swapped": (BOTH[1:], {"dt_min": 1.0}, "`dt_min` = 1.0"),
-    "negative step": (BOTH[1:], {"dt_min": -1.0}, "logarithms"),
-}
-
-
+@each_layer
 @pytest.mark.parametrize(
-    "name, arguments, message",
+    "parameters, inputs",
     [
-        pytest.param(name, arguments, message, id=f"{case}-{name}")
-        for case, (names, arguments, message) in BAD_ARGUMENTS.items()
-        for name in names
+        ("float32", "float32"),
+        ("float32", "float64"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float64", "bfloat16"),
     ],
 )
-def test_refuses_arguments(name, arguments, message):
-    with pytest.raises(ValueError, match=message) as error:
-        make(name, **arguments)
-    assert LAYERS[name][0].__name__ in str(error.value)
+def test_dtypes(name, parameters, inputs):
+    layer = make(name, dtype=parameters)
+    xs = jnp.zeros((T, D_MODEL), inputs)
+    wide = jnp.float64 if parameters == "float64" else jnp.float32
+    for fresh in jax.tree.leaves(layer.init_state()):
+        assert jnp.finfo(fresh.dtype).dtype == wide
+    ys, last = eqx.filter_eval_shape(lambda f, xs: f(xs), layer, xs)
+    assert ys.dtype == jnp.dtype(inputs)
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype, last, layer.init_state())
+    assert all(jax.tree.leaves(same))
+
+
+@each_layer
+def test_float32(name):
+    layer, xs, state = problem(name)
+    wanted, _ = eqx.filter_jit(layer)(xs, state)
+
+    def narrow(v):
+        if not eqx.is_inexact_array(v):
+            return v
+        return v.astype(jnp.complex64 if jnp.iscomplexobj(v) else jnp.float32)
+
+    narrow_layer, narrow_xs, narrow_state = jax.tree.map(narrow, (layer, xs, state))
+    got, _ = eqx.filter_jit(narrow_layer)(narrow_xs, narrow_state)
+    assert got.dtype == jnp.float32
+    assert_close(got.astype(jnp.float64), wanted, 2e-4 if name == "lssl" else 3e-5)
+
+
+@each_layer
+def test_batch(name):
+    layer, xs, state = problem(name)
+    batch = jnp.stack([xs, xs[::-1]])
+    resets = jnp.stack([jnp.asarray(RESETS), jnp.zeros(T, bool)])
+    ys, _ = eqx.filter_jit(jax.vmap(lambda x, r: layer(x, state, reset=r)))(
+        batch, resets
+    )
+    run = eqx.filter_jit(lambda x, r: layer(x, state, reset=r))
+    for i in range(2):
+        assert_close(ys[i], run(batch[i], resets[i])[0], 1e-13)
+
+
+@each_layer
+def test_what_is_not_finite_stays_in_its_sequence(name):
+    layer, xs, state = problem(name)
+    run = eqx.filter_jit(lambda xs, state, reset: layer(xs, state, reset=reset))
+    at = jnp.arange(T) == 9
+    clean, _ = run(xs, state, at)
+    bad, _ = run(xs.at[5, 0].set(jnp.nan), state, at)
+    assert np.any(np.isnan(bad[5]))
+    assert_close((bad[:5], bad[9:]), (clean[:5], clean[9:]), 1e-14)
+    lost = jax.tree.map(lambda v: jnp.full_like(v, jnp.inf), state)
+    afresh, _ = run(xs, lost, at)
+    assert_close(afresh[9:], clean[9:], 1e-14)
+    # Without a reset, and where a convolution spreads it, only what comes later.
+    plain = eqx.filter_jit(layer)
+    bad, _ = plain(xs.at[5, 0].set(jnp.nan), state)
+    assert_close(bad[:5], plain(xs, state)[0][:5], 1e-12)
+    assert np.isnan(bad[-1, 0])
+
+
+@each_layer
+def test_construction_under_vmap(name):
+    """Stacks of blocks are made with one `vmap` over keys."""
+    row = ROWS[name]
+
+    @eqx.filter_vmap
+    def stack(key):
+        return linear.make_layer(row.layer, D_MODEL, key=key, **row.options)
+
+    stacked = stack(jr.split(jr.key(0), 2))
+    assert all(
+        leaf.shape[0] == 2
+        for leaf in jax.tree.leaves(eqx.filter(stacked, eqx.is_array))
+    )
 
 
 BAD_CALLS = {
     "batch": (lambda f: f(jnp.zeros((2, T, D_MODEL))), ValueError, "use `jax.vmap`"),
-    "one step": (lambda f: f(jnp.zeros(D_MODEL)), ValueError, "expected [T, 3]"),
-    "width": (lambda f: f(jnp.zeros((T, 4))), ValueError, "`d_model` is 3"),
+    "one step": (lambda f: f(jnp.zeros(D_MODEL)), ValueError, "expected [T, 6]"),
+    "width": (lambda f: f(jnp.zeros((T, 4))), ValueError, "`d_model` is 6"),
     "tokens": (lambda f: f(jnp.zeros((T, D_MODEL), int)), ValueError, "embed them"),
     "complex": (
         lambda f: f(jnp.zeros((T, D_MODEL), complex)),
@@ -325,14 +259,22 @@ BAD_CALLS = {
         "`xs` is complex128",
     ),
     "state": (
-        lambda f: f(jnp.zeros((T, D_MODEL)), jnp.zeros(2)),
+        lambda f: f(jnp.zeros((T, D_MODEL)), jnp.zeros(1)),
         ValueError,
-        "`state` has shape (2,)",
+        "`state` has shape",
+    ),
+    "batched state": (
+        lambda f: f(
+            jnp.zeros((T, D_MODEL)),
+            jax.tree.map(lambda v: jnp.stack([v, v]), f.init_state()),
+        ),
+        ValueError,
+        "same `jax.vmap`",
     ),
     "reset's length": (
         lambda f: f(jnp.zeros((T, D_MODEL)), reset=jnp.zeros(T + 1, bool)),
         ValueError,
-        "`reset` has shape (12,)",
+        f"`reset` has shape ({T + 1},)",
     ),
     "reset's dtype": (
         lambda f: f(jnp.zeros((T, D_MODEL)), reset=jnp.zeros(T, int)),
@@ -342,24 +284,102 @@ BAD_CALLS = {
     "sequence as step": (
         lambda f: f.step(jnp.zeros((T, D_MODEL)), f.init_state()),
         ValueError,
-        "`x` has shape (11, 3), expected [3]",
+        f"`x` has shape ({T}, 6), expected [6]",
     ),
     "tokens as step": (
         lambda f: f.step(jnp.zeros(D_MODEL, int), f.init_state()),
         ValueError,
         "`x` is int64",
     ),
-    "step's state": (
-        lambda f: f.step(jnp.zeros(D_MODEL), jnp.zeros((2, D_STATE))),
-        ValueError,
-        "`state` has shape (2, 8)",
+}
+
+
+@pytest.mark.parametrize("layer", sorted(linear.LAYERS))
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_refuses_calls(layer, case):
+    call, error, message = BAD_CALLS[case]
+    made = linear.make_layer(layer, D_MODEL, key=jr.key(0))
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        call(made)
+    assert type(made).__name__ in str(raised.value)
+
+
+# What is wrong, which layers refuse it, arguments, and what the message must say.
+EVERY = tuple(linear.LAYERS)
+HEADED = (
+    *("deltanet", "gated_deltanet", "deltaproduct", "gated_deltaproduct"),
+    *("gla", "mlstm", "rwkv7"),
+)
+STEPPED = ("s4d", "s5", "lssl", "mamba", "mamba2")
+BAD_ARGUMENTS = {
+    "zero model": (EVERY, {"d_model": 0}, "`d_model` must be a positive integer, got"),
+    "bool model": (EVERY, {"d_model": True}, "got True"),
+    "no key": (EVERY, {"key": None}, "`key` must be .* got None"),
+    "seed as key": (EVERY, {"key": 0}, "Pass `key=jax.random.key"),
+    "integer dtype": (EVERY, {"dtype": jnp.int32}, "`dtype` must be .* got int32"),
+    "complex dtype": (EVERY, {"dtype": jnp.complex64}, "real floating point"),
+    "heads": (HEADED, {"heads": 4}, "6 is not divisible by `heads` = 4"),
+    "heads of mamba2": (("mamba2",), {"heads": 5}, "12 is not divisible"),
+    "no heads": ((*HEADED, "mamba2"), {"heads": 0}, "`heads` must be a positive"),
+    "eigenvalues": (
+        ("lru", "mamba", "mamba2", "gla", "deltanet", "deltaproduct"),
+        {"eigenvalues": "real"},
+        "unknown `eigenvalues` 'real'; there are positive, signed",
+    ),
+    "float state": (
+        ("lru", "s4d", "s5", "lssl", "mamba", "mamba2", "min_gru", "min_lstm"),
+        {"d_state": 8.0},
+        "computed with `/`",
+    ),
+    "steps swapped": (STEPPED, {"dt_min": 1.0}, "`dt_min` = 1.0"),
+    "negative step": (STEPPED, {"dt_min": -1.0}, "logarithms"),
+    "initialisation": (("s4d",), {"initialisation": "hippo"}, "lin, inv, real, legs"),
+    "discretisation": (("s4d", "s5"), {"discretisation": "euler"}, "zoh, bilinear"),
+    "form": (("s4d",), {"form": "fft"}, "auto, scan, convolution"),
+    "odd state": (("s4d",), {"d_state": 7}, "`d_state` must be even, got 7"),
+    "odd complex": (("mamba",), {"d_state": 7, "eigenvalues": "complex"}, "even"),
+    "blocks of s5": (("s5",), {"blocks": 3, "d_state": 8}, "not divisible by 2"),
+    "blocks": (("rg_lru", "block_lrnn"), {"blocks": 4}, "not divisible"),
+    "norm": (("block_lrnn",), {"p": 0.5}, "at least 1"),
+    "radii swapped": (("lru", "rg_lru"), {"r_min": 0.9, "r_max": 0.5}, "swapped"),
+    "radius above 1": (("lru",), {"r_max": 1.5}, "`r_max` = 1.5"),
+    "no phase": (("lru",), {"max_phase": 0}, "`max_phase` must be positive"),
+    "no reflections": (
+        ("deltaproduct", "gated_deltaproduct"),
+        {"householders": 0},
+        "`householders` must be a positive",
+    ),
+    "perturbation": (
+        ("s4d", "s5"),
+        {"initialisation": "ptd", "perturbation": 2.0},
+        r"in \[0.01, 0.78\]",
     ),
 }
 
 
-@pytest.mark.parametrize("name", BOTH)
-@pytest.mark.parametrize("case", BAD_CALLS)
-def test_refuses_calls(name, case):
-    call, error, message = BAD_CALLS[case]
-    with pytest.raises(error, match=re.escape(message)):
-        call(make(name))
+@pytest.mark.parametrize(
+    "layer, arguments, message",
+    [
+        pytest.param(layer, arguments, message, id=f"{case}-{layer}")
+        for case, (layers, arguments, message) in BAD_ARGUMENTS.items()
+        for layer in layers
+    ],
+)
+def test_refuses_arguments(layer, arguments, message):
+    arguments = {"d_model": D_MODEL, "key": jr.key(0)} | arguments
+    with pytest.raises(ValueError, match=message):
+        linear.make_layer(layer, **arguments)
+
+
+def test_registry_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"unknown layer 'gru'.*deltanet.*s4d"):
+        linear.make_layer("gru", 4, key=jr.key(0))
+    with pytest.raises(ValueError, match="no option nh; there are heads, householders"):
+        linear.make_layer("deltaproduct", 4, key=jr.key(0), nh=2)
+    layers = {
+        value
+        for value in vars(linear).values()
+        if isinstance(value, type) and issubclass(value, linear.AbstractLayer)
+    }
+    assert set(linear.LAYERS.values()) == layers - {linear.AbstractLayer}
+    assert {row.layer for row in ROWS.values()} == set(linear.LAYERS)

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ._base import AbstractCell
-from ._parameters import (
+from .._parameters import (
     affine,
     check_dtype,
     check_input,
@@ -16,6 +15,7 @@ from ._parameters import (
     widen,
     zeros,
 )
+from ._base import AbstractCell
 
 
 class ElmanCell(AbstractCell):

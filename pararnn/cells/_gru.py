@@ -5,8 +5,7 @@ import jax.random as jr
 from jax.nn import sigmoid
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ._base import AbstractCell
-from ._parameters import (
+from .._parameters import (
     affine,
     check_dtype,
     check_input,
@@ -17,6 +16,7 @@ from ._parameters import (
     widen,
     zeros,
 )
+from ._base import AbstractCell
 
 
 class GRUCell(AbstractCell):

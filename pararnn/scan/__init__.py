@@ -14,6 +14,7 @@ from ._linear_scan import (
     solve_recurrence as solve_recurrence,
 )
 from ._matrix_scan import matrix_scan as matrix_scan
+from ._max_plus import max_plus_scan as max_plus_scan
 from ._prefix import prefix as prefix
 from ._transitions import (
     AbstractTransition as AbstractTransition,

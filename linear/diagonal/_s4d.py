@@ -1,79 +1,61 @@
 """The diagonal state space layer S4D."""
 
-import math
 from typing import Literal
 
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
-from ._base import (
-    AbstractDiagonalLayer,
-    append_to,
-    check_arguments,
-    wide,
-    widen,
-    zeros,
+from pararnn._parameters import check_size, widen
+
+from ..parts import (
+    DISCRETISATIONS,
+    Draw,
+    as_complex,
+    check_choice,
+    check_range,
+    complex_zeros,
+    discretise,
+    leading,
+    legs,
+    normal_legs,
+    perturb_then_diagonalise,
 )
+from ._constant import AbstractConstantDiagonal
 
 
-def _lin(d_state: int):
+def _lin(d_state: int, _):
     modes = np.arange(d_state // 2)
     return -0.5 + 1j * np.pi * modes, np.ones(modes.shape)
 
 
-def _inv(d_state: int):
+def _inv(d_state: int, _):
     modes = np.arange(d_state // 2)
     frequency = d_state / np.pi * (d_state / (2 * modes + 1) - 1)
     return -0.5 + 1j * frequency, np.ones(modes.shape)
 
 
-def _real(d_state: int):
+def _real(d_state: int, _):
     modes = np.arange(d_state // 2)
     return -(modes + 1.0) + 0j, np.ones(modes.shape)
 
 
-def _legs(d_state: int):
-    # HiPPO-LegS is -1/2 + (skew-symmetric) - P Pᵀ with P_n = √(n + 1/2); the normal
-    # part is what stands before the last term. The lower triangle of the skew part is
-    # that of HiPPO, -√((2n + 1)(2k + 1)), plus P_n P_k, half of it.
-    n = np.arange(d_state)
-    lower = np.tril(-0.5 * np.sqrt(np.outer(2 * n + 1.0, 2 * n + 1.0)), -1)
-    frequency, vectors = np.linalg.eigh(-1j * (lower - lower.T))
-    half = slice(d_state // 2, None)
-    b = vectors[:, half].conj().T @ np.sqrt(2 * n + 1.0)
-    # The phase of an eigenvector is free, and the phase of C is uniform: choose the one
-    # that makes B positive, so that every LAPACK gives the same layer.
-    return -0.5 + 1j * frequency[half], np.abs(b)
+def _legs(d_state: int, _):
+    diagonal = normal_legs(d_state)
+    return diagonal.eigenvalues, diagonal.inverse @ legs(d_state)[1]
 
 
-# Each makes A and B, complex or real `[d_state // 2]`, from `d_state`.
-_INITIALISATIONS = {"lin": _lin, "inv": _inv, "real": _real, "legs": _legs}
+def _ptd(d_state: int, perturbation: float):
+    diagonal = perturb_then_diagonalise(d_state, perturbation)
+    return diagonal.eigenvalues, diagonal.inverse @ legs(d_state)[1]
 
 
-def _zoh(A: Array, dt: Array) -> tuple[Array, Array]:
-    return jnp.exp(dt * A), jnp.expm1(dt * A) / A
+# Each makes A and B, `[d_state // 2]`, from `d_state` and the perturbation.
+_INITIALISATIONS = {"lin": _lin, "inv": _inv, "real": _real, "legs": _legs, "ptd": _ptd}
 
 
-def _bilinear(A: Array, dt: Array) -> tuple[Array, Array]:
-    half = dt * A / 2
-    return (1 + half) / (1 - half), dt / (1 - half)
-
-
-# Each makes Ā and the factor of B in B̄ from A and Δ.
-_DISCRETISATIONS = {"zoh": _zoh, "bilinear": _bilinear}
-
-
-def _check_choice(name: str, value, choices: dict) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"S4D: unknown `{name}` {value!r}; there are {', '.join(choices)}."
-        )
-
-
-class S4D(AbstractDiagonalLayer):
+class S4D(AbstractConstantDiagonal):
     r"""The diagonal structured state space layer.
 
     For each of the `d_model` channels, with $N$ = `d_state` modes in conjugate pairs,
@@ -111,14 +93,17 @@ class S4D(AbstractDiagonalLayer):
     d_model: int
     d_state: int
     discretisation: Literal["zoh", "bilinear"]
+    form: Literal["auto", "scan", "convolution"]
 
     def __init__(
         self,
         d_model: int,
-        d_state: int,
+        d_state: int = 64,
         *,
-        initialisation: Literal["lin", "inv", "real", "legs"] = "lin",
+        initialisation: Literal["lin", "inv", "real", "legs", "ptd"] = "lin",
         discretisation: Literal["zoh", "bilinear"] = "zoh",
+        form: Literal["auto", "scan", "convolution"] = "auto",
+        perturbation: float = 0.1,
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         dtype: DTypeLike | None = None,
@@ -132,8 +117,13 @@ class S4D(AbstractDiagonalLayer):
         - `initialisation`: of $A$, for $n < N/2$: `"lin"`, $-1/2 + i \pi n$; `"inv"`,
             $-1/2 + i \frac{N}{\pi} (\frac{N}{2n+1} - 1)$; `"real"`, $-(n+1)$; `"legs"`,
             the eigenvalues of the normal part of HiPPO-LegS, with $B = V^* B_{HiPPO}$.
-            $B = 1$ for the others.
+            `"ptd"`, those of HiPPO-LegS after a small perturbation, with
+            $B = V^{-1} B_{HiPPO}$ (`linear.perturb_then_diagonalise`); $B = 1$ for the
+            others.
         - `discretisation`: `"zoh"` or `"bilinear"`.
+        - `form`: how a sequence without resets is computed: `"scan"`, `"convolution"`
+            by FFT, or `"auto"`, by length. With resets it is a scan in any case.
+        - `perturbation`: of `"ptd"`, relative to HiPPO in the 2-norm.
         - `dt_min`, `dt_max`: at the start $\Delta$ is log-uniform between them.
         - `dtype`: of the (real) parameters; JAX's default floating point if not given.
         - `key`: a key of `jax.random`. $C \sim CN(0, 1)$, $D \sim N(0, 1)$.
@@ -142,52 +132,70 @@ class S4D(AbstractDiagonalLayer):
         `d_state`, an unknown initialisation or discretisation, steps out of range, a
         key that is not one, or a dtype that is not floating point.
         """
-        self.d_model, self.d_state, dtype = check_arguments(
-            "S4D", d_model, d_state, dtype, key
-        )
+        draw = Draw("S4D", dtype, key)
+        self.d_model = check_size("S4D", "d_model", d_model)
+        self.d_state = check_size("S4D", "d_state", d_state)
         if self.d_state % 2:
             raise ValueError(
                 f"S4D: `d_state` must be even, got {d_state}: modes come in conjugate "
                 "pairs, of which one half is stored. Likely cause: the number of "
                 "stored modes was meant; pass twice that."
             )
-        _check_choice("initialisation", initialisation, _INITIALISATIONS)
-        _check_choice("discretisation", discretisation, _DISCRETISATIONS)
-        if not 0 < dt_min <= dt_max < math.inf:
-            raise ValueError(
-                f"S4D: `dt_min` = {dt_min!r} and `dt_max` = {dt_max!r} must "
-                "satisfy 0 < dt_min <= dt_max. Likely causes: (a) the two are "
-                "swapped, (b) their logarithms were given."
-            )
-        self.discretisation = discretisation
-        draw = wide(dtype)
-        c_re, c_im, skip, steps = jr.split(key, 4)
+        check_choice("S4D", "initialisation", initialisation, _INITIALISATIONS)
+        check_choice("S4D", "discretisation", discretisation, DISCRETISATIONS)
+        check_choice("S4D", "form", form, ("auto", "scan", "convolution"))
+        check_range("S4D", "dt_min", "dt_max", (dt_min, dt_max))
+        self.discretisation, self.form = discretisation, form
         shape = (self.d_model, self.d_state // 2)
 
         def each_channel(values):
-            return jnp.tile(jnp.asarray(values, dtype), (self.d_model, 1))
+            return jnp.tile(draw.full(values), (self.d_model, 1))
 
-        A, B = _INITIALISATIONS[initialisation](self.d_state)
+        A, B = _INITIALISATIONS[initialisation](self.d_state, perturbation)
         self.log_A_real = each_channel(np.log(-A.real))
         self.A_imag = each_channel(A.imag)
-        self.B_re = each_channel(B)
-        self.B_im = jnp.zeros(shape, dtype)
+        self.B_re, self.B_im = each_channel(B.real), each_channel(B.imag)
         # CN(0, 1) has variance 1/2 in either part.
-        self.C_re = (jr.normal(c_re, shape, draw) * 0.5**0.5).astype(dtype)
-        self.C_im = (jr.normal(c_im, shape, draw) * 0.5**0.5).astype(dtype)
-        self.D = jr.normal(skip, (self.d_model,), draw).astype(dtype)
-        self.log_dt = jr.uniform(
-            steps, (self.d_model,), draw, math.log(dt_min), math.log(dt_max)
-        ).astype(dtype)
+        self.C_re = draw.normal(shape, 0.5**0.5)
+        self.C_im = draw.normal(shape, 0.5**0.5)
+        self.D = draw.normal((self.d_model,))
+        self.log_dt = draw.log_uniform((self.d_model,), dt_min, dt_max)
+
+    def mix(self, xs, state, reset):
+        long = self.form == "auto" and xs.shape[0] >= _CONVOLVED
+        if reset is None and (long or self.form == "convolution"):
+            return self._convolve(xs.astype(self.precision()), state)
+        return super().mix(xs, state, reset)
+
+    def _convolve(self, xs, state):
+        """The kernel's convolution with the inputs, what is left of the state, and the
+        state that all of it ends in."""
+        steps = xs.shape[0]
+        # A transform spreads what is not finite over all steps, also earlier ones.
+        bad = ~jnp.isfinite(xs)
+        spoiled = jnp.where(lax.cummax(bad.astype(jnp.int8)) > 0, jnp.nan, 0)
+        xs = jnp.where(bad, 0, xs)
+        kernel, padded = self.kernel(steps), 2 * steps
+        spectrum = jnp.fft.rfft(kernel, padded, axis=0) * jnp.fft.rfft(
+            xs, padded, axis=0
+        )
+        ys = jnp.fft.irfft(spectrum, padded, axis=0)[:steps]
+        A_bar, B_bar = self._discretise()
+        C = as_complex(self.C_re, self.C_im)
+        powers = _powers(A_bar, steps + 1)
+        left = 2 * jnp.einsum("tdn,dn->td", powers[1:], C * state).real
+        ends = jnp.einsum("tdn,td->dn", powers[:-1][::-1], xs.astype(powers.dtype))
+        last = powers[-1] * state + B_bar * ends
+        spoiled = spoiled.astype(ys.dtype)
+        ys = ys + left + leading(widen(self.D)[0], 2) * xs + spoiled
+        return ys, last + spoiled[-1][:, None].astype(last.dtype)
 
     def _discretise(self) -> tuple[Array, Array]:
-        log_A_real, A_imag, B_re, B_im, log_dt = widen(
-            self.log_A_real, self.A_imag, self.B_re, self.B_im, self.log_dt
-        )
+        log_A_real, A_imag, log_dt = widen(self.log_A_real, self.A_imag, self.log_dt)
         A = lax.complex(-jnp.exp(log_A_real), A_imag)
         dt = jnp.exp(log_dt)[:, None].astype(A.dtype)
-        A_bar, factor = _DISCRETISATIONS[self.discretisation](A, dt)
-        return A_bar, factor * lax.complex(B_re, B_im)
+        A_bar, factor = discretise(self.discretisation, A, dt)
+        return A_bar, factor * as_complex(self.B_re, self.B_im)
 
     def transition(self) -> Complex[Array, "d_model modes"]:
         r"""$\bar{A}$, `[d_model, d_state // 2]`."""
@@ -198,7 +206,7 @@ class S4D(AbstractDiagonalLayer):
     ) -> Complex[Array, "*time d_model modes"]:
         r"""$\bar{B} x$, `[..., d_model, d_state // 2]`."""
         _, B_bar = self._discretise()
-        return append_to(B_bar, xs.ndim + 1) * xs[..., None].astype(B_bar.dtype)
+        return leading(B_bar, xs.ndim + 1) * xs[..., None].astype(B_bar.dtype)
 
     def readout(
         self,
@@ -207,7 +215,7 @@ class S4D(AbstractDiagonalLayer):
     ) -> Float[Array, "*time d_model"]:
         r"""$2 \, \mathrm{Re}(C h) + D x$, `[..., d_model]`."""
         C_re, C_im, D = (
-            append_to(v, xs.ndim + v.ndim - 1)
+            leading(v, xs.ndim + v.ndim - 1)
             for v in widen(self.C_re, self.C_im, self.D)
         )
         ys = 2 * jnp.sum(C_re * states.real - C_im * states.imag, axis=-1)
@@ -215,7 +223,7 @@ class S4D(AbstractDiagonalLayer):
 
     def init_state(self) -> Complex[Array, "d_model modes"]:
         """Zeros `[d_model, d_state // 2]`, at least complex64."""
-        return zeros((self.d_model, self.d_state // 2), self.D.dtype)
+        return complex_zeros((self.d_model, self.d_state // 2), self.D.dtype)
 
     def kernel(self, length: int) -> Float[Array, "length d_model"]:
         r"""The impulse response
@@ -229,10 +237,17 @@ class S4D(AbstractDiagonalLayer):
         **Returns:** `[length, d_model]`, at least float32.
         """
         A_bar, B_bar = self._discretise()
-        lags = jnp.arange(length, dtype=A_bar.real.dtype)[:, None, None]
-        # In polar form, as a factor of zero has no logarithm.
-        size, phase = jnp.abs(A_bar)[None] ** lags, jnp.angle(A_bar)[None] * lags
-        powers = lax.complex(size * jnp.cos(phase), size * jnp.sin(phase))
-        return self.readout(
-            powers * B_bar[None], jnp.zeros((length, self.d_model), size.dtype)
-        )
+        C = as_complex(self.C_re, self.C_im)
+        return 2 * jnp.einsum("tdn,dn->td", _powers(A_bar, length), C * B_bar).real
+
+
+def _powers(A_bar: Array, length: int) -> Complex[Array, "length *state"]:
+    """Powers from 0, in polar form, as a factor of zero has no logarithm."""
+    lags = jnp.arange(length, dtype=A_bar.real.dtype)[:, None, None]
+    size, phase = jnp.abs(A_bar)[None] ** lags, jnp.angle(A_bar)[None] * lags
+    return lax.complex(size * jnp.cos(phase), size * jnp.sin(phase))
+
+
+# From this length on the convolution is faster than the scan, on the CPU of
+# docs/benchmarks.md with 64 channels of 64 modes: 0.0 against 0.0 ms at T = 1024.
+_CONVOLVED = 64

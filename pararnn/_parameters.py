@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ..scan import promote
+from .scan import promote
 
 
 def check_size(where: str, name: str, value) -> int:

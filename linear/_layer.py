@@ -1,0 +1,141 @@
+"""The protocol that every layer of this package obeys."""
+
+import abc
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+from pararnn._parameters import wide_dtype
+from pararnn.scan import check_reset
+
+
+class AbstractLayer(eqx.Module):
+    """A sequence of features to a sequence of features, with a state in between.
+
+    A layer says what its fresh state is (`init_state`) and what it does with a checked
+    sequence (`mix`). Whole sequences, continued ones, reversed ones and single steps
+    are made of these two here, so that they cannot disagree.
+
+    **Attributes:** `d_model`, the size of an input and of an output.
+    """
+
+    d_model: eqx.AbstractVar[int]
+
+    @abc.abstractmethod
+    def init_state(self) -> PyTree[Array]:
+        """The fresh state, in the parameters' precision and at least 32 bits."""
+
+    @abc.abstractmethod
+    def mix(
+        self,
+        xs: Float[Array, "T d_model"],
+        state: PyTree[Array],
+        reset: Bool[Array, " T"] | None,
+    ) -> tuple[Float[Array, "T d_model"], PyTree[Array]]:
+        """What `__call__` does once its arguments are checked, `T` is at least 1 and
+        there is a state."""
+
+    def __call__(
+        self,
+        xs: Float[Array, "T d_model"],
+        state: PyTree[Array] | None = None,
+        *,
+        reset: Bool[Array, " T"] | None = None,
+        reverse: bool = False,
+    ) -> tuple[Float[Array, "T d_model"], PyTree[Array]]:
+        """A whole sequence, unbatched; use `jax.vmap` for a batch.
+
+        **Arguments:**
+
+        - `xs`: `[T, d_model]`, real floating point. `T` may be 0.
+        - `state`: the state to continue from, as of `init_state()`; the fresh one if
+            not given.
+        - `reset`: bool `[T]`, the first step of each packed sequence. Where true, that
+            step starts from the fresh state, whatever came before, `state` included.
+        - `reverse`: run from the last step to the first. `reset` still marks the first
+            step of a sequence, where it then ends.
+
+        **Returns:** outputs `[T, d_model]` in the dtype of `xs`, and the state after
+        the last step that was taken (of `T = 0` steps: `state`). Computed in the
+        parameters' precision, at least float32.
+
+        **Raises:** `ValueError` on a shape that does not fit or an `xs` that is not
+        real floating point; `TypeError` on a `reset` that is not bool.
+        """
+        xs = _check_features(self, "xs", xs, 2)
+        check_reset(type(self).__name__, reset, None, xs.shape[0])
+        state = self._continue(state)
+        if xs.shape[0] == 0:
+            return xs, state
+        if reverse:
+            if reset is not None:
+                after = jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
+                reset = jnp.flip(after)
+            xs = jnp.flip(xs, 0)
+        inputs, precision = xs, self.precision()
+        if jnp.finfo(xs.dtype).bits > jnp.finfo(precision).bits:
+            inputs = xs.astype(precision)
+        ys, last = self.mix(inputs, state, reset)
+        if reverse:
+            ys = jnp.flip(ys, 0)
+        last = jax.tree.map(lambda new, old: new.astype(old.dtype), last, state)
+        return ys.astype(xs.dtype), last
+
+    def step(
+        self, x: Float[Array, " d_model"], state: PyTree[Array]
+    ) -> tuple[Float[Array, " d_model"], PyTree[Array]]:
+        """One step, for decoding: the numbers of `__call__`, up to rounding.
+
+        **Arguments:** `x`, `[d_model]`, real floating point; `state`, as of
+        `init_state()`.
+
+        **Returns:** the output `[d_model]` in the dtype of `x`, and the next state.
+
+        **Raises:** `ValueError` on a shape that does not fit or an `x` that is not real
+        floating point.
+        """
+        x = _check_features(self, "x", x, 1)
+        ys, state = self(x[None], state)
+        return ys[0], state
+
+    def precision(self) -> jnp.dtype:
+        """The real dtype to compute in: the parameters', at least float32."""
+        arrays = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))
+        return wide_dtype(*(jnp.finfo(array.dtype).dtype for array in arrays))
+
+    def _continue(self, state) -> PyTree[Array]:
+        fresh = self.init_state()
+        if state is None:
+            return fresh
+        shapes, wanted = (jax.tree.map(jnp.shape, s) for s in (state, fresh))
+        if shapes != wanted:
+            raise ValueError(
+                f"{type(self).__name__}: `state` has shape {shapes}, expected "
+                f"{wanted}, as of `init_state()`. Likely causes: (a) a batch of "
+                "states; pass it through the same `jax.vmap` as the inputs, (b) the "
+                "state of another layer."
+            )
+        return jax.tree.map(lambda s, f: jnp.asarray(s).astype(f.dtype), state, fresh)
+
+
+def _check_features(layer: AbstractLayer, name: str, x, rank: int) -> Array:
+    where, x = type(layer).__name__, jnp.asarray(x)
+    if x.ndim != rank or x.shape[-1] != layer.d_model:
+        wanted = "[T, {}]" if rank == 2 else "[{}]"
+        raise ValueError(
+            f"{where}: `{name}` has shape {x.shape}, expected "
+            f"{wanted.format(layer.d_model)}, as `d_model` is {layer.d_model}. Likely "
+            "causes: (a) a batch axis; use `jax.vmap` for it, (b) the axes are in "
+            "another order (time first, features last), (c) one step given to "
+            "`layer(xs)`, or a sequence to `layer.step(x, state)`, (d) the layer was "
+            "built for another `d_model`."
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{where}: `{name}` is {x.dtype}, expected real floating point. Likely "
+            "causes: (a) token indices; embed them first, (b) integer or boolean "
+            "features; cast them, for instance with `.astype(jnp.float32)`."
+        )
+    return x

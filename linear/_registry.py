@@ -1,0 +1,72 @@
+"""Layers by name, for scripts that take a layer as an argument."""
+
+import inspect
+from types import MappingProxyType
+from typing import Any
+
+from jaxtyping import PRNGKeyArray
+
+from ._layer import AbstractLayer
+from .dense import LSSL, BlockLRNN
+from .diagonal import LRU, RGLRU, S4D, S5, Mamba, MinGRU, MinLSTM
+from .matrix import (
+    GLA,
+    MLSTM,
+    RWKV7,
+    DeltaNet,
+    DeltaProduct,
+    GatedDeltaNet,
+    GatedDeltaProduct,
+    Mamba2,
+)
+
+LAYERS: MappingProxyType[str, type[AbstractLayer]] = MappingProxyType(
+    {
+        "block_lrnn": BlockLRNN,
+        "deltanet": DeltaNet,
+        "deltaproduct": DeltaProduct,
+        "gated_deltanet": GatedDeltaNet,
+        "gated_deltaproduct": GatedDeltaProduct,
+        "gla": GLA,
+        "lru": LRU,
+        "lssl": LSSL,
+        "mamba": Mamba,
+        "mamba2": Mamba2,
+        "min_gru": MinGRU,
+        "min_lstm": MinLSTM,
+        "mlstm": MLSTM,
+        "rg_lru": RGLRU,
+        "rwkv7": RWKV7,
+        "s4d": S4D,
+        "s5": S5,
+    }
+)
+
+
+def make_layer(
+    name: str, d_model: int, *, key: PRNGKeyArray, **options: Any
+) -> AbstractLayer:
+    """The layer of a name in `linear.LAYERS`.
+
+    **Arguments:** `name`; `d_model`, the size of an input and of an output; `key`, a
+    key of `jax.random`; `options`, further arguments of the layer's constructor.
+
+    **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
+    what the constructor raises.
+    """
+    if name not in LAYERS:
+        raise ValueError(
+            f"make_layer: unknown layer {name!r}; there are {', '.join(LAYERS)}."
+        )
+    known = [
+        option
+        for option in inspect.signature(LAYERS[name].__init__).parameters
+        if option not in ("self", "d_model", "key")
+    ]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"make_layer: {name!r} has no option {', '.join(unknown)}; there are "
+            f"{', '.join(known)}."
+        )
+    return LAYERS[name](d_model, key=key, **options)  # pyright: ignore[reportCallIssue]

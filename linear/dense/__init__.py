@@ -1,0 +1,4 @@
+"""Layers whose transition is a full matrix, or blocks of one."""
+
+from ._block_lrnn import BlockLRNN as BlockLRNN
+from ._lssl import LSSL as LSSL

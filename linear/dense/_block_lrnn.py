@@ -1,0 +1,84 @@
+"""A linear recurrence whose block-diagonal transition depends on the input."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from pararnn._parameters import check_heads, check_size, linear
+from pararnn.scan import BlockDiagonal, linear_scan
+
+from .._layer import AbstractLayer
+from ..parts import Draw
+
+
+class BlockLRNN(AbstractLayer):
+    r"""A linear RNN that can track the state of any small automaton.
+
+    $$h_t = A_t h_{t-1} + W_B x_t, \qquad y_t = W_C h_t$$
+
+    $A_t$ is block-diagonal and linear in $x_t$, but that each of its columns $v$ is
+    divided by $\max(1, \|v\|_p)$ with $p = 1.2$, so that states do not grow.
+
+    ??? cite "Source"
+
+        Fan et al., "Advancing Regular Language Reasoning in Linear Recurrent Neural
+        Networks" (2309.07412).
+    """
+
+    W_A: Float[Array, "blocks size size d_model"]
+    W_B: Float[Array, "d_state d_model"]
+    W_C: Float[Array, "d_model d_state"]
+    d_model: int
+    d_state: int
+    p: float
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int | None = None,
+        *,
+        blocks: int = 1,
+        p: float = 1.2,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `d_model`: size of an input and of an output.
+        - `d_state`: size of the state; `d_model` if not given.
+        - `blocks`: number of blocks of the transition, which divides `d_state`.
+        - `p`: the norm that bounds a column, at least 1.
+        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `key`: a key of `jax.random`.
+
+        **Raises:** `ValueError` on a size that is not a positive integer or not
+        divided, a norm below 1, a key that is not one, or a dtype that is not floating
+        point.
+        """
+        draw = Draw("BlockLRNN", dtype, key)
+        self.d_model = check_size("BlockLRNN", "d_model", d_model)
+        d_state = d_model if d_state is None else d_state
+        self.d_state = check_size("BlockLRNN", "d_state", d_state)
+        check_heads("BlockLRNN", blocks, d_state, d_state)
+        if not p >= 1:
+            raise ValueError(f"BlockLRNN: `p` must be at least 1, got {p!r}.")
+        self.p = p
+        size = d_state // blocks
+        self.W_A = draw.weight(blocks, size, size, d_model)
+        self.W_B = draw.weight(d_state, d_model)
+        self.W_C = draw.weight(d_model, d_state)
+
+    def init_state(self) -> Float[Array, "blocks size"]:
+        """Zeros `[blocks, d_state // blocks]`, at least float32."""
+        return jnp.zeros(self.W_A.shape[:2], self.precision())
+
+    def mix(self, xs, state, reset):
+        blocks, size, _, d_model = self.W_A.shape
+        A = linear(self.W_A.reshape(-1, d_model), xs)
+        A = A.reshape(len(xs), blocks, size, size)
+        powers = jnp.sum(jnp.abs(A) ** self.p, 2, keepdims=True)
+        # The maximum first, as the root of zero has no derivative.
+        A = A / jnp.maximum(1, powers) ** (1 / self.p)
+        states = linear_scan(
+            BlockDiagonal(A), linear(self.W_B, xs), state.reshape(-1), reset=reset
+        )
+        return linear(self.W_C, states), states[-1].reshape(blocks, size)

@@ -1,0 +1,166 @@
+"""The Linear Recurrent Unit."""
+
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, Inexact, PRNGKeyArray
+
+from pararnn._parameters import check_size, widen
+
+from ..parts import (
+    Draw,
+    check_choice,
+    complex_zeros,
+    full_product,
+    leading,
+    real_product,
+)
+from ._constant import AbstractConstantDiagonal
+
+Eigenvalues = Literal["positive", "signed", "complex"]
+
+
+class LRU(AbstractConstantDiagonal):
+    r"""The linear recurrent unit.
+
+    $$\begin{aligned}
+    h_t &= \lambda \odot h_{t-1} + \exp(\gamma^{\log}) \odot B x_t, &
+    \lambda &= \exp(-\exp(\nu^{\log}) + i \exp(\theta^{\log})) \\
+    y_t &= \mathrm{Re}(C h_t) + D \odot x_t
+    \end{aligned}$$
+
+    The state is complex, `[d_state]`, and $|\lambda| < 1$ whatever the parameters.
+    With real eigenvalues, $\lambda = \pm\exp(-\exp(\nu^{\log}))$, B, C and the state
+    are real.
+
+    ??? cite "Source"
+
+        Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences"
+        (2303.06349, section 3 and appendix A).
+    """
+
+    nu_log: Float[Array, " d_state"]
+    theta_log: Float[Array, " d_state"] | None
+    sign: tuple[int, ...] | None
+    gamma_log: Float[Array, " d_state"]
+    B_re: Float[Array, "d_state d_model"]
+    B_im: Float[Array, "d_state d_model"] | None
+    C_re: Float[Array, "d_model d_state"]
+    C_im: Float[Array, "d_model d_state"] | None
+    D: Float[Array, " d_model"]
+    d_model: int
+    d_state: int
+    eigenvalues: Eigenvalues
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int | None = None,
+        *,
+        r_min: float = 0.0,
+        r_max: float = 1.0,
+        max_phase: float = 6.28,
+        eigenvalues: Eigenvalues = "complex",
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `d_model`: size of an input and of an output.
+        - `d_state`: number of entries of the state; `d_model` if not given.
+        - `r_min`, `r_max`: at the start $\lambda$ is uniform on the ring of these
+            radii, $0 \le r_{min} < r_{max} \le 1$. Long memory wants `r_min` near 1.
+        - `max_phase`: at the start the phases of $\lambda$ are uniform in
+            $[0, \mathrm{max\_phase}]$, in radians.
+        - `eigenvalues`: `"complex"` is the layer of the paper; `"positive"` keeps them
+            in (0, 1), `"signed"` in (-1, 1), where every other one is negative.
+        - `dtype`: of the (real) parameters; JAX's default floating point if not given.
+        - `key`: a key of `jax.random`. $B \sim N(0, 1)/\sqrt{2 d_{model}}$ and
+            $C \sim N(0, 1)/\sqrt{d_{state}}$, both in real and imaginary part;
+            $D \sim N(0, 1)$; $\gamma^{\log} = \log\sqrt{1 - |\lambda|^2}$.
+
+        **Raises:** `ValueError` on a size that is not a positive integer, radii or a
+        phase out of range, a key that is not one, or a dtype that is not floating
+        point.
+        """
+        draw = Draw("LRU", dtype, key)
+        self.d_model = check_size("LRU", "d_model", d_model)
+        d_state = d_model if d_state is None else d_state
+        self.d_state = check_size("LRU", "d_state", d_state)
+        check_choice(
+            "LRU", "eigenvalues", eigenvalues, ("positive", "signed", "complex")
+        )
+        self.eigenvalues = eigenvalues
+        if not 0 <= r_min < r_max <= 1:
+            raise ValueError(
+                f"LRU: `r_min` = {r_min!r} and `r_max` = {r_max!r} must satisfy 0 <= "
+                "r_min < r_max <= 1: they are the radii of the ring that the "
+                "eigenvalues start in. Likely cause: the two are swapped."
+            )
+        if not 0 < max_phase < math.inf:
+            raise ValueError(
+                f"LRU: `max_phase` must be positive and finite, got {max_phase!r}. It "
+                "is in radians; the paper takes 6.28 or less."
+            )
+        # The logarithms want u > 0; `uniform` may return its lower end.
+        u = draw.wide_uniform((self.d_state,), draw.tiny, 1)
+        nu = -0.5 * jnp.log(u * (r_max**2 - r_min**2) + r_min**2)
+        self.nu_log = draw.full(jnp.log(nu))
+        # 1 - |λ|² itself rounds to zero where |λ| is nearly one.
+        self.gamma_log = draw.full(0.5 * jnp.log(-jnp.expm1(-2 * nu)))
+        into, out = (self.d_state, self.d_model), (self.d_model, self.d_state)
+        is_complex = eigenvalues == "complex"
+        variance = 1 / (2 * self.d_model if is_complex else self.d_model)
+        self.B_re = draw.normal(into, variance**0.5)
+        self.C_re = draw.normal(out, self.d_state**-0.5)
+        self.D = draw.normal((self.d_model,))
+        self.B_im = self.C_im = self.theta_log = self.sign = None
+        if is_complex:
+            self.B_im = draw.normal(into, variance**0.5)
+            self.C_im = draw.normal(out, self.d_state**-0.5)
+            u = draw.wide_uniform((self.d_state,), draw.tiny, 1)
+            self.theta_log = draw.full(jnp.log(max_phase * u))
+        elif eigenvalues == "signed":
+            self.sign = tuple(1 - 2 * (i % 2) for i in range(self.d_state))
+
+    def transition(self) -> Inexact[Array, " d_state"]:
+        r"""The eigenvalues $\lambda$, `[d_state]`."""
+        (nu_log,) = widen(self.nu_log)
+        if self.theta_log is not None:
+            nu_log, theta_log = widen(nu_log, self.theta_log)
+            return jnp.exp(lax.complex(-jnp.exp(nu_log), jnp.exp(theta_log)))
+        size = jnp.exp(-jnp.exp(nu_log))
+        return size if self.sign is None else size * jnp.asarray(self.sign, size.dtype)
+
+    def drive(
+        self, xs: Float[Array, "*time d_model"]
+    ) -> Inexact[Array, "*time d_state"]:
+        r"""$\exp(\gamma^{\log}) \odot B x$, `[..., d_state]`."""
+        gamma_log, B_re = widen(self.gamma_log, self.B_re)
+        gamma = leading(jnp.exp(gamma_log), xs.ndim)
+        drive = gamma * full_product(B_re, xs)
+        if self.B_im is None:
+            return drive
+        (B_im,) = widen(self.B_im)
+        return lax.complex(drive, gamma * full_product(B_im, xs))
+
+    def readout(
+        self,
+        states: Inexact[Array, "*time d_state"],
+        xs: Float[Array, "*time d_model"],
+    ) -> Float[Array, "*time d_model"]:
+        r"""$\mathrm{Re}(C h) + D \odot x$, `[..., d_model]`."""
+        C_re, D = widen(self.C_re, self.D)
+        if self.C_im is None:
+            ys = full_product(C_re, states)
+        else:
+            ys = real_product(C_re, widen(self.C_im)[0], states)
+        return ys + leading(D, xs.ndim) * xs
+
+    def init_state(self) -> Inexact[Array, " d_state"]:
+        """Zeros `[d_state]`, complex or real as the eigenvalues, at least 32 bits."""
+        if self.theta_log is None:
+            return jnp.zeros((self.d_state,), self.precision())
+        return complex_zeros((self.d_state,), self.nu_log.dtype)

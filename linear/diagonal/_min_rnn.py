@@ -1,0 +1,142 @@
+"""minGRU and minLSTM: gated layers without a state in their gates."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from pararnn._parameters import affine, check_size, linear
+from pararnn.scan import Diagonal, linear_scan
+
+from .._layer import AbstractLayer
+from ..parts import Draw
+
+
+def positive(x: Array) -> Array:
+    r"""$g(x) = x + 1/2$ for $x \ge 0$, else $\sigma(x)$: positive and continuous."""
+    return jnp.where(x >= 0, x + 0.5, jax.nn.sigmoid(x))
+
+
+class MinGRU(AbstractLayer):
+    r"""A GRU whose gate and candidate see the input only.
+
+    $$z_t = \sigma(W_z x_t + b_z), \qquad
+    h_t = (1 - z_t) \odot h_{t-1} + z_t \odot g(W_h x_t + b_h), \qquad
+    y_t = W_{out} h_t$$
+
+    with $g(x) = x + 1/2$ for $x \ge 0$ and $\sigma(x)$ below, so that the state is
+    positive. The paper computes this with logarithms; here the factors are multiplied
+    as they are, which loses nothing, and lets a state be negative.
+
+    ??? cite "Source"
+
+        Feng et al., "Were RNNs All We Needed?" (2410.01201).
+    """
+
+    W_z: Float[Array, "d_state d_model"]
+    W_h: Float[Array, "d_state d_model"]
+    b_z: Float[Array, " d_state"]
+    b_h: Float[Array, " d_state"]
+    W_out: Float[Array, "d_model d_state"]
+    d_model: int
+    d_state: int
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `d_model`: size of an input and of an output.
+        - `d_state`: size of the state; `d_model` if not given.
+        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `key`: a key of `jax.random`.
+
+        **Raises:** `ValueError` on a size that is not a positive integer, a key that is
+        not one, or a dtype that is not floating point.
+        """
+        draw = Draw("MinGRU", dtype, key)
+        self.d_model = check_size("MinGRU", "d_model", d_model)
+        d_state = d_model if d_state is None else d_state
+        self.d_state = check_size("MinGRU", "d_state", d_state)
+        self.W_z, self.W_h = (draw.weight(d_state, d_model) for _ in range(2))
+        self.b_z, self.b_h = (draw.full(jnp.zeros(d_state)) for _ in range(2))
+        self.W_out = draw.weight(d_model, d_state)
+
+    def init_state(self) -> Float[Array, " d_state"]:
+        """Zeros `[d_state]`, at least float32."""
+        return jnp.zeros((self.d_state,), self.precision())
+
+    def mix(self, xs, state, reset):
+        logits = affine(self.W_z, xs, self.b_z)
+        candidate = positive(affine(self.W_h, xs, self.b_h))
+        # The complement of a sigmoid is one too, and rounds better.
+        states = linear_scan(
+            Diagonal(jax.nn.sigmoid(-logits)),
+            jax.nn.sigmoid(logits) * candidate,
+            state,
+            reset=reset,
+        )
+        return linear(self.W_out, states), states[-1]
+
+
+class MinLSTM(AbstractLayer):
+    r"""An LSTM whose gates and candidate see the input only, with normalised gates.
+
+    $$f_t = \sigma(W_f x_t + b_f), \quad i_t = \sigma(W_i x_t + b_i), \qquad
+    h_t = \frac{f_t}{f_t + i_t} \odot h_{t-1} +
+    \frac{i_t}{f_t + i_t} \odot g(W_h x_t + b_h), \qquad y_t = W_{out} h_t$$
+
+    with $g$ as in [`linear.MinGRU`][].
+
+    ??? cite "Source"
+
+        Feng et al., "Were RNNs All We Needed?" (2410.01201).
+    """
+
+    W_f: Float[Array, "d_state d_model"]
+    W_i: Float[Array, "d_state d_model"]
+    W_h: Float[Array, "d_state d_model"]
+    b_f: Float[Array, " d_state"]
+    b_i: Float[Array, " d_state"]
+    b_h: Float[Array, " d_state"]
+    W_out: Float[Array, "d_model d_state"]
+    d_model: int
+    d_state: int
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """As [`linear.MinGRU`][]."""
+        draw = Draw("MinLSTM", dtype, key)
+        self.d_model = check_size("MinLSTM", "d_model", d_model)
+        d_state = d_model if d_state is None else d_state
+        self.d_state = check_size("MinLSTM", "d_state", d_state)
+        self.W_f, self.W_i, self.W_h = (draw.weight(d_state, d_model) for _ in range(3))
+        self.b_f, self.b_i, self.b_h = (draw.full(jnp.zeros(d_state)) for _ in range(3))
+        self.W_out = draw.weight(d_model, d_state)
+
+    def init_state(self) -> Float[Array, " d_state"]:
+        """Zeros `[d_state]`, at least float32."""
+        return jnp.zeros((self.d_state,), self.precision())
+
+    def mix(self, xs, state, reset):
+        log_f = jax.nn.log_sigmoid(affine(self.W_f, xs, self.b_f))
+        log_i = jax.nn.log_sigmoid(affine(self.W_i, xs, self.b_i))
+        candidate = positive(affine(self.W_h, xs, self.b_h))
+        # f / (f + i), also where both underflow.
+        states = linear_scan(
+            Diagonal(jax.nn.sigmoid(log_f - log_i)),
+            jax.nn.sigmoid(log_i - log_f) * candidate,
+            state,
+            reset=reset,
+        )
+        return linear(self.W_out, states), states[-1]

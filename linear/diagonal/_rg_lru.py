@@ -1,0 +1,99 @@
+"""The real-gated linear recurrent unit."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from pararnn._parameters import affine, check_heads, check_size, widen
+from pararnn.scan import Diagonal, linear_scan
+
+from .._layer import AbstractLayer
+from ..parts import Draw, leading
+
+
+class RGLRU(AbstractLayer):
+    r"""The real-gated linear recurrent unit of Griffin.
+
+    $$\begin{aligned}
+    r_t &= \sigma(W_a x_t + b_a), \quad i_t = \sigma(W_x x_t + b_x), \quad
+    \log a_t = -8 \, r_t \odot \mathrm{softplus}(\Lambda) \\
+    h_t &= a_t \odot h_{t-1} + \sqrt{1 - a_t^2} \odot (i_t \odot x_t), \qquad y_t = h_t
+    \end{aligned}$$
+
+    The state is real, `[d_model]`. At a reset $a_t = 0$, so that the input enters
+    whole: a packed sequence starts with $h = i \odot x$, where a fresh state starts
+    with $\sqrt{1 - a^2} \, i \odot x$.
+
+    ??? cite "Source"
+
+        De et al., "Griffin: Mixing Gated Linear Recurrences with Local Attention for
+        Efficient Language Models" (2402.19427, section 2.4).
+    """
+
+    W_a: Float[Array, "blocks size size"]
+    W_x: Float[Array, "blocks size size"]
+    b_a: Float[Array, " d_model"]
+    b_x: Float[Array, " d_model"]
+    Lambda: Float[Array, " d_model"]
+    d_model: int
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        blocks: int = 1,
+        r_min: float = 0.9,
+        r_max: float = 0.999,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `d_model`: size of an input, of the state and of an output.
+        - `blocks`: the gates' matrices are block-diagonal with so many blocks, which
+            divide `d_model`.
+        - `r_min`, `r_max`: at the start $\exp(-\mathrm{softplus}(\Lambda))$ lies
+            between them, uniform in its square.
+        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `key`: a key of `jax.random`.
+
+        **Raises:** `ValueError` on a size that is not a positive integer or not
+        divided, radii out of range, a key that is not one, or a dtype that is not
+        floating point.
+        """
+        draw = Draw("RGLRU", dtype, key)
+        self.d_model = check_size("RGLRU", "d_model", d_model)
+        check_heads("RGLRU", blocks, d_model, d_model)
+        if not 0 < r_min < r_max < 1:
+            raise ValueError(
+                f"RGLRU: `r_min` = {r_min!r} and `r_max` = {r_max!r} must satisfy "
+                "0 < r_min < r_max < 1. Likely cause: the two are swapped."
+            )
+        size = d_model // blocks
+        self.W_a = draw.weight(blocks, size, size)
+        self.W_x = draw.weight(blocks, size, size)
+        self.b_a = self.b_x = draw.full(jnp.zeros(d_model))
+        u = draw.wide_uniform((d_model,), 0, 1)
+        rho = 0.5 * jnp.log(u * (r_max**2 - r_min**2) + r_min**2)
+        # softplus(Lambda) = -rho.
+        self.Lambda = draw.full(jnp.log(jnp.expm1(-rho)))
+
+    def init_state(self) -> Float[Array, " d_model"]:
+        """Zeros `[d_model]`, at least float32."""
+        return jnp.zeros((self.d_model,), self.precision())
+
+    def mix(self, xs, state, reset):
+        gate = jax.nn.sigmoid(affine(self.W_a, xs, self.b_a))
+        inputs = jax.nn.sigmoid(affine(self.W_x, xs, self.b_x))
+        Lambda, gate, inputs, xs = widen(self.Lambda, gate, inputs, xs)
+        log_a = -8 * gate * leading(jax.nn.softplus(Lambda), 2)
+        # 1 - a² itself rounds to zero where a is nearly one; the root of zero has no
+        # derivative.
+        square = jnp.maximum(-jnp.expm1(2 * log_a), jnp.finfo(log_a.dtype).tiny)
+        scale = jnp.sqrt(square)
+        if reset is not None:
+            scale = jnp.where(reset[:, None], 1, scale)
+        states = linear_scan(
+            Diagonal(jnp.exp(log_a)), scale * inputs * xs, state, reset=reset
+        )
+        return states, states[-1]

@@ -1,0 +1,149 @@
+"""Mamba-2: a state space whose decay is one number for each head."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from pararnn._parameters import check_size, linear, widen
+from pararnn.scan import matrix_scan
+
+from .._layer import AbstractLayer
+from ..parts import (
+    WIDTH,
+    Draw,
+    check_choice,
+    check_range,
+    log_decay,
+    merge_heads,
+    rms_norm,
+    short_convolution,
+    signed,
+    split_heads,
+)
+
+
+class Mamba2(AbstractLayer):
+    r"""The state space dual layer, SSD.
+
+    $$\begin{aligned}
+    (z_t, (u_t, B_t, C_t), \delta_t) &= W_{in} x_t, \quad
+    (u, B, C) \leftarrow \mathrm{SiLU}(\mathrm{conv}_4(u, B, C)) \\
+    \Delta_t &= \mathrm{softplus}(\delta_t + b_{dt}), \quad
+    a_t = \exp(-\exp(A^{\log}) \Delta_t) \\
+    S_t &= a_t S_{t-1} + \Delta_t B_t u_t^\top, \qquad
+    o_t = S_t^\top C_t + D u_t \\
+    y_t &= W_{out} \, \mathrm{RMSNorm}(o_t \odot \mathrm{SiLU}(z_t))
+    \end{aligned}$$
+
+    with one $a$, $\Delta$ and $D$ for each head and $B$, $C$ shared by the heads. Where
+    eigenvalues are `"signed"`, the factor is $2 a_t - 1$.
+
+    ??? cite "Source"
+
+        Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms
+        Through Structured State Space Duality" (2405.21060).
+    """
+
+    W_in: Float[Array, "2*inner+2*d_state+heads d_model"]
+    conv_weight: Float[Array, "inner+2*d_state 4"]
+    conv_bias: Float[Array, " inner+2*d_state"]
+    dt_bias: Float[Array, " heads"]
+    A_log: Float[Array, " heads"]
+    D: Float[Array, " heads"]
+    norm_weight: Float[Array, " inner"]
+    W_out: Float[Array, "d_model inner"]
+    d_model: int
+    d_state: int
+    heads: int
+    eigenvalues: Literal["positive", "signed"]
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        *,
+        heads: int | None = None,
+        expand: int = 2,
+        eigenvalues: Literal["positive", "signed"] = "positive",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `d_model`: size of an input and of an output.
+        - `d_state`: N, the rows of each head's state. The paper takes up to 128.
+        - `heads`: they divide `expand * d_model`; if not given, so many that a head has
+            64 channels, or 1.
+        - `expand`: channels for each entry of an input.
+        - `eigenvalues`: `"positive"` or `"signed"`, the decays in (0, 1) or (-1, 1).
+        - `dt_min`, `dt_max`: at the start $\mathrm{softplus}(b_{dt})$ is log-uniform
+            between them, and at least 1e-4.
+        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `key`: a key of `jax.random`. $\exp(A^{\log})$ is uniform in [1, 16], $D = 1$.
+
+        **Raises:** `ValueError` on a size that is not a positive integer, heads that do
+        not divide, unknown eigenvalues, steps out of range, a key that is not one, or a
+        dtype that is not floating point.
+        """
+        draw = Draw("Mamba2", dtype, key)
+        self.d_model = check_size("Mamba2", "d_model", d_model)
+        self.d_state = check_size("Mamba2", "d_state", d_state)
+        inner = d_model * check_size("Mamba2", "expand", expand)
+        heads = (1 if inner % 64 else inner // 64) if heads is None else heads
+        self.heads = check_size("Mamba2", "heads", heads)
+        if inner % heads:
+            raise ValueError(
+                f"Mamba2: `expand` * `d_model` = {inner} is not divisible by `heads` = "
+                f"{heads}. Choose a divisor of {inner}."
+            )
+        check_choice("Mamba2", "eigenvalues", eigenvalues, ("positive", "signed"))
+        check_range("Mamba2", "dt_min", "dt_max", (dt_min, dt_max))
+        self.eigenvalues = eigenvalues
+        convolved = inner + 2 * d_state
+        self.W_in = draw.weight(inner + convolved + heads, d_model)
+        self.conv_weight = draw.weight(convolved, WIDTH)
+        self.conv_bias = draw.uniform((convolved,), -(WIDTH**-0.5), WIDTH**-0.5)
+        self.dt_bias = draw.step_bias((heads,), dt_min, dt_max)
+        self.A_log = draw.log_of_uniform((heads,), 1, 16)
+        self.D = draw.full(jnp.ones(heads))
+        self.norm_weight = draw.full(jnp.ones(inner))
+        self.W_out = draw.weight(d_model, inner)
+
+    def init_state(self):
+        """The last inputs of the convolution `[3, inner + 2 * d_state]`, and the
+        matrices `[heads, d_state, inner // heads]`: zeros."""
+        dtype, inner = self.precision(), len(self.norm_weight)
+        return (
+            jnp.zeros((WIDTH - 1, inner + 2 * self.d_state), dtype),
+            jnp.zeros((self.heads, self.d_state, inner // self.heads), dtype),
+        )
+
+    def mix(self, xs, state, reset):
+        window, state = state
+        inner, convolved = len(self.norm_weight), len(self.conv_bias)
+        z, u, dt = jnp.split(linear(self.W_in, xs), [inner, inner + convolved], axis=-1)
+        u, window = short_convolution(
+            u, window, self.conv_weight, self.conv_bias, reset=reset
+        )
+        u, B, C = jnp.split(jax.nn.silu(u), [inner, inner + self.d_state], axis=-1)
+        u = split_heads(u, self.heads)
+        log_a, dt = log_decay(self.A_log, self.dt_bias, dt)
+
+        def each_head(v):
+            return jnp.broadcast_to(v[:, None], (v.shape[0], self.heads, v.shape[1]))
+
+        outputs, state = matrix_scan(
+            each_head(C),
+            each_head(B),
+            dt[..., None] * u,
+            signed(jnp.exp(log_a), self.eigenvalues),
+            initial=state,
+            reset=reset,
+        )
+        (D,) = widen(self.D)
+        ys = merge_heads(outputs + D[None, :, None] * u) * jax.nn.silu(z)
+        return linear(self.W_out, rms_norm(ys, self.norm_weight)), (window, state)

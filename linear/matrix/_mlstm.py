@@ -1,0 +1,139 @@
+"""The matrix LSTM, with exponential gates."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from pararnn._parameters import affine, check_size, linear
+from pararnn.scan import matrix_scan, max_plus_scan
+
+from .._layer import AbstractLayer
+from ..parts import (
+    WIDTH,
+    Draw,
+    head_size,
+    merge_heads,
+    rms_norm,
+    short_convolution,
+    split_heads,
+)
+
+
+class MLSTM(AbstractLayer):
+    r"""The matrix LSTM of xLSTM: exponential input gates, kept in range by $m$.
+
+    $$\begin{aligned}
+    m_t &= \max(\log \sigma(f_t) + m_{t-1}, i_t), \quad
+    f'_t = e^{\log \sigma(f_t) + m_{t-1} - m_t}, \quad i'_t = e^{i_t - m_t} \\
+    C_t &= f'_t C_{t-1} + i'_t k_t v_t^\top, \qquad
+    n_t = f'_t n_{t-1} + i'_t k_t \\
+    o_t &= C_t^\top q_t / (\max(|n_t \cdot q_t|, e^{-m_t}) + 10^{-6}), \qquad
+    y_t = W_{out} (\sigma(W_o x_t) \odot \mathrm{RMSNorm}(o_t))
+    \end{aligned}$$
+
+    Queries, keys ($/ \sqrt{K}$) and the gates $i = W_i c + b_i$, $f = W_f c + b_f$
+    come from $c$ = SiLU of a short causal convolution of the inputs, values from the
+    inputs. $m$ is a max-plus scan, and both gates are at most 1, so that nothing
+    overflows.
+
+    ??? cite "Source"
+
+        Beck et al., "xLSTM: Extended Long Short-Term Memory" (2405.04517).
+    """
+
+    W_q: Float[Array, "features_k d_model"]
+    W_k: Float[Array, "features_k d_model"]
+    W_v: Float[Array, "features_v d_model"]
+    conv_weight: Float[Array, "d_model 4"]
+    conv_bias: Float[Array, " d_model"]
+    W_i: Float[Array, "heads d_model"]
+    W_f: Float[Array, "heads d_model"]
+    b_i: Float[Array, " heads"]
+    b_f: Float[Array, " heads"]
+    W_o: Float[Array, "features_v d_model"]
+    norm_weight: Float[Array, " features_v"]
+    W_out: Float[Array, "d_model features_v"]
+    d_model: int
+    heads: int
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        heads: int = 1,
+        d_key: int | None = None,
+        d_value: int | None = None,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `d_model`: size of an input and of an output.
+        - `heads`: number of states, each a matrix `[d_key, d_value]`.
+        - `d_key`, `d_value`: sizes of a key and a value of one head;
+            `d_model // heads` if not given.
+        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `key`: a key of `jax.random`. The gates' weights are zero at the start, the
+            forget biases evenly from 3 to 6, the input biases of deviation 0.1.
+
+        **Raises:** as [`linear.DeltaNet`][].
+        """
+        draw = Draw("MLSTM", dtype, key)
+        self.d_model = check_size("MLSTM", "d_model", d_model)
+        self.heads = check_size("MLSTM", "heads", heads)
+        features_k = heads * head_size("MLSTM", "d_key", d_key, d_model, heads)
+        features_v = heads * head_size("MLSTM", "d_value", d_value, d_model, heads)
+        self.W_q, self.W_k = (draw.weight(features_k, d_model) for _ in range(2))
+        self.W_v = draw.weight(features_v, d_model)
+        self.conv_weight = draw.weight(d_model, WIDTH)
+        self.conv_bias = draw.uniform((d_model,), -(WIDTH**-0.5), WIDTH**-0.5)
+        self.W_i, self.W_f = (draw.full(jnp.zeros((heads, d_model))) for _ in range(2))
+        self.b_i = draw.normal((heads,), 0.1)
+        self.b_f = draw.full(jnp.linspace(3.0, 6.0, heads))
+        self.W_o = draw.weight(features_v, d_model)
+        self.norm_weight = draw.full(jnp.ones(features_v))
+        self.W_out = draw.weight(d_model, features_v)
+
+    def init_state(self):
+        """The last inputs of the convolution `[3, d_model]`, the matrices
+        `[heads, K, V]`, the normalisers `[heads, K]` and the stabilisers `[heads]`:
+        zeros."""
+        dtype, heads = self.precision(), self.heads
+        d_key, d_value = (len(W) // heads for W in (self.W_q, self.W_v))
+        shapes = (WIDTH - 1, self.d_model), (heads, d_key, d_value), (heads, d_key)
+        return tuple(jnp.zeros(shape, dtype) for shape in (*shapes, (heads,)))
+
+    def mix(self, xs, state, reset):
+        window, matrix, normaliser, m0 = state
+        c, window = short_convolution(
+            xs, window, self.conv_weight, self.conv_bias, reset=reset
+        )
+        c = jax.nn.silu(c)
+        q, k, v = (
+            split_heads(linear(W, x), self.heads)
+            for W, x in ((self.W_q, c), (self.W_k, c), (self.W_v, xs))
+        )
+        k = k * k.shape[-1] ** -0.5
+        i = affine(self.W_i, c, self.b_i)
+        log_f = jax.nn.log_sigmoid(affine(self.W_f, c, self.b_f))
+        m = max_plus_scan(log_f, i, m0, reset=reset)
+        before = jnp.concatenate([m0[None], m[:-1]])
+        if reset is not None:
+            before = jnp.where(reset[:, None], 0, before)
+        # The normaliser is one more column of the state, whose values are ones.
+        outputs, state = matrix_scan(
+            q,
+            jnp.exp(i - m)[..., None] * k,
+            jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1),
+            jnp.exp(log_f + before - m),
+            initial=jnp.concatenate([matrix, normaliser[..., None]], -1),
+            reset=reset,
+        )
+        outputs, scale = outputs[..., :-1], jnp.abs(outputs[..., -1])
+        outputs = outputs / (jnp.maximum(scale, jnp.exp(-m)) + 1e-6)[..., None]
+        weight = self.norm_weight.reshape(self.heads, -1)
+        ys = jax.nn.sigmoid(linear(self.W_o, xs)) * merge_heads(
+            rms_norm(outputs, weight)
+        )
+        state = window, state[..., :-1], state[..., -1], m[-1]
+        return linear(self.W_out, ys), state

@@ -1,0 +1,100 @@
+"""What constructors check, and how they draw parameters."""
+
+import math
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, DTypeLike, PRNGKeyArray
+
+from pararnn._parameters import check_dtype, check_key, check_size, wide_dtype
+
+
+def check_choice(where: str, name: str, value, choices: Iterable[str]) -> None:
+    """A `ValueError` that lists the choices if `value` is not among them."""
+    if value not in (choices := tuple(choices)):
+        raise ValueError(
+            f"{where}: unknown `{name}` {value!r}; there are {', '.join(choices)}."
+        )
+
+
+def check_range(where: str, low: str, high: str, values: tuple) -> None:
+    """A `ValueError` unless 0 < low <= high < infinity."""
+    if not 0 < values[0] <= values[1] < math.inf:
+        raise ValueError(
+            f"{where}: `{low}` = {values[0]!r} and `{high}` = {values[1]!r} must "
+            f"satisfy 0 < {low} <= {high}. Likely causes: (a) the two are swapped, "
+            "(b) their logarithms were given."
+        )
+
+
+def head_size(where: str, name: str, value, d_model: int, heads: int) -> int:
+    """The size of one head: `value`, or `d_model // heads` if it is `None`."""
+    if value is not None:
+        return check_size(where, name, value)
+    if d_model % heads:
+        raise ValueError(
+            f"{where}: `d_model` = {d_model} is not divisible by `heads` = {heads}. "
+            f"Choose a divisor of {d_model}, or give `{name}`, the size of one head."
+        )
+    return d_model // heads
+
+
+class Draw:
+    """Parameters of one dtype from one key, in the order in which they are drawn.
+
+    Drawn in at least float32: a 16-bit draw has only some hundred different values.
+    """
+
+    def __init__(self, where: str, dtype: DTypeLike | None, key: PRNGKeyArray):
+        check_key(where, key)
+        self.dtype = check_dtype(where, dtype)
+        self._wide, self._key, self._count = wide_dtype(self.dtype), key, 0
+
+    def _next(self) -> PRNGKeyArray:
+        self._count += 1
+        return jr.fold_in(self._key, self._count)
+
+    @property
+    def tiny(self) -> float:
+        """The smallest normal number of the precision that is drawn in."""
+        return float(jnp.finfo(self._wide).tiny)
+
+    def wide_uniform(self, shape: tuple[int, ...], low: float, high: float) -> Array:
+        """A uniform draw in at least float32, to be transformed before it is cast."""
+        return jr.uniform(self._next(), shape, self._wide, low, high)
+
+    def uniform(self, shape: tuple[int, ...], low: float, high: float) -> Array:
+        return self.wide_uniform(shape, low, high).astype(self.dtype)
+
+    def normal(self, shape: tuple[int, ...], deviation: float = 1.0) -> Array:
+        return (jr.normal(self._next(), shape, self._wide) * deviation).astype(
+            self.dtype
+        )
+
+    def weight(self, *shape: int) -> Array:
+        """`[..., out, in]`, uniform within one over the root of `in`."""
+        bound = shape[-1] ** -0.5
+        return self.uniform(shape, -bound, bound)
+
+    def log_uniform(self, shape: tuple[int, ...], low: float, high: float) -> Array:
+        """The logarithms of values that are log-uniform between `low` and `high`."""
+        return self.uniform(shape, math.log(low), math.log(high))
+
+    def log_of_uniform(self, shape: tuple[int, ...], low: float, high: float) -> Array:
+        """The logarithms of values that are uniform between `low` and `high`."""
+        return jnp.log(self.wide_uniform(shape, low, high)).astype(self.dtype)
+
+    def step_bias(
+        self, shape: tuple[int, ...], low: float, high: float, floor: float = 1e-4
+    ) -> Array:
+        r"""Biases whose softplus is log-uniform between `low` and `high`, at least
+        `floor`: the step sizes $\\Delta$ that Mamba starts from."""
+        log_dt = self.wide_uniform(shape, math.log(low), math.log(high))
+        dt = jnp.maximum(jnp.exp(log_dt), floor)
+        # The inverse of softplus, where exp(dt) - 1 would round.
+        return (dt + jnp.log(-jnp.expm1(-dt))).astype(self.dtype)
+
+    def full(self, values) -> Array:
+        """Given values."""
+        return jnp.asarray(values, self.dtype)

@@ -1,0 +1,108 @@
+"""HiPPO-LegS and its diagonal forms, in float64 NumPy: what state spaces start from."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Complex, Float
+
+from pararnn._parameters import check_size
+
+
+class Diagonalised(NamedTuple):
+    r"""One of each conjugate pair of eigenvalues of a matrix close to HiPPO-LegS.
+
+    `eigenvalues` `[N / 2]`; `vectors` `[N, N / 2]`, the columns of $V$ that belong to
+    them, of length 1; `inverse` `[N / 2, N]`, their rows of $V^{-1}$; `condition`,
+    $\kappa(V)$ in the 2-norm.
+    """
+
+    eigenvalues: Complex[np.ndarray, " modes"]
+    vectors: Complex[np.ndarray, "d_state modes"]
+    inverse: Complex[np.ndarray, "modes d_state"]
+    condition: float
+
+
+def legs(
+    d_state: int,
+) -> tuple[Float[np.ndarray, "d_state d_state"], Float[np.ndarray, " d_state"]]:
+    r"""HiPPO-LegS: $A_{nk} = -\sqrt{(2n+1)(2k+1)}$ below the diagonal, $-(n+1)$ on it,
+    and $B_n = \sqrt{2n+1}$.
+
+    ??? cite "Source"
+
+        Gu et al., "HiPPO: Recurrent Memory with Optimal Polynomial Projections"
+        (2008.07669).
+    """
+    n = np.arange(d_state)
+    root = np.sqrt(2 * n + 1.0)
+    return -np.tril(np.outer(root, root), -1) - np.diag(n + 1.0), root
+
+
+def normal_legs(d_state: int) -> Diagonalised:
+    r"""The normal part of HiPPO-LegS, $A + P P^\top$ with $P_n = \sqrt{n + 1/2}$.
+
+    It is -1/2 plus a skew-symmetric matrix, so that $V$ is unitary.
+    """
+    n = np.arange(d_state)
+    # The lower triangle of HiPPO's skew part plus P_n P_k, half of it.
+    lower = np.tril(-0.5 * np.sqrt(np.outer(2 * n + 1.0, 2 * n + 1.0)), -1)
+    frequency, vectors = np.linalg.eigh(-1j * (lower - lower.T))
+    half = slice(d_state // 2, None)
+    vectors = _fix_phase(vectors[:, half])
+    return Diagonalised(-0.5 + 1j * frequency[half], vectors, vectors.conj().T, 1.0)
+
+
+def perturb_then_diagonalise(d_state: int, perturbation: float = 0.1) -> Diagonalised:
+    r"""Eigenvalues and vectors of $A_{HiPPO} + E$, with
+    $\|E\|_2 / \|A_{HiPPO}\|_2$ = `perturbation`.
+
+    HiPPO-LegS itself cannot be diagonalised in floating point: $\kappa(V)$ is 8e10 at
+    N = 16. A random $E$ lowers it, and pushes eigenvalues to the right of the imaginary
+    axis. Here $E = s P P^\top$ with $0 < s \le 1$: as $A + P P^\top$ has the symmetric
+    part -1/2, that of $A + E$ is $-1/2 - (1 - s) P P^\top$, so every eigenvalue has a
+    real part of at most -1/2 (Bendixson). $\kappa(V)$ is about 1.5 / `perturbation`
+    whatever N is.
+
+    **Arguments:** `d_state`, N, even; `perturbation`, in [0.01, 0.78].
+
+    **Raises:** `ValueError` on arguments out of range, or if an eigenvalue is real
+    (N up to 8 with a small perturbation), since pairs are wanted.
+
+    ??? cite "Source"
+
+        Yu et al., "Robustifying State-space Models for Long Sequences via Approximate
+        Diagonalization" (2310.01698), which takes any E of that size; this choice of E
+        is ours.
+    """
+    where = "perturb_then_diagonalise"
+    check_size(where, "d_state", d_state)
+    if d_state % 2 or not 0.01 <= perturbation <= 0.78:
+        raise ValueError(
+            f"{where}: `d_state` = {d_state} must be even and `perturbation` = "
+            f"{perturbation!r} in [0.01, 0.78]: smaller ones leave the eigenvectors "
+            "ill-conditioned, and 0.785 is the whole way to the normal part, which is "
+            "the initialisation 'legs'."
+        )
+    A, _ = legs(d_state)
+    P = np.sqrt(np.arange(d_state) + 0.5)
+    E = perturbation * np.linalg.norm(A, 2) / (P @ P) * np.outer(P, P)
+    eigenvalues, vectors = np.linalg.eig(A + E)
+    half = np.argsort(-np.imag(eigenvalues))[: d_state // 2][::-1]
+    if np.any(np.imag(eigenvalues[half]) <= 0):
+        raise ValueError(
+            f"{where}: at N = {d_state} a perturbation of {perturbation} leaves real "
+            "eigenvalues, which have no conjugate. Take a larger one, or N from 16."
+        )
+    vectors = _fix_phase(vectors)
+    inverse = np.linalg.inv(vectors)[half]
+    return Diagonalised(
+        eigenvalues[half], vectors[:, half], inverse, float(np.linalg.cond(vectors))
+    )
+
+
+def _fix_phase(vectors: np.ndarray) -> np.ndarray:
+    """Columns whose sum against B is positive: the phase of an eigenvector is free,
+    and every LAPACK shall give the same layer."""
+    root = np.sqrt(2 * np.arange(len(vectors)) + 1.0)
+    along = vectors.conj().T @ root
+    return vectors * (along / np.abs(along))[None]

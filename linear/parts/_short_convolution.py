@@ -1,0 +1,59 @@
+"""The causal convolution over a few steps in front of a recurrence."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from pararnn._parameters import widen
+
+from ._norms import leading
+
+WIDTH = 4
+
+
+def short_convolution(
+    xs: Float[Array, "T channels"],
+    window: Float[Array, "3 channels"],
+    weight: Float[Array, "channels 4"],
+    bias: Float[Array, " channels"] | None = None,
+    *,
+    reset: Bool[Array, " T"] | None,
+) -> tuple[Float[Array, "T channels"], Float[Array, "3 channels"]]:
+    r"""$c_t = b + \sum_{j=0}^{3} w_{3-j} \odot x_{t-j}$, channel by channel.
+
+    `window` holds the last inputs before the sequence, oldest first; the new window is
+    returned. Inputs from before a reset are left out, by selection.
+    """
+    xs, window, weight = widen(xs, window, weight)
+    steps, all_inputs = xs.shape[0], jnp.concatenate([window, xs])
+    index = jnp.arange(steps, dtype=jnp.int32)
+    newest = None
+    if reset is not None:
+        newest = lax.cummax(jnp.where(reset, index, -WIDTH))
+
+    def lagged(lag):
+        """The inputs `lag` steps ago, zeros where a reset lies between."""
+        start = WIDTH - 1 - lag
+        earlier = all_inputs[start : start + steps]
+        if newest is None or lag == 0:
+            return earlier
+        return jnp.where((index - lag >= newest)[:, None], earlier, 0)
+
+    ys = jnp.zeros_like(xs)
+    for lag in range(WIDTH):
+        ys = ys + lagged(lag) * leading(weight[:, WIDTH - 1 - lag], 2)
+    if bias is not None:
+        ys = ys + leading(bias.astype(ys.dtype), 2)
+    window = all_inputs[steps:]
+    if newest is not None:
+        age = jnp.arange(WIDTH - 2, -1, -1, dtype=jnp.int32)
+        window = jnp.where((steps - 1 - age >= newest[-1])[:, None], window, 0)
+    return ys, window
+
+
+def shifted(
+    xs: Float[Array, "T n"], previous: Float[Array, " n"], reset
+) -> Float[Array, "T n"]:
+    """The step before: `previous` first, zeros at resets."""
+    earlier = jnp.concatenate([previous[None], xs[:-1]])
+    return earlier if reset is None else jnp.where(reset[:, None], 0, earlier)
