@@ -15,12 +15,14 @@ from .diagonal import (
 from .matrix import (
     GLA as GLA,
     MLSTM as MLSTM,
+    PLSTM as PLSTM,
     RWKV7 as RWKV7,
     DeltaNet as DeltaNet,
     DeltaProduct as DeltaProduct,
     GatedDeltaNet as GatedDeltaNet,
     GatedDeltaProduct as GatedDeltaProduct,
     Mamba2 as Mamba2,
+    PLSTMGrid as PLSTMGrid,
 )
 from .parts import (
     Diagonalised as Diagonalised,

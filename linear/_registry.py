@@ -12,6 +12,7 @@ from .diagonal import LRU, RGLRU, S4D, S5, Mamba, MinGRU, MinLSTM
 from .matrix import (
     GLA,
     MLSTM,
+    PLSTM,
     RWKV7,
     DeltaNet,
     DeltaProduct,
@@ -35,6 +36,7 @@ LAYERS: MappingProxyType[str, type[AbstractLayer]] = MappingProxyType(
         "min_gru": MinGRU,
         "min_lstm": MinLSTM,
         "mlstm": MLSTM,
+        "plstm": PLSTM,
         "rg_lru": RGLRU,
         "rwkv7": RWKV7,
         "s4d": S4D,

@@ -74,6 +74,7 @@ ROWS = {
     ),
     "rwkv7": Row("rwkv7", reference.rwkv7, HEADS),
     "mlstm": Row("mlstm", reference.mlstm, HEADS),
+    "plstm": Row("plstm", reference.plstm, HEADS),
     "min_gru": Row("min_gru", reference.min_gru, SMALL),
     "min_lstm": Row("min_lstm", reference.min_lstm, SMALL),
     "rg_lru": Row("rg_lru", reference.rg_lru, {"blocks": 2}),

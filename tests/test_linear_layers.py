@@ -308,7 +308,7 @@ def test_refuses_calls(layer, case):
 EVERY = tuple(linear.LAYERS)
 HEADED = (
     *("deltanet", "gated_deltanet", "deltaproduct", "gated_deltaproduct"),
-    *("gla", "mlstm", "rwkv7"),
+    *("gla", "mlstm", "plstm", "rwkv7"),
 )
 STEPPED = ("s4d", "s5", "lssl", "mamba", "mamba2")
 BAD_ARGUMENTS = {

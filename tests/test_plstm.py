@@ -1,0 +1,646 @@
+import functools as ft
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import lax
+from jax.test_util import check_grads
+
+from linear.matrix._plstm import PLSTM
+from linear.matrix._plstm_grid import PLSTMGrid
+from pararnn import grid_scan, matrix_scan
+from tests import linear_reference
+from tests.numpy_reference import parameters, sigmoid
+
+D_MODEL, T, HEADS, K, V = 6, 11, 2, 3, 2
+SIZES = {"heads": HEADS, "d_key": K, "d_value": V}
+MODES = ("P", "D")
+
+
+def assert_close(got, wanted, rtol=1e-10):
+    def check(got, wanted):
+        scale = np.max(np.abs(wanted), initial=1e-300)
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=rtol * scale)
+
+    jax.tree.map(check, got, wanted)
+
+
+def awake(module):
+    """With gates that are neither shut nor constant, unlike at the start."""
+
+    def draw(path, v):
+        name = jax.tree_util.keystr(path)
+        if name in (".W_q", ".W_k", ".W_v", ".W_out"):
+            return v
+        values = np.random.default_rng(list(name.encode())).normal(size=v.shape)
+        return jnp.asarray(values * (0.1 if name in (".W_t", ".b_t") else 1), v.dtype)
+
+    arrays, static = eqx.partition(module, eqx.is_array)
+    return eqx.combine(jax.tree_util.tree_map_with_path(draw, arrays), static)
+
+
+# On sequences.
+
+
+def sequence_layer(**arguments):
+    return awake(PLSTM(D_MODEL, **SIZES | {"key": jr.key(0)} | arguments))
+
+
+def sequence_problem():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(T, D_MODEL)), rng.normal(size=(HEADS, K, V))
+
+
+@eqx.filter_jit
+def parallel(layer, xs, state=None, reset=None):
+    return layer(xs, state, reset=reset)
+
+
+@eqx.filter_jit
+def steps(layer, xs, state=None, reset=None):
+    fresh = layer.init_state()
+    reset = jnp.zeros(xs.shape[0], bool) if reset is None else reset
+
+    def step(state, at_t):
+        x, reset = at_t
+        y, state = layer.step(x, jnp.where(reset, fresh, state))
+        return state, y
+
+    state, ys = lax.scan(step, fresh if state is None else state, (xs, reset))
+    return ys, state
+
+
+@eqx.filter_jit
+def in_two_parts(layer, xs, state=None, reset=None):
+    cut = T // 3
+    first, second = (None, None) if reset is None else (reset[:cut], reset[cut:])
+    ys, state = layer(xs[:cut], state, reset=first)
+    rest, state = layer(xs[cut:], state, reset=second)
+    return jnp.concatenate([ys, rest]), state
+
+
+@pytest.mark.parametrize("runner", [parallel, steps, in_two_parts])
+@pytest.mark.parametrize("start", ["fresh", "state", "reset"])
+def test_equals_the_equations(runner, start):
+    layer, (xs, state) = sequence_layer(), sequence_problem()
+    reset, given = None, jnp.asarray(state)
+    if start == "fresh":
+        given, state = None, np.zeros_like(state)
+    if start == "reset":
+        reset = np.zeros(T, bool)
+        reset[[0, 4, 5, T - 2]] = True
+    wanted = linear_reference.plstm(parameters(layer), xs, state, reset)
+    got = runner(
+        layer, jnp.asarray(xs), given, None if reset is None else jnp.asarray(reset)
+    )
+    assert_close(got, wanted)
+
+
+def test_long_sequence():
+    """Long enough for the chunkwise form of the derivative."""
+    layer = sequence_layer()
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(70, D_MODEL)))
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def grad(layer, runner):
+        ys, state = runner(layer, xs)
+        return jnp.sum(ys**2) + jnp.sum(state**2)
+
+    by_scan, by_steps = (grad(layer, runner) for runner in (parallel, steps))
+    for path, v in jax.tree.leaves_with_path(by_scan):
+        assert np.all(np.isfinite(v)) and np.any(v), jax.tree_util.keystr(path)
+    assert_close(by_scan, by_steps, 1e-9)
+    wanted = linear_reference.plstm(
+        parameters(layer), np.asarray(xs), np.zeros((HEADS, K, V))
+    )
+    assert_close(parallel(layer, xs), wanted)
+
+
+def test_a_step_reads_its_past_and_itself():
+    layer, (xs, _) = sequence_layer(), sequence_problem()
+    shut = eqx.tree_at(
+        lambda f: (f.W_m, f.b_m),
+        layer,
+        (jnp.zeros_like(layer.W_m), jnp.full_like(layer.b_m, -1e4)),
+    )
+    closed = eqx.tree_at(
+        lambda f: (f.W_d, f.b_d),
+        layer,
+        (jnp.zeros_like(layer.W_d), jnp.full_like(layer.b_d, -1e4)),
+    )
+    jacobian = eqx.filter_jit(
+        lambda f: jax.jacobian(lambda xs: f(xs)[0])(jnp.asarray(xs))
+    )
+    reached = np.any(jacobian(shut), (1, 3))
+    np.testing.assert_array_equal(reached, np.eye(T, dtype=bool))
+    reached = np.any(jacobian(closed), (1, 3))
+    np.testing.assert_array_equal(reached[1:], np.tri(T, dtype=bool)[1:])
+    assert not np.any(parallel(closed, jnp.asarray(xs))[0][0])
+
+
+def test_sequence_start():
+    p = parameters(PLSTM(8, heads=4, key=jr.key(0)))
+    np.testing.assert_allclose(p.b_t, [3, 4, 5, 6])
+    assert np.all(p.b_s == -4) and np.all(p.b_m == -4) and np.all(p.b_d == -6)
+    assert p.W_q.shape == p.W_k.shape == p.W_v.shape == (8, 8)
+    assert PLSTM(8, heads=4, key=jr.key(0)).init_state().shape == (4, 2, 2)
+
+
+def test_no_steps():
+    layer, (xs, state) = sequence_layer(), sequence_problem()
+    ys, last = parallel(layer, jnp.asarray(xs[:0]), jnp.asarray(state))
+    assert ys.shape == (0, D_MODEL)
+    np.testing.assert_array_equal(last, state)
+
+
+DTYPES = pytest.mark.parametrize(
+    "parameters_dtype, inputs, state",
+    [
+        ("float32", "float32", "float32"),
+        ("float32", "float64", "float32"),
+        ("bfloat16", "bfloat16", "float32"),
+        ("float64", "bfloat16", "float64"),
+    ],
+)
+
+
+@DTYPES
+def test_sequence_dtypes(parameters_dtype, inputs, state):
+    layer = sequence_layer(dtype=jnp.dtype(parameters_dtype))
+    xs = jnp.ones((T, D_MODEL), inputs)
+    assert layer.init_state().dtype == jnp.dtype(state)
+    for runner in (parallel, steps):
+        ys, last = eqx.filter_eval_shape(runner, layer, xs)
+        assert (ys.dtype, last.dtype) == (jnp.dtype(inputs), jnp.dtype(state))
+
+
+# The recurrence on a grid.
+
+NAMES = (
+    *("queries", "keys", "values", "source", "mark", "direct"),
+    *("T_rl", "T_ru", "T_dl", "T_du"),
+)
+
+
+def grid_problem(height, width, seed=0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    cells = (height, width, HEADS)
+    shapes = [(*cells, K), (*cells, K), (*cells, V), (2, *cells), (2, *cells)]
+    shapes += [cells] * 5
+    return {
+        name: rng.normal(size=shape).astype(dtype)
+        for name, shape in zip(NAMES, shapes, strict=True)
+    }
+
+
+def device(given):
+    return {name: jnp.asarray(v) for name, v in given.items()}
+
+
+scan = jax.jit(lambda given: grid_scan(**given))
+
+
+def unrolled(given):
+    """The equations cell by cell, differentiated by JAX."""
+    q, k, v, source, mark, direct, T_rl, T_ru, T_dl, T_du = (given[n] for n in NAMES)
+    height, width, heads, size = k.shape
+    zeros = jnp.zeros((heads, size, v.shape[-1]))
+    right, down, rows = {}, {}, []
+
+    def times(factor, state):
+        return factor[:, None, None] * state
+
+    for i in range(height):
+        row = []
+        for j in range(width):
+            left, above = right.get((i, j - 1), zeros), down.get((i - 1, j), zeros)
+            kv = k[i, j][:, :, None] * v[i, j][:, None, :]
+            own = direct[i, j] * jnp.einsum("hk,hk->h", k[i, j], q[i, j])
+            seen = times(mark[0, i, j], left) + times(mark[1, i, j], above)
+            row.append(jnp.einsum("hkv,hk->hv", seen, q[i, j]) + own[:, None] * v[i, j])
+            right[i, j] = times(T_rl[i, j], left) + times(T_ru[i, j], above)
+            right[i, j] += times(source[0, i, j], kv)
+            down[i, j] = times(T_dl[i, j], left) + times(T_du[i, j], above)
+            down[i, j] += times(source[1, i, j], kv)
+        rows.append(jnp.stack(row))
+    return jnp.stack(rows)
+
+
+GRIDS = [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4), (7, 5)]
+
+
+@pytest.mark.parametrize("height, width", GRIDS)
+def test_grid_equals_the_equations(height, width):
+    given = grid_problem(height, width)
+    wanted = linear_reference.plstm_grid(*(given[name] for name in NAMES))
+    assert_close(scan(device(given)), wanted * np.sqrt(K))
+
+
+@pytest.mark.parametrize("height, width", [(0, 0), (0, 3), (3, 0)])
+def test_empty_grid(height, width):
+    out = scan(device(grid_problem(height, width)))
+    assert out.shape == (height, width, HEADS, V) and out.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("height, width", [(1, 3), (3, 1), (3, 4)])
+def test_grid_gradients(height, width):
+    given = device(grid_problem(height, width))
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda given: jnp.sum(jnp.sin(f(given)))))(given)
+
+    got, wanted = gradient(lambda given: grid_scan(**given)), gradient(unrolled)
+    assert_close(got, wanted)
+    unused = [name for name in NAMES if not np.any(got[name])]
+    crossing = {"T_ru", "T_dl"} | {"T_rl" if width == 1 else "T_du"}
+    assert set(unused) == (crossing if 1 in (height, width) else set())
+
+
+def test_grid_derivatives_by_differences():
+    given = device(grid_problem(2, 2))
+    check_grads(scan, (given,), order=1, modes=("fwd",), rtol=1e-6, atol=1e-6)
+    check_grads(scan, (given,), order=2, modes=("rev",), rtol=1e-5, atol=1e-5)
+
+
+def test_grid_batch():
+    problems = [device(grid_problem(3, 4, seed)) for seed in range(2)]
+    batch = jax.tree.map(lambda *v: jnp.stack(v), *problems)
+    out = jax.jit(jax.vmap(lambda given: grid_scan(**given)))(batch)
+    for got, given in zip(out, problems, strict=True):
+        assert_close(got, scan(given), 1e-14)
+
+
+@pytest.mark.parametrize("along", ["row", "column"])
+def test_a_line_is_a_sequence(along):
+    given = grid_problem(*((1, T) if along == "row" else (T, 1)))
+    edge, transition = (0, "T_rl") if along == "row" else (1, "T_du")
+    source, mark = (given[name][edge].reshape(T, HEADS) for name in ("source", "mark"))
+    direct, decay = (given[name].reshape(T, HEADS) for name in ("direct", transition))
+    q, k, v = (given[name].reshape(T, HEADS, -1) for name in NAMES[:3])
+    past, _ = jax.jit(ft.partial(matrix_scan, emit="before"))(
+        *map(jnp.asarray, (q, k * source[..., None], v, decay))
+    )
+    own = direct * np.sum(q * k, axis=-1)
+    wanted = mark[..., None] * past + own[..., None] * v
+    assert_close(scan(device(given)).reshape(T, HEADS, V), wanted)
+
+
+def critical(mode, height, width):
+    """One source in the corner, at transitions of size 1: what each cell receives."""
+    ones = jnp.ones((height, width, 1))
+    source = jnp.zeros((2, height, width, 1)).at[:, 0, 0].set(1.0)
+    alpha = 0.3 * ones
+    transitions = {
+        "P": (alpha, alpha, 1 - alpha, 1 - alpha),
+        "D": (ones, ones, 0 * ones, ones),
+    }[mode]
+    gates = (source, jnp.ones_like(source), 0 * ones, *transitions)
+    return grid_scan(*[ones[..., None]] * 3, *gates)[..., 0, 0]
+
+
+def test_propagation_conserves():
+    """The sum over each diagonal is that of the source, its mean on a line."""
+    got = np.asarray(jax.jit(lambda: critical("P", 12, 12))())
+    for diagonal in range(1, 12):
+        row = np.arange(diagonal + 1)
+        received = got[row, diagonal - row]
+        np.testing.assert_allclose(received.sum(), 2)
+        # S is 1 to the right and 1 down, then 0.3 of all goes right.
+        np.testing.assert_allclose(
+            received @ (diagonal - row) / 2, 0.5 + 0.3 * (diagonal - 1)
+        )
+
+
+def test_distribution_reaches_everything():
+    got = np.array(jax.jit(lambda: critical("D", 5, 7))())
+    assert got[0, 0] == 0
+    got[0, 0] = 1
+    np.testing.assert_array_equal(got, np.ones((5, 7)))
+
+
+@pytest.mark.parametrize(
+    "dtypes, wanted",
+    [
+        (("float32", "float32"), "float32"),
+        (("bfloat16", "bfloat16"), "bfloat16"),
+        (("bfloat16", "float32"), "float32"),
+        (("float16", "bfloat16"), "float32"),
+        (("float32", "float64"), "float64"),
+    ],
+)
+def test_grid_dtypes(dtypes, wanted):
+    given = {
+        name: v.astype(dtypes[name.startswith("T_")])
+        for name, v in device(grid_problem(3, 4)).items()
+    }
+    assert jax.eval_shape(scan, given).dtype == jnp.dtype(wanted)
+
+
+def test_grid_sums_in_32_bits():
+    given = device(grid_problem(4, 5))
+    narrow = jax.tree.map(lambda v: v.astype(jnp.bfloat16), given)
+    wide = jax.tree.map(lambda v: v.astype(jnp.float64), narrow)
+    got, wanted = scan(narrow), scan(wide)
+    # Nothing but the result is rounded to bfloat16.
+    np.testing.assert_allclose(got.astype(float), wanted, rtol=2**-8, atol=1e-4)
+
+
+def test_gradient_stores_a_row_a_row():
+    def bytes_for(height):
+        width, heads, size = 16, 2, 16
+        cells = (height, width, heads)
+        shapes = [(*cells, size)] * 3 + [(2, *cells)] * 2 + [cells] * 5
+        given = {
+            name: jax.ShapeDtypeStruct(shape, jnp.float32)
+            for name, shape in zip(NAMES, shapes, strict=True)
+        }
+        loss = jax.grad(lambda given: jnp.sum(grid_scan(**given)))
+        memory = jax.jit(loss).lower(given).compile().memory_analysis()
+        return memory.temp_size_in_bytes, 4 * width * heads * size * size
+
+    (few, row), (many, _) = bytes_for(16), bytes_for(48)
+    assert (many - few) / 32 < 1.2 * row
+
+
+def changed(**new):
+    given = device(grid_problem(3, 4))
+    return lambda: grid_scan(**given | {n: f(given[n]) for n, f in new.items()})
+
+
+BAD_GRIDS = {
+    "batch": (changed(keys=lambda v: v[None]), ValueError, "use `jax.vmap`"),
+    "sequence": (changed(values=lambda v: v[0]), ValueError, "pararnn.matrix_scan"),
+    "queries": (changed(queries=lambda v: v[..., 1:]), ValueError, "`queries` has"),
+    "values": (changed(values=lambda v: v[1:]), ValueError, "(3, 4, 2, 2), as `keys`"),
+    "one gate": (changed(mark=lambda v: v[0]), ValueError, "`mark` has shape"),
+    "gates last": (
+        changed(source=lambda v: jnp.moveaxis(v, 0, -1)),
+        ValueError,
+        "they come in front",
+    ),
+    "constant": (changed(T_ru=lambda v: v[0, 0]), ValueError, "`jnp.broadcast_to`"),
+    "swapped": (
+        changed(direct=lambda v: jnp.swapaxes(v, 0, 1)),
+        ValueError,
+        "rows come first",
+    ),
+    "number": (changed(T_dl=lambda v: 0.5), TypeError, "`T_dl` must be an array"),
+    "integers": (changed(keys=lambda v: v.astype(int)), TypeError, "got int64"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GRIDS)
+def test_grid_refuses(case):
+    call, error, message = BAD_GRIDS[case]
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+# On images.
+
+HEIGHT, WIDTH = 4, 5
+FLIPS = ((), (0,), (1,), (0, 1))
+OF_EACH_DIRECTION = ("W_s", "W_m", "W_t", "W_a", "b_s", "b_m", "b_t", "b_a")
+
+each_mode = pytest.mark.parametrize("mode", MODES)
+run = eqx.filter_jit(lambda layer, image: layer(image))
+
+
+def image_layer(mode, **arguments):
+    defaults = {"mode": mode, "key": jr.key(0)}
+    return awake(PLSTMGrid(D_MODEL, **SIZES | defaults | arguments))
+
+
+def an_image(height=HEIGHT, width=WIDTH):
+    return np.random.default_rng(0).normal(size=(height, width, D_MODEL))
+
+
+def with_gates(layer, choose):
+    """The layer with other gates of each direction."""
+
+    def gates(layer):
+        named = (getattr(layer, name) for name in OF_EACH_DIRECTION)
+        return [v for v in named if v is not None]
+
+    return eqx.tree_at(gates, layer, [choose(v) for v in gates(layer)])
+
+
+def one_direction(layer, i):
+    one = PLSTMGrid(D_MODEL, **SIZES, mode=layer.mode, directions=1, key=jr.key(0))
+    shared = ("W_q", "W_k", "W_v", "W_d", "b_d", "norm_weight", "W_out")
+    one = eqx.tree_at(
+        lambda f: [getattr(f, name) for name in shared],
+        one,
+        [getattr(layer, name) for name in shared],
+    )
+    gates = [n for n in OF_EACH_DIRECTION if getattr(layer, n) is not None]
+    return eqx.tree_at(
+        lambda f: [getattr(f, name) for name in gates],
+        one,
+        [getattr(layer, name)[i : i + 1] for name in gates],
+    )
+
+
+def by_the_equations(layer, image):
+    """From the docstring of the layer, direction by direction."""
+    p = parameters(layer)
+    height, width, _ = image.shape
+    cells = (height, width, p.heads)
+
+    def features(weight):
+        return (image @ weight.T).reshape(*cells, -1)
+
+    def affine(weight, bias):
+        """`[..., H, W, heads]`."""
+        values = np.einsum("...hd,ijd->...ijh", weight, image)
+        return values + bias[..., None, None, :]
+
+    q, k, v = features(p.W_q), features(p.W_k), features(p.W_v)
+    direct = sigmoid(affine(p.W_d, p.b_d))
+    total = direct[..., None] * np.sum(q * k, -1, keepdims=True) * v / np.sqrt(K)
+    for i in range(p.directions):
+        decay = np.tanh(5 * affine(p.W_t[i], p.b_t[i]))
+        if p.mode == "P":
+            alpha, (gamma,) = sigmoid(affine(p.W_a[i], p.b_a[i])), decay
+            transitions = [gamma * alpha] * 2 + [gamma * (1 - alpha)] * 2
+        else:
+            rl, ru, du = decay
+            transitions = [rl, ru, np.zeros_like(rl), du]
+        source_and_mark = (p.W_s, p.b_s), (p.W_m, p.b_m)
+        gates = [sigmoid(affine(w[i], b[i])) for w, b in source_and_mark]
+        flip = ft.partial(np.flip, axis=FLIPS[i])
+        out = linear_reference.plstm_grid(
+            *(flip(u) for u in (q, k, v)),
+            *(np.stack([flip(u) for u in pair]) for pair in gates),
+            np.zeros(cells),
+            *(flip(u) for u in transitions),
+        )
+        total = total + flip(out)
+    normed = linear_reference.rms(total, p.norm_weight)
+    return normed.reshape(height, width, -1) @ p.W_out.T
+
+
+@each_mode
+@pytest.mark.parametrize("directions", [1, 4])
+@pytest.mark.parametrize("height, width", [(HEIGHT, WIDTH), (1, 4), (4, 1), (1, 1)])
+def test_image_equals_the_equations(mode, directions, height, width):
+    layer, image = image_layer(mode, directions=directions), an_image(height, width)
+    assert_close(run(layer, jnp.asarray(image)), by_the_equations(layer, image))
+
+
+@each_mode
+def test_flips_permute_directions(mode):
+    layer, image = image_layer(mode), jnp.asarray(an_image())
+    straight = np.asarray(run(layer, image))
+    for axis, order in ((0, [1, 0, 3, 2]), (1, [2, 3, 0, 1])):
+        permuted = with_gates(layer, lambda v: v[np.array(order)])
+        flipped = jnp.flip(run(permuted, jnp.flip(image, axis)), axis)
+        assert_close(flipped, straight, 1e-12)
+        # Not with the gates where they were.
+        unpermuted = jnp.flip(run(layer, jnp.flip(image, axis)), axis)
+        assert np.max(np.abs(unpermuted - straight)) > 1e-2
+
+
+@each_mode
+def test_directions_differ(mode):
+    """With the same gates, too."""
+    layer, image = image_layer(mode), jnp.asarray(an_image())
+    one = one_direction(layer, 0)
+    views = [jnp.flip(run(one, jnp.flip(image, axes)), axes) for axes in FLIPS]
+    for i in range(4):
+        for j in range(i):
+            assert np.max(np.abs(views[i] - views[j])) > 1e-2
+
+
+@each_mode
+def test_what_a_cell_sees(mode):
+    at = (2, 1)
+    layer, image = image_layer(mode), jnp.asarray(an_image())
+
+    @eqx.filter_jit
+    def seen(layer):
+        gradient = jax.jacobian(lambda image: layer(image)[at])(image)
+        return jnp.any(gradient, (0, -1))
+
+    rows, columns = np.indices((HEIGHT, WIDTH))
+    above = (rows <= at[0]) & (columns <= at[1])
+    np.testing.assert_array_equal(seen(one_direction(layer, 0)), above)
+    np.testing.assert_array_equal(seen(layer), np.ones((HEIGHT, WIDTH), bool))
+
+
+@each_mode
+def test_image_gradients(mode):
+    layer, image = image_layer(mode), jnp.asarray(an_image(2, 3))
+
+    @eqx.filter_jit
+    def loss(layer):
+        return jnp.sum(layer(image) ** 2)
+
+    gradient = eqx.filter_jit(eqx.filter_grad(loss))(layer)
+    for path, v in jax.tree.leaves_with_path(gradient):
+        assert np.all(np.isfinite(v)) and np.any(v), jax.tree_util.keystr(path)
+    arrays, static = eqx.partition(layer, eqx.is_array)
+    check_grads(
+        jax.jit(lambda arrays: loss(eqx.combine(arrays, static))),
+        (arrays,),
+        order=1,
+        modes=("rev",),
+        rtol=1e-5,
+    )
+
+
+@each_mode
+def test_image_start(mode):
+    p = parameters(PLSTMGrid(16, heads=5, mode=mode, d_key=3, d_value=2, key=jr.key(0)))
+    assert np.all(p.b_s == -4) and np.all(p.b_m == -4) and np.all(p.b_d == -6)
+    assert np.all(p.b_t == 1) and p.b_t.shape == (4, 1 if mode == "P" else 3, 5)
+    if mode == "P":
+        np.testing.assert_allclose(p.b_a, np.tile([-2, -1, 0, 1, 2], (4, 1)))
+        assert not np.any(p.W_a)
+    else:
+        assert p.W_a is None and p.b_a is None
+    one = PLSTMGrid(4, mode="P", key=jr.key(0))
+    assert not np.any(one.b_a), "a single head runs along the diagonal"
+
+
+@each_mode
+@DTYPES
+def test_image_dtypes(mode, parameters_dtype, inputs, state):
+    layer = image_layer(mode, dtype=jnp.dtype(parameters_dtype))
+    image = jnp.asarray(an_image()).astype(inputs)
+    assert eqx.filter_eval_shape(layer, image).dtype == jnp.dtype(inputs)
+
+
+def test_image_in_16_bits():
+    layer, image = image_layer("P", dtype=jnp.bfloat16), an_image()
+    image = jnp.asarray(image, jnp.bfloat16)
+    wanted = by_the_equations(layer, np.asarray(image, float))
+    assert_close(run(layer, image).astype(float), wanted, 2e-2)
+
+
+def test_image_batch():
+    layer, image = image_layer("P"), jnp.asarray(an_image())
+    batch = jnp.stack([image, -image])
+    out = eqx.filter_jit(jax.vmap(layer))(batch)
+    for got, image in zip(out, batch, strict=True):
+        assert_close(got, run(layer, image), 1e-13)
+
+
+@pytest.mark.parametrize("height, width", [(0, 0), (0, 3), (3, 0)])
+def test_empty_image(height, width):
+    out = run(image_layer("P"), jnp.asarray(an_image(height, width)))
+    assert out.shape == (height, width, D_MODEL)
+
+
+BAD_ARGUMENTS = {
+    "zero model": ({"d_model": 0}, "`d_model` must be a positive integer, got 0"),
+    "heads": ({"heads": 4, "d_key": None}, "not divisible by `heads` = 4"),
+    "float key": ({"d_key": 1.5}, "`d_key` must be a positive integer"),
+    "no key": ({"key": None}, "`key` must be .* got None"),
+    "dtype": ({"dtype": jnp.int32}, "`dtype` must be .* got int32"),
+}
+BAD_IMAGE_ARGUMENTS = {
+    "mode": ({"mode": "p"}, "unknown `mode` 'p'; there are P, D"),
+    "directions": ({"directions": 2}, "`directions` must be 1 or 4, got 2"),
+}
+
+
+@pytest.mark.parametrize(
+    "cls, arguments, message",
+    [
+        pytest.param(cls, *case, id=f"{cls.__name__}-{name}")
+        for cls, cases in (
+            (PLSTM, BAD_ARGUMENTS),
+            (PLSTMGrid, BAD_ARGUMENTS | BAD_IMAGE_ARGUMENTS),
+        )
+        for name, case in cases.items()
+    ],
+)
+def test_refuses_arguments(cls, arguments, message):
+    arguments = {"d_model": D_MODEL, **SIZES, "key": jr.key(0)} | arguments
+    with pytest.raises(ValueError, match=message) as error:
+        cls(**arguments)
+    assert cls.__name__ in str(error.value)
+
+
+BAD_CALLS = {
+    "sequence batch": (PLSTM, (2, T, D_MODEL), float, "use `jax.vmap`"),
+    "tokens": (PLSTM, (T, D_MODEL), int, "embed them"),
+    "image batch": (PLSTMGrid, (2, 4, 4, D_MODEL), float, "use `jax.vmap`"),
+    "channels first": (PLSTMGrid, (D_MODEL, 4, 4), float, "channels come last"),
+    "patches": (PLSTMGrid, (16, D_MODEL), float, "reshape them to rows"),
+    "pixels": (PLSTMGrid, (4, 4, D_MODEL), np.uint8, "`image` is uint8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_refuses_calls(case):
+    cls, shape, dtype, message = BAD_CALLS[case]
+    layer = cls(D_MODEL, **SIZES, key=jr.key(0))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        layer(jnp.zeros(shape, dtype))
