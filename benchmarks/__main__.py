@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from . import (
     accuracy,
     adjoint,
+    layers,
     linear_scan,
     methods,
     newton,
@@ -36,6 +37,7 @@ GROUPS: dict[str, Group] = {
     "scaling": scaling,
     "accuracy": accuracy,
     "reliability": reliability,
+    "layers": layers,
 }
 FOLDER = Path(__file__).parent / "results"
 

@@ -67,6 +67,30 @@ REQUIREMENTS = (
     Requirement(
         "accuracy: second derivatives, float64", 1e-7, "second derivatives", ("error",)
     ),
+    Requirement(
+        "layers: chunks over steps, value", 1 / 3, "matrix_scan", ("chunkwise ratio",)
+    ),
+    Requirement(
+        "layers: chunks over steps, value and gradient",
+        1 / 3,
+        "matrix_scan",
+        ("chunkwise v&g ratio",),
+    ),
+    Requirement("layers: over bare scans, value", 1.3, "bare scans", ("ratio",)),
+    Requirement(
+        "layers: over bare scans, value and gradient",
+        1.3,
+        "bare scans",
+        ("v&g ratio",),
+    ),
+    Requirement("layers: over memax, value", 1, "memax", ("ratio",)),
+    Requirement("layers: over memax, value and gradient", 1, "memax", ("v&g ratio",)),
+    Requirement(
+        "layers: time over length at T = 131072",
+        1.25,
+        "long layers",
+        ("ratio over length",),
+    ),
     Requirement("reliability: wrong answers", 0, "random cells", ("wrong",)),
     Requirement(
         "reliability: residual of certified steps of chaotic flows, float64",

@@ -1,0 +1,320 @@
+"""The layers of `linear`: chunks, bare scans, memax, and long sequences."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+
+import linear
+import pararnn
+
+from ._case import Case, Settings
+from ._timing import compile_all, time_in_turn
+
+TABLES = {
+    "matrix_scan": "`pararnn.matrix_scan`, 4 heads, K = V = 64: the recurrent form, "
+    "the chunkwise form and the default; ratios are to the recurrent form, of the "
+    "value and of value and gradient.",
+    "layers": "Every layer, `d_model` = 64, one sequence.",
+    "bare scans": "Diagonal layers against their projections and a `lax.scan` written "
+    "by hand, `d_model` = 64.",
+    "memax": "Layers that memax has too, at the same sizes: `ratio` is our time over "
+    "theirs.",
+    "long layers": "Time at great length, as a ratio to that of a sequence of T / 8, "
+    "over 8.",
+}
+D = 64
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    for steps in settings.steps(4096):
+        for kind in KINDS:
+            yield Case(
+                "matrix_scan",
+                {"transition": kind, "T": steps},
+                lambda k=kind, t=steps: _measure_forms(k, t, settings),
+            )
+        for name in linear.LAYERS:
+            yield Case(
+                "layers",
+                {"layer": name, "T": steps},
+                lambda n=name, t=steps: _measure_layer(n, t, settings),
+            )
+        for name in BARE:
+            yield Case(
+                "bare scans",
+                {"layer": name, "T": steps},
+                lambda n=name, t=steps: _measure_against_bare(n, t, settings),
+            )
+        for name in PEERS:
+            yield Case(
+                "memax",
+                {"layer": name, "T": steps},
+                lambda n=name, t=steps: _measure_peer(n, t, settings),
+            )
+    for steps in settings.steps(131072):
+        for name in ("lru", "min_gru", "rg_lru", "deltanet", "mamba2", "gla"):
+            yield Case(
+                "long layers",
+                {"layer": name, "T": steps},
+                lambda n=name, t=steps: _measure_length(n, t, settings),
+            )
+
+
+def _normal(*shape: int, seed: int = 0):
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(values)
+
+
+def _with_gradient(fn: Callable) -> Callable:
+    """Value and gradient in all arguments of the sum of squares of the outputs."""
+
+    def loss(*args):
+        return jnp.sum(fn(*args)[0] ** 2)
+
+    def run(*args):
+        arrays, static = eqx.partition(args, eqx.is_inexact_array)
+        return jax.value_and_grad(lambda a: loss(*eqx.combine(a, static)))(arrays)
+
+    return run
+
+
+# ---- chunks against steps
+
+KINDS = {
+    "delta rule": (False, False, True),
+    "gated delta rule": (True, False, True),
+    "decay for each head": (True, False, False),
+    "decay for each key": (False, True, False),
+    "decay for each key, delta rule": (False, True, True),
+}
+
+
+def _measure_forms(kind: str, steps: int, settings: Settings):
+    heads, size = 4, 64
+    q, k, v = (_normal(steps, heads, size, seed=i) for i in range(3))
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    gate = jax.nn.sigmoid(3 + _normal(steps, heads, size, seed=3))
+    each_head, each_key, erases = KINDS[kind]
+    decay = gate[..., 0] if each_head else gate if each_key else None
+    read = k if erases else None
+
+    def run(form):
+        def fn(q, k, v):
+            return pararnn.matrix_scan(q, k, v, decay, read=read, form=form)
+
+        return fn
+
+    forms = ("recurrent", "chunkwise", "auto")
+    values = {form: run(form) for form in forms}
+    gradients = {f"{form} v&g": _with_gradient(run(form)) for form in forms}
+    programs = compile_all(values | gradients, q, k, v)
+    times = time_in_turn(programs, q, k, v, quick=settings.quick)
+    recurrent = programs["recurrent v&g"].temp_bytes
+    return {
+        "recurrent ms": times.ms("recurrent"),
+        "chunkwise ratio": times.ratio("chunkwise", "recurrent"),
+        "auto ratio": times.ratio("auto", "recurrent"),
+        "recurrent v&g ms": times.ms("recurrent v&g"),
+        "chunkwise v&g ratio": times.ratio("chunkwise v&g", "recurrent v&g"),
+        "auto v&g ratio": times.ratio("auto v&g", "recurrent v&g"),
+        "auto v&g memory ratio": programs["auto v&g"].temp_bytes / recurrent,
+    }
+
+
+# ---- layers against bare scans
+
+
+def _scan(a, b):
+    def step(h, at_t):
+        a, b = at_t
+        h = a * h + b
+        return h, h
+
+    a = jnp.broadcast_to(a, b.shape)
+    return lax.scan(step, jnp.zeros_like(b[0]), (a, b))[1]
+
+
+def _bare_lru(p, xs):
+    drive = lax.complex(xs @ p.B_re.T, xs @ p.B_im.T)
+    a = lax.complex(jnp.cos(p.theta_log), jnp.sin(p.theta_log)) * 0.9
+    states = _scan(a[None], drive)
+    return states.real @ p.C_re.T - states.imag @ p.C_im.T
+
+
+def _bare_s5(p, xs):
+    drive = lax.complex(xs @ p.B_re.T, xs @ p.B_im.T)
+    a = lax.complex(jnp.cos(p.A_imag), jnp.sin(p.A_imag)) * 0.9
+    states = _scan(a[None], drive)
+    return states.real @ p.C_re.T - states.imag @ p.C_im.T
+
+
+def _bare_s4d(p, xs):
+    drive = xs[..., None] * lax.complex(p.B_re, p.B_im)[None]
+    a = lax.complex(jnp.cos(p.A_imag), jnp.sin(p.A_imag)) * 0.9
+    states = _scan(a[None], drive)
+    return jnp.sum(p.C_re[None] * states.real - p.C_im[None] * states.imag, -1)
+
+
+def _bare_min_gru(p, xs):
+    z = jax.nn.sigmoid(xs @ p.W_z.T)
+    return _scan(1 - z, z * jax.nn.sigmoid(xs @ p.W_h.T)) @ p.W_out.T
+
+
+def _bare_min_lstm(p, xs):
+    f, i = jax.nn.sigmoid(xs @ p.W_f.T), jax.nn.sigmoid(xs @ p.W_i.T)
+    drive = i / (f + i) * jax.nn.sigmoid(xs @ p.W_h.T)
+    return _scan(f / (f + i), drive) @ p.W_out.T
+
+
+def _bare_rg_lru(p, xs):
+    r, i = jax.nn.sigmoid(xs @ p.W_a[0].T), jax.nn.sigmoid(xs @ p.W_x[0].T)
+    a = jnp.exp(-8 * r * p.Lambda[None])
+    return _scan(a, jnp.sqrt(1 - a * a) * i * xs)
+
+
+def _bare_mamba(p, xs):
+    u, z = jnp.split(xs @ p.W_in.T, 2, -1)
+    u = jax.nn.silu(u * p.conv_weight[:, 0][None])
+    rank, n = p.W_dt.shape[1], p.d_state
+    delta, B, C = jnp.split(u @ p.W_x.T, [rank, rank + n], -1)
+    dt = jax.nn.softplus(delta @ p.W_dt.T)
+    a = jnp.exp(-dt[..., None] * jnp.exp(p.A_log)[None])
+    states = _scan(a, (dt * u)[..., None] * B[:, None])
+    return (jnp.sum(states * C[:, None], -1) * jax.nn.silu(z)) @ p.W_out.T
+
+
+BARE = {
+    "lru": _bare_lru,
+    "s5": _bare_s5,
+    "s4d": _bare_s4d,
+    "min_gru": _bare_min_gru,
+    "min_lstm": _bare_min_lstm,
+    "rg_lru": _bare_rg_lru,
+    "mamba": _bare_mamba,
+}
+
+
+def _measure_layer(name: str, steps: int, settings: Settings):
+    layer = linear.make_layer(name, D, key=jr.key(0))
+    arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    def run(arrays, xs):
+        return eqx.combine(arrays, static)(xs)
+
+    xs = _normal(steps, D)
+    programs = compile_all({"value": run, "v&g": _with_gradient(run)}, arrays, xs)
+    times = time_in_turn(programs, arrays, xs, quick=settings.quick)
+    return {
+        "parameters": sum(v.size for v in jax.tree.leaves(arrays)),
+        "value ms": times.ms("value"),
+        "v&g ms": times.ms("v&g"),
+        "v&g temporary MB": programs["v&g"].temp_bytes / 1e6,
+    }
+
+
+def _measure_against_bare(name: str, steps: int, settings: Settings):
+    # The layer as a scan, which is what it is compared with.
+    options = {"form": "scan", "d_state": 16} if name == "s4d" else {}
+    layer = linear.make_layer(name, D, key=jr.key(0), **options)
+    arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    def ours(arrays, xs):
+        return eqx.combine(arrays, static)(xs)
+
+    def bare(arrays, xs):
+        return (BARE[name](eqx.combine(arrays, static), xs),)
+
+    programs = {"ours": ours, "bare": bare}
+    programs |= {f"{n} v&g": _with_gradient(fn) for n, fn in programs.items()}
+    xs = _normal(steps, D)
+    compiled = compile_all(programs, arrays, xs)
+    times = time_in_turn(compiled, arrays, xs, quick=settings.quick)
+    return {
+        "ours ms": times.ms("ours"),
+        "bare ms": times.ms("bare"),
+        "ratio": times.ratio("ours", "bare"),
+        "v&g ratio": times.ratio("ours v&g", "bare v&g"),
+    }
+
+
+# ---- layers against memax
+
+PEERS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    # ours: module and class of theirs, their sizes, our options
+    "lru": ("lru", "LRU", {"recurrent_size": D}, {"d_state": D}),
+    "mamba": ("s6", "S6", {"recurrent_size": D}, {}),
+    "deltanet": ("delta", "DeltaNet", {"recurrent_size": 16}, {"d_key": 16}),
+    "deltaproduct": (
+        "deltap",
+        "DeltaProduct",
+        {"recurrent_size": 16, "rank": 2},
+        {"d_key": 16},
+    ),
+    "gated_deltanet": ("gdn", "GDN", {"recurrent_size": 16}, {"d_key": 16}),
+}
+
+
+def _measure_peer(name: str, steps: int, settings: Settings):
+    module, cls, sizes, options = PEERS[name]
+    theirs = getattr(importlib.import_module(f"memax.equinox.semigroups.{module}"), cls)
+    theirs = theirs(hidden_size=D, key=jr.key(0), **sizes)
+    if "d_key" in options:
+        options = options | {"d_value": options["d_key"]}
+    ours = linear.make_layer(name, D, key=jr.key(0), **options)
+    start = jnp.zeros(steps, bool)
+    arrays, static = eqx.partition((ours, theirs), eqx.is_inexact_array)
+
+    def run_ours(arrays, xs):
+        return eqx.combine(arrays, static)[0](xs, reset=start)
+
+    def run_theirs(arrays, xs):
+        layer = eqx.combine(arrays, static)[1]
+        return layer(layer.initialize_carry(), (xs, start))[::-1]
+
+    programs = {"ours": run_ours, "theirs": run_theirs}
+    programs |= {f"{n} v&g": _with_gradient(fn) for n, fn in programs.items()}
+    xs = _normal(steps, D)
+    compiled = compile_all(programs, arrays, xs)
+    times = time_in_turn(compiled, arrays, xs, quick=settings.quick)
+    return {
+        "ours ms": times.ms("ours"),
+        "memax ms": times.ms("theirs"),
+        "ratio": times.ratio("ours", "theirs"),
+        "v&g ratio": times.ratio("ours v&g", "theirs v&g"),
+        "v&g memory ratio": compiled["ours v&g"].temp_bytes
+        / compiled["theirs v&g"].temp_bytes,
+    }
+
+
+# ---- long sequences
+
+
+def _measure_length(name: str, steps: int, settings: Settings):
+    layer = linear.make_layer(name, D, key=jr.key(0))
+    arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+    run = _with_gradient(lambda arrays, xs: eqx.combine(arrays, static)(xs))
+    short, long = _normal(steps // 8, D), _normal(steps, D)
+    programs = compile_all(
+        {
+            "long": lambda arrays, short, long: run(arrays, long),
+            "short": lambda arrays, short, long: run(arrays, short),
+        },
+        arrays,
+        short,
+        long,
+    )
+    times = time_in_turn(programs, arrays, short, long, quick=settings.quick)
+    ratio = times.ratio("long", "short")
+    return {
+        "v&g ms": times.ms("long"),
+        "us a step": 1e3 * times.ms("long") / steps,
+        "ratio over length": {k: v / 8 for k, v in ratio.items()},
+        "v&g temporary bytes a step": programs["long"].temp_bytes / steps,
+    }
