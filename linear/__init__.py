@@ -1,8 +1,15 @@
 """Linear recurrent layers, on the scan engine of `pararnn`."""
 
 from ._layer import AbstractLayer as AbstractLayer
+from ._monoid import CommutativeMonoid as CommutativeMonoid
 from ._registry import LAYERS as LAYERS, make_layer as make_layer
-from .dense import LSSL as LSSL, BlockLRNN as BlockLRNN
+from .dense import (
+    LRNN as LRNN,
+    LSSL as LSSL,
+    BlockLRNN as BlockLRNN,
+    ReducedLRNN as ReducedLRNN,
+    UnitaryRNN as UnitaryRNN,
+)
 from .diagonal import (
     LRU as LRU,
     RGLRU as RGLRU,

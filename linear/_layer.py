@@ -53,7 +53,8 @@ class AbstractLayer(eqx.Module):
         - `state`: the state to continue from, as of `init_state()`; the fresh one if
             not given.
         - `reset`: bool `[T]`, the first step of each packed sequence. Where true, that
-            step starts from the fresh state, whatever came before, `state` included.
+            step starts from the fresh state (a layer may treat it as a beginning in
+            other ways too, and then says so), whatever came before, `state` included.
         - `reverse`: run from the last step to the first. `reset` still marks the first
             step of a sequence, where it then ends.
 

@@ -7,7 +7,8 @@ from typing import Any
 from jaxtyping import PRNGKeyArray
 
 from ._layer import AbstractLayer
-from .dense import LSSL, BlockLRNN
+from ._monoid import CommutativeMonoid
+from .dense import LRNN, LSSL, BlockLRNN, UnitaryRNN
 from .diagonal import LRU, RGLRU, S4D, S5, Mamba, MinGRU, MinLSTM
 from .matrix import (
     GLA,
@@ -24,11 +25,13 @@ from .matrix import (
 LAYERS: MappingProxyType[str, type[AbstractLayer]] = MappingProxyType(
     {
         "block_lrnn": BlockLRNN,
+        "commutative_monoid": CommutativeMonoid,
         "deltanet": DeltaNet,
         "deltaproduct": DeltaProduct,
         "gated_deltanet": GatedDeltaNet,
         "gated_deltaproduct": GatedDeltaProduct,
         "gla": GLA,
+        "lrnn": LRNN,
         "lru": LRU,
         "lssl": LSSL,
         "mamba": Mamba,
@@ -41,6 +44,7 @@ LAYERS: MappingProxyType[str, type[AbstractLayer]] = MappingProxyType(
         "rwkv7": RWKV7,
         "s4d": S4D,
         "s5": S5,
+        "unitary": UnitaryRNN,
     }
 )
 

@@ -78,6 +78,7 @@ ROWS = {
     "min_gru": Row("min_gru", reference.min_gru, SMALL),
     "min_lstm": Row("min_lstm", reference.min_lstm, SMALL),
     "rg_lru": Row("rg_lru", reference.rg_lru, {"blocks": 2}),
+    "unitary": Row("unitary", reference.unitary_rnn, SMALL),
     "block_lrnn": Row("block_lrnn", reference.block_lrnn, {"d_state": 4, "blocks": 2}),
 }
 

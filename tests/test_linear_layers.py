@@ -382,4 +382,5 @@ def test_registry_lists_what_there_is():
         if isinstance(value, type) and issubclass(value, linear.AbstractLayer)
     }
     assert set(linear.LAYERS.values()) == layers - {linear.AbstractLayer}
-    assert {row.layer for row in ROWS.values()} == set(linear.LAYERS)
+    elsewhere = {"commutative_monoid", "lrnn"}  # test_monoid.py, test_reservoir.py
+    assert {row.layer for row in ROWS.values()} == set(linear.LAYERS) - elsewhere

@@ -11,12 +11,14 @@ from ..parts import Draw
 
 
 class BlockLRNN(AbstractLayer):
-    r"""A linear RNN that can track the state of any small automaton.
+    r"""A linear RNN whose transition is full within blocks and depends on the input.
 
     $$h_t = A_t h_{t-1} + W_B x_t, \qquad y_t = W_C h_t$$
 
     $A_t$ is block-diagonal and linear in $x_t$, but that each of its columns $v$ is
-    divided by $\max(1, \|v\|_p)$ with $p = 1.2$, so that states do not grow.
+    divided by $\max(1, \|v\|_p)$ with $p = 1.2$. A block of n entries can hold the
+    state of an automaton of n states. Only $p = 1$ bounds the growth of a state by 1 a
+    step: otherwise a block of size b may grow by up to $b^{1 - 1/p}$.
 
     ??? cite "Source"
 

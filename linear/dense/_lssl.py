@@ -60,7 +60,8 @@ class LSSL(AbstractLayer):
         - `d_model`: number of features, of an input and of an output.
         - `d_state`: size of each feature's state.
         - `channels`: outputs of each state, before they are mixed.
-        - `train_hippo`: whether A and B have a derivative.
+        - `train_hippo`: whether A and B have a derivative. Nothing keeps a trained A
+            stable.
         - `dt_min`, `dt_max`: at the start $\Delta$ is log-uniform between them.
         - `dtype`: of the parameters; JAX's default floating point if not given.
         - `key`: a key of `jax.random`. $C, D \sim N(0, 1)$.

@@ -47,7 +47,7 @@ class LRNN(AbstractLayer):
     def __init__(
         self,
         d_model: int,
-        d_state: int,
+        d_state: int = 100,
         *,
         spectral_radius: float = 1.0,
         dtype: DTypeLike | None = None,

@@ -40,7 +40,7 @@ class UnitaryRNN(AbstractLayer):
     def __init__(
         self,
         d_model: int,
-        d_state: int,
+        d_state: int | None = None,
         *,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
@@ -48,8 +48,8 @@ class UnitaryRNN(AbstractLayer):
         r"""**Arguments:**
 
         - `d_model`: size of an input and of an output.
-        - `d_state`: size of the state. A step costs some twenty products of matrices of
-            this size.
+        - `d_state`: size of the state; `d_model` if not given. A step costs some twenty
+            products of matrices of this size.
         - `dtype`: of the parameters; JAX's default floating point if not given.
         - `key`: a key of `jax.random`. Weights are uniform within one over the root of
             the number of their inputs; `initial` is standard normal, so that the fresh
@@ -60,6 +60,7 @@ class UnitaryRNN(AbstractLayer):
         """
         draw = Draw("UnitaryRNN", dtype, key)
         self.d_model = check_size("UnitaryRNN", "d_model", d_model)
+        d_state = d_model if d_state is None else d_state
         self.d_state = n = check_size("UnitaryRNN", "d_state", d_state)
         self.W_skew = draw.weight(n * (n - 1) // 2, self.d_model)
         self.initial = draw.normal((n,))

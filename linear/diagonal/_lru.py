@@ -77,13 +77,14 @@ class LRU(AbstractConstantDiagonal):
         - `eigenvalues`: `"complex"` is the layer of the paper; `"positive"` keeps them
             in (0, 1), `"signed"` in (-1, 1), where every other one is negative.
         - `dtype`: of the (real) parameters; JAX's default floating point if not given.
-        - `key`: a key of `jax.random`. $B \sim N(0, 1)/\sqrt{2 d_{model}}$ and
-            $C \sim N(0, 1)/\sqrt{d_{state}}$, both in real and imaginary part;
-            $D \sim N(0, 1)$; $\gamma^{\log} = \log\sqrt{1 - |\lambda|^2}$.
+        - `key`: a key of `jax.random`. $B \sim N(0, 1)/\sqrt{2 d_{model}}$ (without the
+            2 where real) and $C \sim N(0, 1)/\sqrt{d_{state}}$, both in real and
+            imaginary part; $D \sim N(0, 1)$;
+            $\gamma^{\log} = \log\sqrt{1 - |\lambda|^2}$.
 
         **Raises:** `ValueError` on a size that is not a positive integer, radii or a
-        phase out of range, a key that is not one, or a dtype that is not floating
-        point.
+        phase out of range, unknown eigenvalues, a key that is not one, or a dtype that
+        is not floating point.
         """
         draw = Draw("LRU", dtype, key)
         self.d_model = check_size("LRU", "d_model", d_model)

@@ -87,13 +87,11 @@ class RGLRU(AbstractLayer):
         inputs = jax.nn.sigmoid(affine(self.W_x, xs, self.b_x))
         Lambda, gate, inputs, xs = widen(self.Lambda, gate, inputs, xs)
         log_a = -8 * gate * leading(jax.nn.softplus(Lambda), 2)
-        # 1 - a² itself rounds to zero where a is nearly one; the root of zero has no
-        # derivative.
-        square = jnp.maximum(-jnp.expm1(2 * log_a), jnp.finfo(log_a.dtype).tiny)
-        scale = jnp.sqrt(square)
+        # a is 1 + e and 1 - a² is -e (2 + e), which does not round to zero where a is
+        # nearly one. The root of zero has no derivative.
+        e = jnp.expm1(log_a)
+        scale = jnp.sqrt(jnp.maximum(-e * (2 + e), jnp.finfo(e.dtype).tiny))
         if reset is not None:
             scale = jnp.where(reset[:, None], 1, scale)
-        states = linear_scan(
-            Diagonal(jnp.exp(log_a)), scale * inputs * xs, state, reset=reset
-        )
+        states = linear_scan(Diagonal(1 + e), scale * inputs * xs, state, reset=reset)
         return states, states[-1]

@@ -89,7 +89,7 @@ class Draw:
         self, shape: tuple[int, ...], low: float, high: float, floor: float = 1e-4
     ) -> Array:
         r"""Biases whose softplus is log-uniform between `low` and `high`, at least
-        `floor`: the step sizes $\\Delta$ that Mamba starts from."""
+        `floor`: the step sizes $\Delta$ that Mamba starts from."""
         log_dt = self.wide_uniform(shape, math.log(low), math.log(high))
         dt = jnp.maximum(jnp.exp(log_dt), floor)
         # The inverse of softplus, where exp(dt) - 1 would round.

@@ -24,3 +24,8 @@ from ._transitions import (
     Diagonal as Diagonal,
     Scalar as Scalar,
 )
+from ._tree import (
+    tree_prefix as tree_prefix,
+    tree_reduce as tree_reduce,
+    tree_state as tree_state,
+)

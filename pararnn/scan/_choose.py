@@ -65,13 +65,13 @@ class FormChoice(NamedTuple):
 
 
 # `matrix_scan` on the same CPU, T = 4096, 4 heads, K = V = 64, float32, milliseconds,
-# value / value and gradient (`python -m benchmarks matrix_scan` measures it again):
+# value / value and gradient (`python -m benchmarks layers` measures it again):
 #
 # | kind                | recurrent | chunks of 16 | 32       | 64       | 128      |
 # |---------------------|-----------|--------------|----------|----------|----------|
-# | delta rule          | 18 / 244  | 55 / 146     | 43 / 117 | 39 / 106 | 63 / 184 |
-# | decay for each head | 11 / 240  | 30 / 64      | 12 / 50  | 12 / 45  | 15 / 58  |
-# | decay for each key  | 11 / 240  | 50 / 113     | 43 / 115 | 33 / 79  |          |
+# | delta rule          | 11 / 198  | 56 / 128     | 37 / 115 | 36 / 103 | 51 / 138 |
+# | decay for each head | 8 / 204   | 29 / 63      | 13 / 46  | 15 / 44  | 16 / 72  |
+# | decay for each key  | 8 / 204   | 35 / 79      | 26 / 75  | 20 / 71  |          |
 #
 # The recurrent step is one fused loop over a state that stays in the cache, with a
 # third of the multiplications of the chunkwise form; its derivative must store or

@@ -138,7 +138,7 @@ def _recurrent(queries, terms: _Terms, start, reset, every, emit):
             factor = term.decay if terms.each_key else term.decay[:, None]
             kept = factor[..., None] * state
         if term.read is not None:
-            erased = jnp.sum(term.read[..., None] * state, axis=-2, keepdims=True)
+            erased = _read(term.read, state)[:, None]
             if term.write is None:
                 written = written - erased
             else:
@@ -152,11 +152,17 @@ def _recurrent(queries, terms: _Terms, start, reset, every, emit):
         shown = earlier if emit == "before" else state
         if emit == "before" and reset is not None:
             shown = jnp.where(inner[1][every - 1], jnp.zeros_like(shown), shown)
-        return state, jnp.sum(query[..., None] * shown, axis=-2)
+        return state, _read(query, shown)
 
     grouped = jax.tree.map(lambda v: v.reshape(-1, every, *v.shape[1:]), (terms, reset))
     last, outputs = lax.scan(steps_to_output, start, (queries, grouped))
     return outputs, last
+
+
+def _read(vectors, state):
+    """`Sᵀ q` of every head. As a sum of products, XLA's CPU runs it 2 to 50 times
+    slower (40 against 0.8 us for one head of 64 x 64, jaxlib 0.10.2)."""
+    return jnp.einsum("hk,hkv->hv", vectors, state, precision=lax.Precision.HIGHEST)
 
 
 def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):

@@ -1,0 +1,249 @@
+"""What one linear layer can track: parity, and sums modulo 3.
+
+    python examples/track_state.py [--steps 1500] [--seeds 3] [--only NAME]
+
+Each layer reads random digits and says after every one what their sum is, modulo 2 or
+3. It is trained on sequences of up to 40 digits and tested on 40 to 256, where only a
+layer that holds the state, and does not count on the length, is right. The score is
+the accuracy scaled so that guessing is 0 and never wrong is 1, as in Grazzi et al.,
+"Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (2411.12537), and
+Siems et al., "DeltaProduct" (2502.10297); models and training are smaller here, and the
+answer is asked for at every step.
+"""
+
+import dataclasses
+import json
+import pathlib
+import platform
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import linear
+
+console = Console(width=None if Console().is_terminal else 120)
+
+DELTA = {"heads": 2, "d_key": 16, "d_value": 16}
+# Modulus, layer, options, and whether theory says that its transitions can do it.
+RUNS: dict[str, tuple[int, str, dict[str, Any], bool]] = {
+    "DeltaNet, [0, 1]": (2, "deltanet", DELTA | {"eigenvalues": "positive"}, False),
+    "DeltaNet, [-1, 1]": (2, "deltanet", DELTA | {"eigenvalues": "signed"}, True),
+    "Mamba, [0, 1]": (2, "mamba", {"eigenvalues": "positive"}, False),
+    "Mamba, [-1, 1]": (2, "mamba", {"eigenvalues": "signed"}, True),
+    "LRU, [0, 1]": (2, "lru", {"eigenvalues": "positive", "d_state": 64}, False),
+    "Mamba real, [-1, 1]": (3, "mamba", {"eigenvalues": "signed"}, False),
+    "Mamba complex": (3, "mamba", {"eigenvalues": "complex"}, True),
+    "DeltaNet, [-1, 1], one factor": (
+        3,
+        "deltanet",
+        DELTA | {"eigenvalues": "signed"},
+        False,
+    ),
+    "DeltaProduct, two factors": (3, "deltaproduct", DELTA, True),
+}
+
+
+@dataclasses.dataclass
+class Config:
+    """What to train, and for how long."""
+
+    steps: int = 1500
+    """Steps of the optimiser."""
+    seeds: int = 3
+    """Independent runs, trained side by side."""
+    batch: int = 64
+    """Sequences a step."""
+    train_length: int = 40
+    """Longest sequence in training; shorter ones are prefixes of it."""
+    test_length: int = 256
+    """Longest sequence in the test."""
+    learning_rate: float = 1e-2
+    """Of Adam, after a warm-up, with a cosine to zero."""
+    d_model: int = 32
+    """Width of the model."""
+    only: str = ""
+    """Run only what has this in its name."""
+    output: pathlib.Path = pathlib.Path("track_state.json")
+    """Where results go; the figure beside it as PNG."""
+
+
+class Tracker(eqx.Module):
+    """Digits, one layer, and what it says of their sum."""
+
+    embedding: jax.Array
+    layer: linear.AbstractLayer
+    hidden: eqx.nn.Linear
+    readout: eqx.nn.Linear
+
+    def __init__(self, modulus: int, layer: str, options, d_model: int, key):
+        keys = jax.random.split(key, 4)
+        self.embedding = jax.random.normal(keys[0], (modulus, d_model))
+        self.layer = linear.make_layer(layer, d_model, key=keys[1], **options)
+        self.hidden = eqx.nn.Linear(d_model, 2 * d_model, key=keys[2])
+        self.readout = eqx.nn.Linear(2 * d_model, modulus, key=keys[3])
+
+    def __call__(self, digits):
+        mixed, _ = self.layer(self.embedding[digits])
+        return jax.vmap(lambda y: self.readout(jax.nn.silu(self.hidden(y))))(mixed)
+
+
+def sample(key, batch: int, length: int, modulus: int):
+    digits = jax.random.randint(key, (batch, length), 0, modulus)
+    return digits, jnp.cumsum(digits, 1) % modulus
+
+
+def train(config: Config, run, progress, task):
+    """Train all seeds side by side; return the models and the losses `[seeds, n]`."""
+    modulus, layer, options, _ = run
+    keys = jax.random.split(jax.random.key(0), config.seeds)
+    models = eqx.filter_vmap(
+        lambda key: Tracker(modulus, layer, options, config.d_model, key)
+    )(keys)
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            optax.warmup_cosine_decay_schedule(
+                0.0, config.learning_rate, config.steps // 20 + 1, config.steps
+            ),
+            weight_decay=1e-4,
+        ),
+    )
+    state = eqx.filter_vmap(lambda m: optimiser.init(eqx.filter(m, eqx.is_array)))(
+        models
+    )
+
+    def loss(model, key):
+        digits, sums = sample(key, config.batch, config.train_length, modulus)
+        logits = jax.vmap(model)(digits)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, sums)
+        return jnp.mean(losses)
+
+    def update(model, state, key):
+        value, gradient = eqx.filter_value_and_grad(loss)(model, key)
+        updates, state = optimiser.update(
+            gradient, state, eqx.filter(model, eqx.is_array)
+        )
+        return eqx.apply_updates(model, updates), state, value
+
+    @eqx.filter_jit
+    def several(models, state, keys):
+        arrays, static = eqx.partition(models, eqx.is_array)
+
+        def body(carry, keys):
+            models, state, values = eqx.filter_vmap(update)(
+                eqx.combine(carry[0], static), carry[1], keys
+            )
+            return (eqx.filter(models, eqx.is_array), state), values
+
+        (arrays, state), values = jax.lax.scan(body, (arrays, state), keys)
+        return eqx.combine(arrays, static), state, values
+
+    losses, block = [], 50
+    for start in range(0, config.steps, block):
+        count = min(block, config.steps - start)
+        keys = jax.random.split(jax.random.key(start + 1), (count, config.seeds))
+        models, state, values = several(models, state, keys)
+        losses.append(np.asarray(values))
+        progress.update(task, advance=count, loss=float(losses[-1][-1].min()))
+    return models, np.concatenate(losses).T
+
+
+def test(config: Config, run, models) -> np.ndarray:
+    """Scaled accuracy `[seeds, test_length]` after each number of digits."""
+    modulus = run[0]
+    digits, sums = sample(jax.random.key(10**6), 256, config.test_length, modulus)
+
+    @eqx.filter_jit
+    @eqx.filter_vmap(in_axes=(eqx.if_array(0), None, None))
+    def accuracy(model, digits, sums):
+        return jnp.mean(jnp.argmax(jax.vmap(model)(digits), -1) == sums, 0)
+
+    chance = 1 / modulus
+    return (np.asarray(accuracy(models, digits, sums)) - chance) / (1 - chance)
+
+
+def main(config: Config) -> None:
+    results = {}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeRemainingColumn(),
+    )
+    chosen = {n: run for n, run in RUNS.items() if config.only.lower() in n.lower()}
+    if not chosen:
+        raise SystemExit(f"No run has {config.only!r} in it; there are {list(RUNS)}.")
+    with Progress(*columns, console=console) as progress:
+        for name, run in chosen.items():
+            task = progress.add_task(name, total=config.steps, loss=float("nan"))
+            start = time.perf_counter()
+            models, losses = train(config, run, progress, task)
+            scores = test(config, run, models)
+            results[name] = {
+                "task": "parity" if run[0] == 2 else f"sum modulo {run[0]}",
+                "can": run[3],
+                "scores": scores[:, config.train_length :].mean(1).tolist(),
+                "at_the_end": scores[:, -16:].mean(1).tolist(),
+                "curve": np.median(scores, 0).tolist(),
+                "final_loss": losses[:, -20:].mean(1).tolist(),
+                "seconds": time.perf_counter() - start,
+            }
+    show(config, results)
+
+
+def show(config: Config, results) -> None:
+    table = Table(
+        title=f"Scaled accuracy on {config.train_length + 1} to {config.test_length} "
+        f"digits, trained on up to {config.train_length}"
+    )
+    for heading in ("task", "layer", "can, in theory", "median", "best", "seeds", "s"):
+        table.add_column(heading)
+    for name, row in results.items():
+        table.add_row(
+            row["task"],
+            name,
+            "yes" if row["can"] else "no",
+            f"{np.median(row['scores']):.3f}",
+            f"{np.max(row['scores']):.3f}",
+            " ".join(f"{score:.3f}" for score in row["scores"]),
+            f"{row['seconds']:.0f}",
+        )
+    console.print(table)
+    about = {
+        "config": {k: str(v) for k, v in dataclasses.asdict(config).items()},
+        "jax": jax.__version__,
+        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+    }
+    config.output.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, which in zip(
+        figure.subplots(1, 2, sharey=True), ("parity", "sum modulo 3"), strict=True
+    ):
+        for name, row in results.items():
+            if row["task"] == which:
+                style = "-" if row["can"] else "--"
+                axes.plot(
+                    range(1, len(row["curve"]) + 1), row["curve"], style, label=name
+                )
+        axes.axvspan(1, config.train_length, color="0.92", lw=0)
+        axes.set(title=which, xlabel="digits read (shaded: lengths in training)")
+        if axes.has_data() and axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="center right", fontsize=8)
+    figure.axes[0].set_ylabel("scaled accuracy, median over seeds")
+    picture = config.output.with_suffix(".png")
+    figure.savefig(picture, dpi=120)
+    console.print(f"Written: {config.output} and {picture}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
