@@ -249,7 +249,7 @@ def _measure_against_bare(name: str, steps: int, settings: Settings):
 PEERS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     # ours: module and class of theirs, their sizes, our options
     "lru": ("lru", "LRU", {"recurrent_size": D}, {"d_state": D}),
-    "mamba": ("s6", "S6", {"recurrent_size": D}, {}),
+    "mamba": ("s6", "S6", {"recurrent_size": D}, {"expand": 1, "d_state": 1}),
     "deltanet": ("delta", "DeltaNet", {"recurrent_size": 16}, {"d_key": 16}),
     "deltaproduct": (
         "deltap",

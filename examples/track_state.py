@@ -201,30 +201,48 @@ def main(config: Config) -> None:
     show(config, results)
 
 
-def show(config: Config, results) -> None:
-    table = Table(
-        title=f"Scaled accuracy on {config.train_length + 1} to {config.test_length} "
-        f"digits, trained on up to {config.train_length}"
+HEADINGS = ("task", "layer", "can, in theory", "median", "best", "seeds", "s")
+
+
+def cells(name: str, row) -> tuple[str, ...]:
+    """A row of the table, as text."""
+    return (
+        row["task"],
+        name,
+        "yes" if row["can"] else "no",
+        f"{np.median(row['scores']):.3f}",
+        f"{np.max(row['scores']):.3f}",
+        " ".join(f"{score:.3f}" for score in row["scores"]),
+        f"{row['seconds']:.0f}",
     )
-    for heading in ("task", "layer", "can, in theory", "median", "best", "seeds", "s"):
-        table.add_column(heading)
+
+
+def show(config: Config, results) -> None:
+    """Print the table; write the results, the table in Markdown and the figure."""
+    title = (
+        f"Scaled accuracy on {config.train_length + 1} to {config.test_length} digits, "
+        f"trained on up to {config.train_length}"
+    )
+    table = Table(*HEADINGS, title=title)
+    lines = [HEADINGS, ("---",) * len(HEADINGS)]
     for name, row in results.items():
-        table.add_row(
-            row["task"],
-            name,
-            "yes" if row["can"] else "no",
-            f"{np.median(row['scores']):.3f}",
-            f"{np.max(row['scores']):.3f}",
-            " ".join(f"{score:.3f}" for score in row["scores"]),
-            f"{row['seconds']:.0f}",
-        )
+        table.add_row(*cells(name, row))
+        lines.append(cells(name, row))
     console.print(table)
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    config.output.with_suffix(".md").write_text(f"{title}:\n\n{markdown}")
+    draw(config, results)
     about = {
         "config": {k: str(v) for k, v in dataclasses.asdict(config).items()},
         "jax": jax.__version__,
         "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
     }
     config.output.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    console.print(f"Written: {config.output}, and .md and .png beside it")
+
+
+def draw(config: Config, results) -> None:
+    """Accuracy against the number of digits, a panel for each task."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, which in zip(
         figure.subplots(1, 2, sharey=True), ("parity", "sum modulo 3"), strict=True
@@ -240,9 +258,7 @@ def show(config: Config, results) -> None:
         if axes.has_data() and axes.get_legend_handles_labels()[0]:
             axes.legend(loc="center right", fontsize=8)
     figure.axes[0].set_ylabel("scaled accuracy, median over seeds")
-    picture = config.output.with_suffix(".png")
-    figure.savefig(picture, dpi=120)
-    console.print(f"Written: {config.output} and {picture}")
+    figure.savefig(config.output.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":
