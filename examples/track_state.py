@@ -74,7 +74,8 @@ class Config:
     only: str = ""
     """Run only what has this in its name."""
     output: pathlib.Path = pathlib.Path("track_state.json")
-    """Where results go; the figure beside it as PNG."""
+    """Where results go after every layer, and are continued from if the settings are
+    the same; the table in Markdown and the figure in PNG beside it."""
 
 
 class Tracker(eqx.Module):
@@ -172,8 +173,24 @@ def test(config: Config, run, models) -> np.ndarray:
     return (np.asarray(accuracy(models, digits, sums)) - chance) / (1 - chance)
 
 
+def describe(config: Config) -> dict[str, Any]:
+    """What results depend on."""
+    settings = {k: str(v) for k, v in dataclasses.asdict(config).items()}
+    del settings["only"], settings["output"]
+    machine = f"{platform.machine()}, {jax.devices()[0].device_kind}"
+    return {"config": settings, "jax": jax.__version__, "machine": machine}
+
+
+def load(config: Config) -> dict[str, Any]:
+    """Results of an earlier run with the same settings, which goes on from there."""
+    if not config.output.exists():
+        return {}
+    earlier = json.loads(config.output.read_text())
+    results = earlier.pop("results")
+    return results if earlier == describe(config) else {}
+
+
 def main(config: Config) -> None:
-    results = {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -183,8 +200,11 @@ def main(config: Config) -> None:
     chosen = {n: run for n, run in RUNS.items() if config.only.lower() in n.lower()}
     if not chosen:
         raise SystemExit(f"No run has {config.only!r} in it; there are {list(RUNS)}.")
+    results = load(config)
     with Progress(*columns, console=console) as progress:
         for name, run in chosen.items():
+            if name in results:
+                continue
             task = progress.add_task(name, total=config.steps, loss=float("nan"))
             start = time.perf_counter()
             models, losses = train(config, run, progress, task)
@@ -198,7 +218,9 @@ def main(config: Config) -> None:
                 "final_loss": losses[:, -20:].mean(1).tolist(),
                 "seconds": time.perf_counter() - start,
             }
-    show(config, results)
+            saved = describe(config) | {"results": results}
+            config.output.write_text(json.dumps(saved, indent=1) + "\n")
+    show(config, {name: results[name] for name in RUNS if name in results})
 
 
 HEADINGS = ("task", "layer", "can, in theory", "median", "best", "seeds", "s")
@@ -218,7 +240,7 @@ def cells(name: str, row) -> tuple[str, ...]:
 
 
 def show(config: Config, results) -> None:
-    """Print the table; write the results, the table in Markdown and the figure."""
+    """Print the table; write it in Markdown, and the figure."""
     title = (
         f"Scaled accuracy on {config.train_length + 1} to {config.test_length} digits, "
         f"trained on up to {config.train_length}"
@@ -232,12 +254,6 @@ def show(config: Config, results) -> None:
     markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     config.output.with_suffix(".md").write_text(f"{title}:\n\n{markdown}")
     draw(config, results)
-    about = {
-        "config": {k: str(v) for k, v in dataclasses.asdict(config).items()},
-        "jax": jax.__version__,
-        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
-    }
-    config.output.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
     console.print(f"Written: {config.output}, and .md and .png beside it")
 
 

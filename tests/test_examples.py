@@ -16,9 +16,12 @@ def test_track_state(tmp_path):
     arguments = {"only": "two factors", "steps": 2, "seeds": 2, "batch": 4}
     arguments |= {"train-length": 8, "test-length": 32, "d-model": 8, "output": output}
     options = [str(v) for pair in arguments.items() for v in (f"--{pair[0]}", pair[1])]
-    subprocess.run(
-        [sys.executable, EXAMPLES / "track_state.py", *options], check=True, timeout=300
-    )
+    command = [sys.executable, EXAMPLES / "track_state.py", *options]
+    subprocess.run(command, check=True, timeout=300)
+    first = output.read_text()
+    # A second run finds the results of the first.
+    subprocess.run(command, check=True, timeout=300)
+    assert output.read_text() == first
     (row,) = json.loads(output.read_text())["results"].values()
     assert len(row["scores"]) == 2 and len(row["curve"]) == 32
     # Two steps teach nothing: close to guessing, which counts as zero.
