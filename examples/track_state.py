@@ -3,7 +3,7 @@
     python examples/track_state.py [--steps 1500] [--seeds 3] [--only NAME]
 
 Each layer reads random digits and says after every one what their sum is, modulo 2 or
-3. It is trained on sequences of up to 40 digits and tested on 40 to 256, where only a
+3. It is trained on sequences of up to 40 digits and tested on 41 to 256, where only a
 layer that holds the state, and does not count on the length, is right. The score is
 the accuracy scaled so that guessing is 0 and never wrong is 1, as in Grazzi et al.,
 "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (2411.12537), and
@@ -68,7 +68,7 @@ class Config:
     test_length: int = 256
     """Longest sequence in the test."""
     learning_rate: float = 1e-2
-    """Of Adam, after a warm-up, with a cosine to zero."""
+    """Of AdamW, after a warm-up, with a cosine to zero."""
     d_model: int = 32
     """Width of the model."""
     only: str = ""

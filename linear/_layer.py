@@ -110,14 +110,28 @@ class AbstractLayer(eqx.Module):
         fresh = self.init_state()
         if state is None:
             return fresh
+        where = type(self).__name__
+        given, expected = jax.tree.structure(state), jax.tree.structure(fresh)
+        if given != expected:
+            raise ValueError(
+                f"{where}: `state` is {given}, expected {expected}, as of "
+                "`init_state()`. Likely causes: (a) a list in place of a tuple, as "
+                "after reading it from a file, (b) the state of another layer."
+            )
         shapes, wanted = (jax.tree.map(jnp.shape, s) for s in (state, fresh))
         if shapes != wanted:
             raise ValueError(
-                f"{type(self).__name__}: `state` has shape {shapes}, expected "
+                f"{where}: `state` has shape {shapes}, expected "
                 f"{wanted}, as of `init_state()`. Likely causes: (a) a batch of "
                 "states; pass it through the same `jax.vmap` as the inputs, (b) the "
                 "state of another layer."
             )
+        for s, f in zip(jax.tree.leaves(state), jax.tree.leaves(fresh), strict=True):
+            if jnp.iscomplexobj(s) and not jnp.iscomplexobj(f):
+                raise ValueError(
+                    f"{where}: `state` is complex, but the state of this layer is "
+                    f"{f.dtype}. Likely cause: the state of another layer."
+                )
         return jax.tree.map(lambda s, f: jnp.asarray(s).astype(f.dtype), state, fresh)
 
 

@@ -48,7 +48,7 @@ class BlockLRNN(AbstractLayer):
         - `d_model`: size of an input and of an output.
         - `d_state`: size of the state; `d_model` if not given.
         - `blocks`: number of blocks of the transition, which divides `d_state`.
-        - `p`: the norm that bounds a column, at least 1.
+        - `p`: the norm that bounds a column, from 1 to 16.
         - `dtype`: of the parameters; JAX's default floating point if not given.
         - `key`: a key of `jax.random`.
 
@@ -61,8 +61,11 @@ class BlockLRNN(AbstractLayer):
         d_state = d_model if d_state is None else d_state
         self.d_state = check_size("BlockLRNN", "d_state", d_state)
         check_heads("BlockLRNN", blocks, d_state, d_state)
-        if not p >= 1:
-            raise ValueError(f"BlockLRNN: `p` must be at least 1, got {p!r}.")
+        if not isinstance(p, int | float) or not 1 <= p <= 16:
+            raise ValueError(
+                f"BlockLRNN: `p` must be a number from 1 to 16, got {p!r}: the norm of "
+                "a column below 1 is none, and high powers overflow."
+            )
         self.p = p
         size = d_state // blocks
         self.W_A = draw.weight(blocks, size, size, d_model)

@@ -24,7 +24,8 @@ class LSSL(AbstractLayer):
     \end{aligned}$$
 
     with a step $\Delta$ for each feature and `channels` outputs of each feature's state
-    of `d_state` entries. $A$ and $B$ are not trained unless asked for.
+    of `d_state` entries. $A$ and $B$ have no derivative unless asked for; an optimiser
+    with weight decay must be told to leave them alone.
 
     ??? cite "Source"
 

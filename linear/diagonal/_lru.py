@@ -105,12 +105,13 @@ class LRU(AbstractConstantDiagonal):
                 f"LRU: `max_phase` must be positive and finite, got {max_phase!r}. It "
                 "is in radians; the paper takes 6.28 or less."
             )
-        # The logarithms want u > 0; `uniform` may return its lower end.
-        u = draw.wide_uniform((self.d_state,), draw.tiny, 1)
-        nu = -0.5 * jnp.log(u * (r_max**2 - r_min**2) + r_min**2)
-        self.nu_log = draw.full(jnp.log(nu))
-        # 1 - |λ|² itself rounds to zero where |λ| is nearly one.
-        self.gamma_log = draw.full(0.5 * jnp.log(-jnp.expm1(-2 * nu)))
+        # 1 - |λ|² as such, as |λ|² itself rounds to one where it is nearly one. The
+        # logarithms want it between 0 and 1, and u > 0: `uniform` may return an end.
+        u = 1 - draw.wide_uniform((self.d_state,), 0, 1)
+        rest = (1 - r_max**2) + u * (r_max**2 - r_min**2)
+        rest = jnp.clip(rest, draw.tiny, 1 - draw.epsilon)
+        self.nu_log = draw.full(jnp.log(-0.5 * jnp.log1p(-rest)))
+        self.gamma_log = draw.full(0.5 * jnp.log(rest))
         into, out = (self.d_state, self.d_model), (self.d_model, self.d_state)
         is_complex = eigenvalues == "complex"
         variance = 1 / (2 * self.d_model if is_complex else self.d_model)
@@ -164,4 +165,4 @@ class LRU(AbstractConstantDiagonal):
         """Zeros `[d_state]`, complex or real as the eigenvalues, at least 32 bits."""
         if self.theta_log is None:
             return jnp.zeros((self.d_state,), self.precision())
-        return complex_zeros((self.d_state,), self.nu_log.dtype)
+        return complex_zeros((self.d_state,), self.precision())

@@ -123,7 +123,8 @@ class S4D(AbstractConstantDiagonal):
             others.
         - `discretisation`: `"zoh"` or `"bilinear"`.
         - `form`: how a sequence without resets is computed: `"scan"`, `"convolution"`
-            by FFT, or `"auto"`, by length. With resets it is a scan in any case.
+            by FFT, or `"auto"`, by length. With resets it is a scan in any case. The
+            transform rounds relative to the largest of all inputs, later ones too.
         - `perturbation`: of `"ptd"`, relative to HiPPO in the 2-norm.
         - `dt_min`, `dt_max`: at the start $\Delta$ is log-uniform between them.
         - `dtype`: of the (real) parameters; JAX's default floating point if not given.
@@ -222,7 +223,7 @@ class S4D(AbstractConstantDiagonal):
 
     def init_state(self) -> Complex[Array, "d_model modes"]:
         """Zeros `[d_model, d_state // 2]`, at least complex64."""
-        return complex_zeros((self.d_model, self.d_state // 2), self.D.dtype)
+        return complex_zeros((self.d_model, self.d_state // 2), self.precision())
 
     def kernel(self, length: int) -> Float[Array, "length d_model"]:
         r"""The impulse response
@@ -283,9 +284,15 @@ class _Powers(NamedTuple):
 
 
 def _power(A_bar, exponents) -> Complex[Array, "count *state"]:
-    # In polar form, as a factor of zero has no logarithm.
+    # In polar form. Where the square underflows, neither size nor angle has a
+    # derivative; its powers but the first are zero.
     exponents = exponents.astype(A_bar.real.dtype)[:, None, None]
-    size, phase = jnp.abs(A_bar)[None] ** exponents, jnp.angle(A_bar)[None] * exponents
+    tiny = jnp.finfo(A_bar.dtype).tiny ** 0.5
+    gone = jnp.abs(lax.stop_gradient(A_bar)) < tiny
+    A_bar = jnp.where(gone, 1, A_bar)
+    first = (exponents == 0).astype(exponents.dtype)
+    size = jnp.where(gone[None], first, jnp.abs(A_bar)[None] ** exponents)
+    phase = jnp.angle(A_bar)[None] * exponents
     return lax.complex(size * jnp.cos(phase), size * jnp.sin(phase))
 
 

@@ -108,14 +108,19 @@ class S5(AbstractConstantDiagonal):
             diagonal = perturb_then_diagonalise(size, perturbation)
 
         def repeat(matrix):
-            return draw.full(np.kron(np.eye(blocks), matrix))
+            return jnp.asarray(np.kron(np.eye(blocks), matrix), B.dtype)
 
         A_re, A_im = _parts(np.tile(diagonal.eigenvalues, blocks))
         self.log_A_real, self.A_imag = draw.full(np.log(-A_re)), draw.full(A_im)
-        B = draw.normal((d_state, d_model), d_model**-0.5)
-        C = draw.normal((d_model, d_state), d_state**-0.5)
-        self.B_re, self.B_im = (repeat(v) @ B for v in _parts(diagonal.inverse))
-        self.C_re, self.C_im = (C @ repeat(v) for v in _parts(diagonal.vectors))
+        B = draw.wide_normal((d_state, d_model), d_model**-0.5)
+        C = draw.wide_normal((d_model, d_state), d_state**-0.5)
+        # full_product(W, x) is W x over the last axis of x.
+        self.B_re, self.B_im = (
+            draw.full(full_product(repeat(v), B.T).T) for v in _parts(diagonal.inverse)
+        )
+        self.C_re, self.C_im = (
+            draw.full(full_product(repeat(v).T, C)) for v in _parts(diagonal.vectors)
+        )
         self.D = draw.normal((d_model,))
         self.log_dt = draw.log_uniform((d_state // 2,), dt_min, dt_max)
 
@@ -144,7 +149,7 @@ class S5(AbstractConstantDiagonal):
 
     def init_state(self) -> Complex[Array, " modes"]:
         """Zeros `[d_state // 2]`, at least complex64."""
-        return complex_zeros((self.d_state // 2,), self.D.dtype)
+        return complex_zeros((self.d_state // 2,), self.precision())
 
 
 def _parts(values) -> tuple[np.ndarray, np.ndarray]:

@@ -130,7 +130,9 @@ class MLSTM(AbstractLayer):
             reset=reset,
         )
         outputs, scale = outputs[..., :-1], jnp.abs(outputs[..., -1])
-        outputs = outputs / (jnp.maximum(scale, jnp.exp(-m)) + 1e-6)[..., None]
+        # Beyond it the output is zero anyway, and its derivative 0 / 0.
+        floor = jnp.exp(jnp.minimum(-m, 80))
+        outputs = outputs / (jnp.maximum(scale, floor) + 1e-6)[..., None]
         weight = self.norm_weight.reshape(self.heads, -1)
         ys = jax.nn.sigmoid(linear(self.W_o, xs)) * merge_heads(
             rms_norm(outputs, weight)

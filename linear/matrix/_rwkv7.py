@@ -147,7 +147,8 @@ class RWKV7(AbstractLayer):
 
 
 def _unit(x: Array) -> Array:
-    """Of length 1 over the last axis; zeros stay, with a derivative of zero."""
+    """Of length 1 over the last axis; what is shorter than 1e-12 is made zero, with a
+    derivative of zero, as at a padded step."""
     square = jnp.sum(x * x, -1, keepdims=True)
-    safe = jnp.maximum(square, 1e-24)
-    return x * jax.lax.rsqrt(safe)
+    known = square > 1e-24
+    return jnp.where(known, x * jax.lax.rsqrt(jnp.where(known, square, 1)), 0)

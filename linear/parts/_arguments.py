@@ -60,6 +60,11 @@ class Draw:
         """The smallest normal number of the precision that is drawn in."""
         return float(jnp.finfo(self._wide).tiny)
 
+    @property
+    def epsilon(self) -> float:
+        """The distance from 1 to the next number of the precision that is drawn in."""
+        return float(jnp.finfo(self._wide).eps)
+
     def wide_uniform(self, shape: tuple[int, ...], low: float, high: float) -> Array:
         """A uniform draw in at least float32, to be transformed before it is cast."""
         return jr.uniform(self._next(), shape, self._wide, low, high)
@@ -68,9 +73,11 @@ class Draw:
         return self.wide_uniform(shape, low, high).astype(self.dtype)
 
     def normal(self, shape: tuple[int, ...], deviation: float = 1.0) -> Array:
-        return (jr.normal(self._next(), shape, self._wide) * deviation).astype(
-            self.dtype
-        )
+        return self.wide_normal(shape, deviation).astype(self.dtype)
+
+    def wide_normal(self, shape: tuple[int, ...], deviation: float = 1.0) -> Array:
+        """A normal draw in at least float32, to be transformed before it is cast."""
+        return jr.normal(self._next(), shape, self._wide) * deviation
 
     def weight(self, *shape: int) -> Array:
         """`[..., out, in]`, uniform within one over the root of `in`."""

@@ -226,6 +226,11 @@ def check_reset(where: str, reset, reset_state, steps: int) -> None:
                 "be used. Pass `reset` as well, or drop it."
             )
         return
+    if not hasattr(reset, "dtype"):
+        raise TypeError(
+            f"{where}: `reset` is a {type(reset).__name__}, expected a bool array of "
+            "shape [T]. Wrap it: `jnp.asarray(reset)`."
+        )
     if jnp.shape(reset) != (steps,):
         raise ValueError(
             f"{where}: `reset` has shape {jnp.shape(reset)}, expected ({steps},), one "

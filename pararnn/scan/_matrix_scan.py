@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -63,7 +64,9 @@ def matrix_scan(
     **Returns:** outputs `[Q, heads, V]` and $S_T$, in the promoted dtype of all
     arguments; 16-bit arguments are computed in float32. In the chunkwise form, an
     entry that is not finite makes NaN of all that it reaches in its head: of later
-    outputs up to the next reset, and of no other ones.
+    outputs up to the next reset, and of no other ones. Products of decays and
+    erasures that overflow within a chunk (decays above 1, or reads and writes much
+    longer than 1) reach the whole chunk there; take `form="recurrent"` for such.
 
     **Raises:** `ValueError`, `TypeError` on shapes, dtypes and options that do not fit,
     while tracing.
@@ -156,7 +159,17 @@ def _recurrent(queries, terms: _Terms, start, reset, every, emit):
 
     grouped = jax.tree.map(lambda v: v.reshape(-1, every, *v.shape[1:]), (terms, reset))
     last, outputs = lax.scan(steps_to_output, start, (queries, grouped))
-    return outputs, last
+    return _batch_first(outputs), _batch_first(last)
+
+
+def _batch_first(v):
+    """`v`, with the batch of a `vmap` in front of time, as the chunkwise form has it.
+
+    A loop leaves it behind time. JAX takes the batch axes of a `custom_jvp` rule to be
+    those of its function, so that both must agree; the rule that batches a reshape
+    moves them to the front.
+    """
+    return v.reshape(-1).reshape(v.shape)
 
 
 def _read(vectors, state):
@@ -219,8 +232,8 @@ def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):
         return v + jnp.where(where, jnp.nan, 0).astype(v.dtype)
 
     return (
-        spoil(outputs, poisoned[..., None]),
-        spoil(states[-1], last_poisoned[:, None, None]),
+        _batch_first(spoil(outputs, poisoned[..., None])),
+        _batch_first(spoil(states[-1], last_poisoned[:, None, None])),
     )
 
 
@@ -334,7 +347,10 @@ def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
             f"after, before, and {', '.join(FORMS)}."
         )
     if chunk is not None and not (
-        isinstance(chunk, int) and chunk > 0 and chunk % every == 0
+        isinstance(chunk, int | np.integer)
+        and not isinstance(chunk, bool)
+        and chunk > 0
+        and chunk % every == 0
     ):
         raise ValueError(
             f"matrix_scan: `chunk` must be a positive multiple of T / Q = {every}, got "
