@@ -1,14 +1,15 @@
-"""What one linear layer can track: parity, and sums modulo 3.
+"""What one linear layer can track: parity, sums modulo 3, and a count modulo 3.
 
-    python examples/track_state.py [--steps 1500] [--seeds 3] [--only NAME]
+    python examples/track_state.py [--steps 1000] [--seeds 3] [--only NAME]
 
-Each layer reads random digits and says after every one what their sum is, modulo 2 or
-3. It is trained on sequences of up to 40 digits and tested on 41 to 256, where only a
-layer that holds the state, and does not count on the length, is right. The score is
-the accuracy scaled so that guessing is 0 and never wrong is 1, as in Grazzi et al.,
-"Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues" (2411.12537), and
-Siems et al., "DeltaProduct" (2502.10297); models and training are smaller here, and the
-answer is asked for at every step.
+Each layer reads digits and says after every one what their sum is, modulo 2 or 3. They
+are random, or all ones where it has to count only: a layer whose transitions do not
+depend on the input can do no more. It is trained on sequences of up to 40 digits and
+tested on 41 to 256, where only a layer that holds the state, and does not count on the
+length, is right. The score is the accuracy scaled so that guessing is 0 and never wrong
+is 1, as in Grazzi et al., "Unlocking State-Tracking in Linear RNNs Through Negative
+Eigenvalues" (2411.12537), and Siems et al., "DeltaProduct" (2502.10297); models and
+training are smaller here, and the answer is asked for at every step.
 """
 
 import dataclasses
@@ -34,22 +35,40 @@ import linear
 console = Console(width=None if Console().is_terminal else 120)
 
 DELTA = {"heads": 2, "d_key": 16, "d_value": 16}
-# Modulus, layer, options, and whether theory says that its transitions can do it.
-RUNS: dict[str, tuple[int, str, dict[str, Any], bool]] = {
-    "DeltaNet, [0, 1]": (2, "deltanet", DELTA | {"eigenvalues": "positive"}, False),
-    "DeltaNet, [-1, 1]": (2, "deltanet", DELTA | {"eigenvalues": "signed"}, True),
-    "Mamba, [0, 1]": (2, "mamba", {"eigenvalues": "positive"}, False),
-    "Mamba, [-1, 1]": (2, "mamba", {"eigenvalues": "signed"}, True),
-    "LRU, [0, 1]": (2, "lru", {"eigenvalues": "positive", "d_state": 64}, False),
-    "Mamba real, [-1, 1]": (3, "mamba", {"eigenvalues": "signed"}, False),
-    "Mamba complex": (3, "mamba", {"eigenvalues": "complex"}, True),
+MODULI = {"parity": 2, "sum modulo 3": 3, "count modulo 3": 3}
+# Task, layer, options, and whether theory says that its transitions can do it.
+RUNS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
+    "DeltaNet, [0, 1]": (
+        "parity",
+        "deltanet",
+        DELTA | {"eigenvalues": "positive"},
+        False,
+    ),
+    "DeltaNet, [-1, 1]": (
+        "parity",
+        "deltanet",
+        DELTA | {"eigenvalues": "signed"},
+        True,
+    ),
+    "Mamba, [0, 1]": ("parity", "mamba", {"eigenvalues": "positive"}, False),
+    "Mamba, [-1, 1]": ("parity", "mamba", {"eigenvalues": "signed"}, True),
+    "LRU, [0, 1]": ("parity", "lru", {"eigenvalues": "positive", "d_state": 64}, False),
+    "Mamba real, [-1, 1]": ("sum modulo 3", "mamba", {"eigenvalues": "signed"}, False),
+    "Mamba complex": ("sum modulo 3", "mamba", {"eigenvalues": "complex"}, True),
     "DeltaNet, [-1, 1], one factor": (
-        3,
+        "sum modulo 3",
         "deltanet",
         DELTA | {"eigenvalues": "signed"},
         False,
     ),
-    "DeltaProduct, two factors": (3, "deltaproduct", DELTA, True),
+    "DeltaProduct, two factors": ("sum modulo 3", "deltaproduct", DELTA, True),
+    "LRU real, [-1, 1]": (
+        "count modulo 3",
+        "lru",
+        {"eigenvalues": "signed", "d_state": 64},
+        False,
+    ),
+    "LRU complex": ("count modulo 3", "lru", {"d_state": 64}, True),
 }
 
 
@@ -57,7 +76,7 @@ RUNS: dict[str, tuple[int, str, dict[str, Any], bool]] = {
 class Config:
     """What to train, and for how long."""
 
-    steps: int = 1500
+    steps: int = 1000
     """Steps of the optimiser."""
     seeds: int = 3
     """Independent runs, trained side by side."""
@@ -98,17 +117,19 @@ class Tracker(eqx.Module):
         return jax.vmap(lambda y: self.readout(jax.nn.silu(self.hidden(y))))(mixed)
 
 
-def sample(key, batch: int, length: int, modulus: int):
-    digits = jax.random.randint(key, (batch, length), 0, modulus)
-    return digits, jnp.cumsum(digits, 1) % modulus
+def sample(key, batch: int, length: int, task: str):
+    least = 1 if task.startswith("count") else 0
+    most = 2 if task.startswith("count") else MODULI[task]
+    digits = jax.random.randint(key, (batch, length), least, most)
+    return digits, jnp.cumsum(digits, 1) % MODULI[task]
 
 
 def train(config: Config, run, progress, task):
     """Train all seeds side by side; return the models and the losses `[seeds, n]`."""
-    modulus, layer, options, _ = run
+    kind, layer, options, _ = run
     keys = jax.random.split(jax.random.key(0), config.seeds)
     models = eqx.filter_vmap(
-        lambda key: Tracker(modulus, layer, options, config.d_model, key)
+        lambda key: Tracker(MODULI[kind], layer, options, config.d_model, key)
     )(keys)
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -124,7 +145,7 @@ def train(config: Config, run, progress, task):
     )
 
     def loss(model, key):
-        digits, sums = sample(key, config.batch, config.train_length, modulus)
+        digits, sums = sample(key, config.batch, config.train_length, kind)
         logits = jax.vmap(model)(digits)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, sums)
         return jnp.mean(losses)
@@ -161,15 +182,14 @@ def train(config: Config, run, progress, task):
 
 def test(config: Config, run, models) -> np.ndarray:
     """Scaled accuracy `[seeds, test_length]` after each number of digits."""
-    modulus = run[0]
-    digits, sums = sample(jax.random.key(10**6), 256, config.test_length, modulus)
+    digits, sums = sample(jax.random.key(10**6), 256, config.test_length, run[0])
 
     @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(eqx.if_array(0), None, None))
     def accuracy(model, digits, sums):
         return jnp.mean(jnp.argmax(jax.vmap(model)(digits), -1) == sums, 0)
 
-    chance = 1 / modulus
+    chance = 1 / MODULI[run[0]]
     return (np.asarray(accuracy(models, digits, sums)) - chance) / (1 - chance)
 
 
@@ -210,7 +230,7 @@ def main(config: Config) -> None:
             models, losses = train(config, run, progress, task)
             scores = test(config, run, models)
             results[name] = {
-                "task": "parity" if run[0] == 2 else f"sum modulo {run[0]}",
+                "task": run[0],
                 "can": run[3],
                 "scores": scores[:, config.train_length :].mean(1).tolist(),
                 "at_the_end": scores[:, -16:].mean(1).tolist(),
@@ -259,21 +279,21 @@ def show(config: Config, results) -> None:
 
 def draw(config: Config, results) -> None:
     """Accuracy against the number of digits, a panel for each task."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, which in zip(
-        figure.subplots(1, 2, sharey=True), ("parity", "sum modulo 3"), strict=True
-    ):
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    panels = figure.subplots(1, len(MODULI), sharey=True)
+    window = min(9, config.test_length)
+    for axes, which in zip(panels, MODULI, strict=True):
         for name, row in results.items():
             if row["task"] == which:
+                curve = np.convolve(row["curve"], np.full(window, 1 / window), "valid")
                 style = "-" if row["can"] else "--"
-                axes.plot(
-                    range(1, len(row["curve"]) + 1), row["curve"], style, label=name
-                )
+                axes.plot(window + np.arange(len(curve)), curve, style, label=name)
         axes.axvspan(1, config.train_length, color="0.92", lw=0)
         axes.set(title=which, xlabel="digits read (shaded: lengths in training)")
         if axes.has_data() and axes.get_legend_handles_labels()[0]:
             axes.legend(loc="center right", fontsize=8)
     figure.axes[0].set_ylabel("scaled accuracy, median over seeds")
+    figure.suptitle(f"Means of {window} digits")
     figure.savefig(config.output.with_suffix(".png"), dpi=120)
 
 
