@@ -145,3 +145,17 @@ def affine(weight: Array, x: Array, *biases: Array) -> Array:
         # Equal ranks, as rank promotion may be an error.
         product = product + bias.reshape((1,) * (product.ndim - 1) + (-1,))
     return product
+
+
+def leading(values: Array, rank: int) -> Array:
+    """`values` with leading axes up to `rank`, as rank promotion may be an error."""
+    return values.reshape((1,) * (rank - values.ndim) + values.shape)
+
+
+def rms_norm(
+    x: Float[Array, "... n"], weight: Float[Array, "*heads n"], epsilon: float = 1e-5
+) -> Float[Array, "... n"]:
+    r"""$x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \odot w$."""
+    x, weight = widen(x, weight)
+    scale = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon)
+    return x * scale * leading(weight, x.ndim)

@@ -66,24 +66,35 @@ class RNN(eqx.Module):
 
         **Raises:** as [`pararnn.solve`][].
         """
+        ys, state, _ = self.run(xs, state, reset=reset)
+        return ys, state
+
+    def run(
+        self,
+        xs: PyTree[Array],
+        state: PyTree[Array] | None = None,
+        *,
+        reset: Bool[Array, " T"] | None = None,
+    ) -> tuple[PyTree[Array], PyTree[Array], dict[str, Array]]:
+        """As `__call__`, and the statistics of the solve, see [`pararnn.Solution`][]."""
         steps = count_steps("RNN", xs)
         fresh = self.init_state()
         state = fresh if state is None else state
         cell = self.cell
         # Everything that needs no state is one matrix product over all steps.
         split = isinstance(cell, AbstractCell)
-        states = solve(
+        solution = solve(
             cell.update if split else cell,
             cell.gates(xs) if split else xs,
             state,
             solver=self.solver,
             reset=reset,
             reset_state=None if reset is None else fresh,
-        ).states
-        ys = jax.vmap(cell.output)(states)
+        )
+        ys = jax.vmap(cell.output)(solution.states)
         if steps:
-            state = jtu.tree_map(lambda s: s[-1], states)
-        return ys, state
+            state = jtu.tree_map(lambda s: s[-1], solution.states)
+        return ys, state, solution.stats
 
     def step(
         self, x: PyTree[Array], state: PyTree[Array]

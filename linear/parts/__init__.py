@@ -1,5 +1,7 @@
 """What several layers are made of."""
 
+from pararnn._parameters import leading as leading, rms_norm as rms_norm
+
 from ._arguments import (
     Draw as Draw,
     check_choice as check_choice,
@@ -26,12 +28,7 @@ from ._hippo import (
     normal_legs as normal_legs,
     perturb_then_diagonalise as perturb_then_diagonalise,
 )
-from ._norms import (
-    group_norm as group_norm,
-    l2_norm as l2_norm,
-    leading as leading,
-    rms_norm as rms_norm,
-)
+from ._norms import group_norm as group_norm, l2_norm as l2_norm
 from ._short_convolution import (
     WIDTH as WIDTH,
     shifted as shifted,

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pararnn._parameters import linear, widen
-
-from ._norms import leading, rms_norm
+from pararnn._parameters import leading, linear, rms_norm, widen
 
 
 def split_heads(x: Float[Array, "T features"], heads: int) -> Float[Array, "T heads n"]:

@@ -4,9 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pararnn._parameters import widen
-
-from ._norms import leading
+from pararnn._parameters import leading, widen
 
 WIDTH = 4
 

@@ -1,0 +1,9 @@
+"""Models: layers of either package in residual blocks, and text from them."""
+
+from ._generate import generate as generate
+from ._language_model import LanguageModel as LanguageModel
+from ._mixers import (
+    CellMixer as CellMixer,
+    list_mixers as list_mixers,
+    make_mixer as make_mixer,
+)

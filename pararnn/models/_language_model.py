@@ -1,0 +1,255 @@
+"""A language model: embedded tokens, residual blocks, the embedding again."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree
+
+from .._parameters import check_dtype, check_key, check_size
+from ..scan import check_reset
+from ..solver import Auto, Solver
+from ._block import Block, normalise
+from ._mixers import make_mixer
+
+Mixer = str | Callable[..., Any]
+
+
+class LanguageModel(eqx.Module):
+    r"""Residual blocks of any recurrent layers, between tied embeddings.
+
+    $$x^0_t = E_{\mathrm{token}_t}, \qquad x^l = \mathrm{block}_l(x^{l-1}), \qquad
+      \mathrm{logits}_t = E \, \mathrm{norm}(x^L_t)$$
+
+    A block is a mixer over time and a gated MLP, each behind an RMSNorm and added to
+    its input. The state is of constant size: that of the mixers. The layer protocol
+    holds, with tokens as inputs: unbatched, `jax.vmap` for a batch.
+
+    Activations have the dtype of the embedding. Solves and scans inside the mixers run
+    in at least float32, and so do norms and logits; so `cast` the model to bfloat16 for
+    mixed precision and keep the original for the optimiser.
+    """
+
+    embedding: Float[Array, "vocab d_model"]
+    head: Float[Array, "vocab d_model"] | None
+    norm: Float[Array, " d_model"]
+    # One entry for each mixer of the pattern; leaves stacked over its repetitions.
+    blocks: tuple[Block, ...]
+    repeats: int
+    vocab_size: int
+    d_model: int
+    rematerialise: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        depth: int = 2,
+        *,
+        mixer: Mixer | Sequence[Mixer] = "paragru",
+        d_hidden: int | None = None,
+        solver: Solver = Auto(),
+        tied: bool = True,
+        rematerialise: bool = False,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `vocab_size`, `d_model`: number of tokens, and width of the model.
+        - `depth`: number of blocks.
+        - `mixer`: as of [`pararnn.make_mixer`][], such as `"paragru"` or
+            `"deltanet:heads=4"`; or a function `(d_model, *, key)` that returns a
+            layer; or several of these, which take turns (a hybrid): their number must
+            divide `depth`.
+        - `d_hidden`: width of the MLP; 8/3 of `d_model`, rounded up to a multiple of
+            64, if not given; 0 for blocks without one.
+        - `solver`: of nonlinear mixers given by name, as for [`pararnn.solve`][].
+        - `tied`: use the embedding as the output matrix.
+        - `rematerialise`: keep only the inputs of each group of blocks for the
+            gradient, and compute the rest again.
+        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `key`: a key of `jax.random`. The embedding is drawn from
+            $\mathcal{N}(0, 0.02^2)$, matrices of MLPs uniformly within
+            $\pm 1 / \sqrt{\text{fan-in}}$.
+
+        **Raises:** `ValueError` on a size that is not a positive integer, mixers that
+        do not divide the depth, an unknown mixer (listing those that exist), and what
+        the mixers' constructors raise.
+        """
+        where = "LanguageModel"
+        self.vocab_size = check_size(where, "vocab_size", vocab_size)
+        self.d_model = check_size(where, "d_model", d_model)
+        pattern = _check_pattern(mixer, check_size(where, "depth", depth))
+        self.repeats = depth // len(pattern)
+        self.rematerialise = bool(rematerialise)
+        dtype = check_dtype(where, dtype)
+        check_key(where, key)
+        if d_hidden is None:
+            d_hidden = -(-8 * d_model // 3 // 64) * 64
+        elif d_hidden != 0:
+            d_hidden = check_size(where, "d_hidden", d_hidden)
+        embedding, head, blocks = jr.split(key, 3)
+        self.embedding = _draw_embedding(embedding, vocab_size, d_model, dtype)
+        self.head = None if tied else _draw_embedding(head, vocab_size, d_model, dtype)
+        self.norm = jnp.ones(d_model, dtype)
+
+        def make(mixer: Mixer, key: PRNGKeyArray) -> Block:
+            inner, outer = jr.split(key)
+            if isinstance(mixer, str):
+                layer = make_mixer(
+                    mixer, d_model, solver=solver, dtype=dtype, key=inner
+                )
+            else:
+                layer = mixer(d_model, key=inner)
+            return Block(layer, d_model, d_hidden, dtype=dtype, key=outer)
+
+        keys = jr.split(blocks, (len(pattern), self.repeats))
+        self.blocks = tuple(
+            eqx.filter_vmap(lambda key, mixer=mixer: make(mixer, key))(keys)
+            for mixer, keys in zip(pattern, keys, strict=True)
+        )
+
+    def init_state(self) -> PyTree[Array]:
+        """The fresh state: for each mixer of the pattern its states, stacked over the
+        repetitions of the pattern."""
+        return tuple(
+            eqx.filter_vmap(lambda block: block.mixer.init_state())(block)
+            for block in self.blocks
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, " T"],
+        state: PyTree[Array] | None = None,
+        *,
+        reset: Bool[Array, " T"] | None = None,
+    ) -> tuple[Float[Array, "T vocab"], PyTree[Array]]:
+        """Logits of the next token at every step, and the last state.
+
+        **Arguments:** `tokens`, integers `[T]`, each in `[0, vocab_size)`; `state`, as
+        of `init_state()` (the default) or of an earlier call; `reset`, bool `[T]`,
+        where true a new document begins.
+
+        **Returns:** `(logits, state)`, `[T, vocab_size]` in at least float32.
+
+        **Raises:** `ValueError`, `TypeError` on tokens that are not integers `[T]` or a
+        `reset` that does not fit, and what the mixers raise. A token outside of the
+        vocabulary gives NaN logits from there to the end of the document.
+        """
+        logits, state, _ = self.run(tokens, state, reset=reset)
+        return logits, state
+
+    def run(
+        self,
+        tokens: Int[Array, " T"],
+        state: PyTree[Array] | None = None,
+        *,
+        reset: Bool[Array, " T"] | None = None,
+    ) -> tuple[Float[Array, "T vocab"], PyTree[Array], tuple[dict[str, Array], ...]]:
+        """As `__call__`, and for each mixer of the pattern the statistics of its
+        solves, see [`pararnn.Solution`][], stacked over the repetitions of the pattern;
+        a linear layer has none."""
+        tokens = _check_tokens(tokens, 1)
+        check_reset("LanguageModel", reset, None, tokens.shape[0])
+        state = self.init_state() if state is None else state
+        blocks, static = eqx.partition(self.blocks, eqx.is_array)
+
+        def group(xs, inputs):
+            arrays, states = inputs
+            states, stats = list(states), []
+            for i, block in enumerate(eqx.combine(arrays, static)):
+                xs, states[i], statistics = block.run(xs, states[i], reset)
+                stats.append(statistics)
+            return xs, (tuple(states), tuple(stats))
+
+        if self.rematerialise:
+            group = jax.checkpoint(group)
+        xs = self._embed(tokens)
+        xs, (state, stats) = lax.scan(group, xs, (blocks, state))
+        return self._read_out(xs), state, stats
+
+    def step(
+        self, token: Int[Array, ""], state: PyTree[Array]
+    ) -> tuple[Float[Array, " vocab"], PyTree[Array]]:
+        """One step, for decoding: the numbers of `__call__`, up to rounding.
+
+        **Arguments:** `token`, an integer; `state`, as of `init_state()`.
+
+        **Returns:** `(logits, state)`, `[vocab_size]` in at least float32.
+
+        **Raises:** `ValueError` on a token that is not a single integer.
+        """
+        token = _check_tokens(token, 0)
+        blocks, static = eqx.partition(self.blocks, eqx.is_array)
+
+        def group(x, inputs):
+            arrays, states = inputs
+            states = list(states)
+            for i, block in enumerate(eqx.combine(arrays, static)):
+                x, states[i] = block.step(x, states[i])
+            return x, tuple(states)
+
+        x, state = lax.scan(group, self._embed(token), (blocks, state))
+        return self._read_out(x), state
+
+    def _embed(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T d_model"]:
+        # JAX would clamp a token that is too large, and count a negative one backwards.
+        known = (tokens >= 0) & (tokens < self.vocab_size)
+        return jnp.where(known[..., None], self.embedding[tokens], jnp.nan)
+
+    def _read_out(self, xs: Float[Array, "*T d_model"]) -> Float[Array, "*T vocab"]:
+        weight = self.embedding if self.head is None else self.head
+        xs, wide = normalise(xs, self.norm), jnp.promote_types(xs.dtype, jnp.float32)
+        return jnp.einsum(
+            "...d,vd->...v", xs, weight.astype(xs.dtype), preferred_element_type=wide
+        )
+
+
+def _draw_embedding(key, vocab_size: int, d_model: int, dtype) -> Array:
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return (0.02 * jr.normal(key, (vocab_size, d_model), wide)).astype(dtype)
+
+
+def _check_pattern(mixer: Mixer | Sequence[Mixer], depth: int) -> tuple[Mixer, ...]:
+    pattern = (mixer,) if isinstance(mixer, str) or callable(mixer) else tuple(mixer)
+    if not pattern or depth % len(pattern):
+        raise ValueError(
+            f"LanguageModel: {len(pattern)} mixers cannot take turns in `depth` = "
+            f"{depth} blocks. Give a number of mixers that divides the depth, for "
+            'instance `mixer=("paragru", "deltanet")` with `depth=4`.'
+        )
+    return pattern
+
+
+def _check_tokens(tokens, rank: int) -> Array:
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != rank or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        wanted = "[T]" if rank else "[] (one token)"
+        raise ValueError(
+            f"LanguageModel: tokens have shape {tokens.shape} and dtype "
+            f"{tokens.dtype}, expected integers {wanted}. Likely causes: (a) a batch "
+            "axis; use `jax.vmap` for it, (b) one-hot or embedded tokens, (c) one "
+            "token given to `model(tokens)`, or a sequence to `model.step`."
+        )
+    return tokens
+
+
+def cast(module: PyTree, dtype: DTypeLike) -> PyTree:
+    """The real floating-point leaves of a pytree in another dtype.
+
+    **Arguments:** `module`, any pytree, such as a model; `dtype`, real floating point.
+
+    **Raises:** `ValueError` on a dtype that is not.
+    """
+    dtype = check_dtype("cast", dtype)
+
+    def convert(leaf):
+        real = eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if real else leaf
+
+    return jax.tree.map(convert, module)
