@@ -16,6 +16,14 @@ from .cells import (
     ParaLSTMCell as ParaLSTMCell,
 )
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
+from .models import (
+    CellMixer as CellMixer,
+    LanguageModel as LanguageModel,
+    cast as cast,
+    generate as generate,
+    list_mixers as list_mixers,
+    make_mixer as make_mixer,
+)
 from .scan import (
     AbstractTransition as AbstractTransition,
     BlockDiagonal as BlockDiagonal,

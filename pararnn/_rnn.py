@@ -76,7 +76,7 @@ class RNN(eqx.Module):
         *,
         reset: Bool[Array, " T"] | None = None,
     ) -> tuple[PyTree[Array], PyTree[Array], dict[str, Array]]:
-        """As `__call__`, and the statistics of the solve, see [`pararnn.Solution`][]."""
+        """As `__call__`, and the solve's statistics, see [`pararnn.Solution`][]."""
         steps = count_steps("RNN", xs)
         fresh = self.init_state()
         state = fresh if state is None else state

@@ -7,3 +7,4 @@ from ._mixers import (
     list_mixers as list_mixers,
     make_mixer as make_mixer,
 )
+from ._precision import cast as cast

@@ -53,7 +53,10 @@ class GatedMLP(eqx.Module):
 
 
 class Block(eqx.Module):
-    r"""$u = x + \mathrm{mixer}(\mathrm{norm}(x))$, $y = u + \mathrm{MLP}(\mathrm{norm}(u))$.
+    r"""A mixer and an MLP, each behind a norm and added to its input.
+
+    $$u = x + \mathrm{mixer}(\mathrm{norm}(x)), \qquad
+      y = u + \mathrm{MLP}(\mathrm{norm}(u))$$
 
     The state is the mixer's. Without an `mlp`, $y = u$.
     """

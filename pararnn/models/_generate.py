@@ -52,12 +52,12 @@ def generate(
     `[P]`, a token outside of `model.vocab_size`, or an option outside of its range;
     `FloatingPointError`, at the token, if the logits are not finite.
     """
-    prompt = _check_prompt(model, prompt)
+    read = _check_prompt(model, prompt)
     _check_options(max_tokens, temperature, top_k, top_p)
     check_key("generate", key)
 
     def tokens() -> Iterator[int]:
-        logits, current = _read(model, prompt, state)
+        logits, current = _read(model, read, state)
         for index in range(max_tokens):
             token = _draw(
                 logits, jr.fold_in(key, index), temperature, top_k=top_k, top_p=top_p
@@ -92,13 +92,12 @@ def _step(model, token, state):
 def _read(model, prompt: np.ndarray, state):
     """The logits after a prompt, and the state."""
     state = model.init_state() if state is None else state
-    start, logits = 0, None
-    while start < len(prompt):
-        length = 1 << ((len(prompt) - start).bit_length() - 1)
-        piece = jnp.asarray(prompt[start : start + length])
-        logits, state = _prefill(model, piece, state)
-        start += length
-    return logits, state
+    while True:
+        length = 1 << (len(prompt).bit_length() - 1)
+        logits, state = _prefill(model, jnp.asarray(prompt[:length]), state)
+        prompt = prompt[length:]
+        if not len(prompt):
+            return logits, state
 
 
 @eqx.filter_jit

@@ -1,0 +1,91 @@
+"""The batches that a configuration asks for."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ._config import Config
+from .data import (
+    ByteTokenizer,
+    FileTokenizer,
+    Packed,
+    Tokenizer,
+    Window,
+    find_corpus,
+    make_batches,
+)
+
+
+class Data(NamedTuple):
+    """Training and validation windows of one corpus."""
+
+    tokenizer: Tokenizer
+    training: Packed
+    validation: Packed
+
+    @property
+    def bits_per_nat(self) -> float:
+        """What a mean loss in nats is multiplied by to be in bits per byte."""
+        return 1 / (math.log(2) * self.training.bytes_per_target)
+
+
+def make_tokenizer(config: Config) -> Tokenizer:
+    """Bytes, or the file of the configuration. **Raises:** as `FileTokenizer`."""
+    file = config.data.tokenizer
+    return ByteTokenizer() if file is None else FileTokenizer(file)
+
+
+def open_data(config: Config) -> Data:
+    """Find the corpus and split it by documents.
+
+    **Raises:** as `find_corpus`, `Corpus.split`, `Packed` and `FileTokenizer`.
+    """
+    tokenizer = make_tokenizer(config)
+    corpus = find_corpus(config.data.corpus)
+    parts = corpus.split(config.data.validation, seed=config.seed)
+    training, validation = (
+        Packed(part, tokenizer, config.data.length, seed=config.seed) for part in parts
+    )
+    return Data(tokenizer, training, validation)
+
+
+def training_batches(config: Config, data: Data):
+    """An endless iterator of this host's windows `[microbatches * batch, T]`, whose
+    place can be saved."""
+    size = _on_this_host(config) * config.optimiser.accumulate
+    return iter(make_batches(data.training, size, seed=config.seed, shard=_this_host()))
+
+
+def validation_batches(config: Config, data: Data) -> Iterator[Window]:
+    """The same windows at every call, `[batch, T]`, at most `validation_batches`."""
+    batches = make_batches(
+        data.validation,
+        _on_this_host(config),
+        seed=config.seed,
+        epochs=1,
+        shard=_this_host(),
+    )
+    for _, batch in zip(range(config.data.validation_batches), batches, strict=False):
+        yield batch
+
+
+def in_microbatches(window: Window, count: int) -> dict[str, np.ndarray]:
+    """Leaves `[microbatches, batch, T]`."""
+    return {k: v.reshape(count, -1, v.shape[-1]) for k, v in window.items()}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _this_host() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
+
+
+def _on_this_host(config: Config) -> int:
+    batch, hosts = config.data.batch, jax.process_count()
+    if batch % hosts:
+        raise ValueError(
+            f"Config: `data.batch` = {batch} sequences cannot be shared by {hosts} "
+            "hosts. Choose a multiple."
+        )
+    return batch // hosts

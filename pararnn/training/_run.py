@@ -1,0 +1,191 @@
+"""A run while it is in memory: the loop."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from ._build import abstract_state, new_state
+from ._checkpoints import Checkpoints
+from ._config import Config
+from ._curves import draw_curves
+from ._data import (
+    Data,
+    in_microbatches,
+    open_data,
+    training_batches,
+    validation_batches,
+)
+from ._interrupts import Interrupts
+from ._metrics import MetricLog, read_metrics
+from ._optimiser import make_optimiser
+from ._progress import Progress
+from ._step import TrainState, make_train_step, make_validation
+
+CONFIG = "config.json"
+
+
+class TrainingFailed(RuntimeError):
+    """A run that cannot go on; the message names the last good checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    `step` counts the optimiser's steps so far; `finished` is whether these are all;
+    `signal` names the signal that ended it early; `bits_per_byte` is the last
+    validation's; `checkpoint` the newest checkpoint.
+    """
+
+    step: int
+    finished: bool
+    signal: str | None
+    bits_per_byte: float | None
+    checkpoint: Path | None
+
+
+class Taken(NamedTuple):
+    """A step that is under way or done: what it will say, and how long it took."""
+
+    step: int
+    metrics: dict[str, Array]
+    seconds: float
+
+
+class Run:
+    """The state of a run, its data, and what it writes."""
+
+    def __init__(self, config: Config, folder: Path):
+        self.config, self.folder = config, folder
+        # Before anything is written: most mistakes in a configuration show here.
+        self.data: Data = open_data(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.batches = training_batches(config, self.data)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+        self.step, self.state = self._restore()
+        config.save(folder / CONFIG)
+        self.log = MetricLog(folder, self.step)
+        self.seconds = _seconds_of(read_metrics(folder))
+        self.bits_per_byte: float | None = None
+        optimiser = make_optimiser(config.optimiser, config.steps)
+        self.train_step = make_train_step(optimiser, config.model.precision)
+        self.validate_batch = make_validation(config.model.precision)
+
+    def _restore(self) -> tuple[int, TrainState]:
+        size = self.data.tokenizer.vocab_size
+        step = self.checkpoints.latest()
+        if step is None:
+            make = eqx.filter_jit(lambda: new_state(self.config, size))
+            return 0, make()
+        like = abstract_state(self.config, size)
+        state, place = self.checkpoints.restore(step, like)
+        self.batches.set_state(place)
+        return step, state
+
+    def last_good(self) -> str:
+        """Where to go on from, as a sentence."""
+        step = self.checkpoints.latest()
+        if step is None:
+            return "There is no checkpoint yet."
+        return f"The last good checkpoint is {self.checkpoints.path(step)}."
+
+    def go(self, interrupts: Interrupts, show_progress: bool) -> Outcome:
+        """Train until the last step, or until a signal asks to stop."""
+        with Progress(self.config.steps, self.step, show_progress) as progress:
+            self._loop(interrupts, progress)
+        self.checkpoints.wait()
+        draw_curves(self.folder)
+        newest = self.checkpoints.latest()
+        return Outcome(
+            step=self.step,
+            finished=self.step >= self.config.steps,
+            signal=interrupts.asked,
+            bits_per_byte=self.bits_per_byte,
+            checkpoint=None if newest is None else self.checkpoints.path(newest),
+        )
+
+    def _loop(self, interrupts: Interrupts, progress: Progress) -> None:
+        pending, started = None, time.perf_counter()
+        while self.step < self.config.steps and not interrupts.asked:
+            batch = in_microbatches(
+                next(self.batches), self.config.optimiser.accumulate
+            )
+            self.state, metrics = self.train_step(self.state, batch)
+            self.step += 1
+            validating = self._is_due(self.config.validate_every)
+            saving = validating or self._is_due(self.config.checkpoint_every)
+            # One step behind, so that the next is under way while this is written.
+            if pending is not None:
+                self._record(pending, progress)
+            if saving or interrupts.asked:
+                jax.block_until_ready(metrics)
+            now = time.perf_counter()
+            pending, started = Taken(self.step, metrics, now - started), now
+            if saving or interrupts.asked:
+                self._record(pending, progress)
+                self._save(progress, validate=validating)
+                pending, started = None, time.perf_counter()
+        if pending is not None:
+            # A signal that came after the last look at it.
+            self._record(pending, progress)
+            self._save(progress, validate=False)
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _record(self, taken: Taken, progress: Progress) -> None:
+        """Write the metrics of a step, once it has been taken."""
+        metrics = {name: float(value) for name, value in taken.metrics.items()}
+        if not all(math.isfinite(metrics[k]) for k in ("loss", "gradient_norm")):
+            raise TrainingFailed(
+                f"train: step {taken.step} has a loss of {metrics['loss']} and a "
+                f"gradient of norm {metrics['gradient_norm']}. {self.last_good()} "
+                "Likely causes: (a) the learning rate is too high, or the warm-up too "
+                "short; (b) a cell whose state grows without bound. Lower "
+                "`optimiser.learning_rate`, and call again with `resume`."
+            )
+        data = self.config.data
+        tokens = data.length * data.batch * self.config.optimiser.accumulate
+        self.seconds += taken.seconds
+        values = {
+            "loss": metrics["loss"],
+            "bits_per_byte": metrics["loss"] * self.data.bits_per_nat,
+            **metrics,
+            "tokens_per_second": tokens / taken.seconds,
+            "seconds": self.seconds,
+        }
+        self.log.write(taken.step, values)
+        progress.show_step(taken.step, values)
+
+    def _save(self, progress: Progress, *, validate: bool) -> None:
+        score = self._validate() if validate else None
+        self.checkpoints.save(self.step, self.state, self.batches.get_state(), score)
+        if score is not None:
+            self.bits_per_byte = score
+            self.log.write(self.step, {"validation_bits_per_byte": score})
+            progress.show_validation(self.step, score)
+            draw_curves(self.folder)
+
+    def _validate(self) -> float:
+        losses, counts = [], []
+        for batch in validation_batches(self.config, self.data):
+            loss, count = self.validate_batch(self.state.model, batch)
+            losses.append(loss)
+            counts.append(count)
+        return float(np.sum(losses) / np.sum(counts)) * self.data.bits_per_nat
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.log.close()
+        self.checkpoints.close()
+
+
+def _seconds_of(lines: list[dict[str, Any]]) -> float:
+    return max((line.get("seconds", 0.0) for line in lines), default=0.0)

@@ -1,0 +1,121 @@
+"""One step of training, and a validation: compiled, on batches of windows."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, Int32, PyTree
+
+from ..models import LanguageModel, cast
+
+# Leaves [microbatches, batch, T]; see `Window`.
+Batch = Mapping[str, Array | np.ndarray]
+
+# Metrics of the solves of all blocks, sequences and microbatches: the statistic, and
+# how it is taken together.
+OVER_SOLVES = {
+    "newton_steps": ("num_steps", jnp.max),
+    "mean_newton_steps": ("num_steps", jnp.mean),
+    "residual": ("residual", jnp.max),
+    "sequential": ("sequential", jnp.mean),
+}
+
+
+class TrainState(eqx.Module):
+    """What a step changes: the model, the optimiser's state, and the steps so far."""
+
+    model: LanguageModel
+    optimiser: PyTree
+    step: Int32[Array, ""]
+
+
+def fresh_state(
+    model: LanguageModel, optimiser: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step."""
+    moments = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+    return TrainState(model, moments, jnp.zeros((), jnp.int32))
+
+
+def summed_loss(
+    model: LanguageModel, batch: Batch, precision: DTypeLike
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """The sum of all scored tokens' losses in nats, and statistics of the solves.
+
+    **Arguments:** `batch`, leaves `[batch, T]`: `tokens` and `targets` (integer),
+    `reset` (bool), `weights` (real: 1 for a target that is scored, else 0);
+    `precision`, the dtype of activations and of the parameters they meet.
+    """
+    lower = cast(model, precision)
+
+    def run(tokens, reset):
+        logits, _, stats = lower.run(tokens, reset=reset)
+        return logits, stats
+
+    logits, stats = jax.vmap(run)(batch["tokens"], batch["reset"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    weights = batch["weights"].astype(losses.dtype)
+    return jnp.sum(jnp.where(weights > 0, losses * weights, 0)), _summarise(stats)
+
+
+def _summarise(stats: tuple[dict[str, Array], ...]) -> dict[str, Array]:
+    """Over the solves of all blocks and sequences; nothing if there were none."""
+    solves = [s for s in stats if s]
+    if not solves:
+        return {}
+
+    def gather(name):
+        return jnp.concatenate([jnp.ravel(s[name]).astype(jnp.float32) for s in solves])
+
+    return {name: over(gather(stat)) for name, (stat, over) in OVER_SOLVES.items()}
+
+
+def make_train_step(
+    optimiser: optax.GradientTransformation, precision: DTypeLike
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """A compiled `(state, batch) -> (state, metrics)`; it consumes its arguments.
+
+    The gradient is that of the mean loss over all scored tokens of all microbatches,
+    which are taken one after the other.
+    """
+
+    @eqx.filter_jit(donate="all")
+    def train_step(state: TrainState, batch: Batch):
+        model = state.model
+        value_and_grad = eqx.filter_value_and_grad(summed_loss, has_aux=True)
+        count = jnp.sum(batch["weights"].astype(jnp.float32))
+
+        def accumulate(total, microbatch):
+            (loss, stats), grads = value_and_grad(model, microbatch, precision)
+            return jax.tree.map(jnp.add, total, (loss, grads)), stats
+
+        zeros = jax.tree.map(
+            jnp.zeros_like, (count, eqx.filter(model, eqx.is_inexact_array))
+        )
+        (loss, grads), stats = lax.scan(accumulate, zeros, batch)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        updates, moments = optimiser.update(
+            grads, state.optimiser, eqx.filter(model, eqx.is_inexact_array)
+        )
+        metrics = {"loss": loss / count, "gradient_norm": optax.global_norm(grads)}
+        metrics |= {name: OVER_SOLVES[name][1](value) for name, value in stats.items()}
+        model = eqx.apply_updates(model, updates)
+        return TrainState(model, moments, state.step + 1), metrics
+
+    return train_step
+
+
+def make_validation(precision: DTypeLike) -> Callable[[Any, Batch], tuple]:
+    """A compiled `(model, batch) -> (summed loss, number of scored tokens)`."""
+
+    @eqx.filter_jit
+    def validate(model: LanguageModel, batch: Batch):
+        loss, _ = summed_loss(model, batch, precision)
+        return loss, jnp.sum(batch["weights"].astype(jnp.float32))
+
+    return validate

@@ -1,0 +1,72 @@
+"""Training runs: a folder with the configuration, the checkpoints and the log."""
+
+from pathlib import Path
+
+from ._config import Config, differences
+from ._interrupts import Interrupts
+from ._run import CONFIG, Outcome, Run, TrainingFailed
+
+
+def train(
+    config: Config,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    show_progress: bool = True,
+) -> Outcome:
+    """Train a language model, or go on where a run stopped.
+
+    The folder then holds `config.json`, `checkpoints/`, `metrics.jsonl` (a line for
+    each step: loss in nats, bits per byte, tokens per second, Newton steps, residual,
+    norm of the gradient; and the validations), `curves.png`, and TensorBoard's files
+    where `tensorboardX` is installed. SIGTERM and Ctrl-C end the run after a step and a
+    checkpoint. With `resume` the run goes on from the newest checkpoint bit for bit as
+    if it had not been stopped.
+
+    **Arguments:** `config`; `folder` of the run; `resume`, whether to go on with the
+    run in it, if there is one; `show_progress`, a progress bar on the terminal.
+
+    **Raises:** `FileExistsError` if the folder has a run and `resume` is not asked for;
+    `ValueError` on a configuration that cannot be, or that is another model than the
+    one in the folder, and what the corpus and tokenizer raise; `TrainingFailed` if the
+    loss is not finite, or a file cannot be written.
+    """
+    folder = Path(folder)
+    _check_claim(config, folder, resume)
+    with Interrupts() as interrupts:
+        run = Run(config, folder)
+        try:
+            return run.go(interrupts, show_progress)
+        except OSError as error:
+            raise TrainingFailed(
+                f"train: cannot write to {folder}: {error}. Likely cause: the disk is "
+                f"full or a quota is reached. {run.last_good()} Make room, and call "
+                "again with `resume`."
+            ) from error
+        finally:
+            run.close()
+
+
+def _check_claim(config: Config, folder: Path, resume: bool) -> None:
+    """Refuse a folder that holds another run. Nothing is written yet."""
+    path = folder / CONFIG
+    if path.exists():
+        if not resume:
+            raise FileExistsError(
+                f"train: {folder} holds a run already. Go on with it with `resume`, or "
+                "choose another folder."
+            )
+        changed = differences(Config.load(path), config)
+        fixed = ("model.", "data.tokenizer", "data.length", "data.corpus", "seed")
+        wrong = {k: v for k, v in changed.items() if k.startswith(fixed)}
+        # How a model is computed may change; what it is may not.
+        free = ("model.solver", "model.segments", "model.rematerialise")
+        wrong = {k: v for k, v in wrong.items() if k not in free}
+        if wrong:
+            listed = "; ".join(
+                f"{k}: {old!r} then, {new!r} now" for k, (old, new) in wrong.items()
+            )
+            raise ValueError(
+                f"train: {folder} holds the run of another model or other data: "
+                f"{listed}. Leave these options as they were, or choose another folder."
+            )
