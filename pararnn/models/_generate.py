@@ -15,7 +15,7 @@ from .._parameters import check_key
 
 def generate(
     model: Any,
-    prompt: Int[Array, " P"],
+    prompt: Int[Array, " P"] | Int[np.ndarray, " P"],
     *,
     max_tokens: int,
     temperature: float = 1.0,

@@ -6,7 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int32, PyTree
@@ -14,7 +13,7 @@ from jaxtyping import Array, DTypeLike, Float, Int32, PyTree
 from ..models import LanguageModel, cast
 
 # Leaves [microbatches, batch, T]; see `Window`.
-Batch = Mapping[str, Array | np.ndarray]
+Batch = Mapping[str, Any]
 
 # Metrics of the solves of all blocks, sequences and microbatches: the statistic, and
 # how it is taken together.
