@@ -1,0 +1,158 @@
+"""The tokens of every document: bytes as they are, others encoded once and kept."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ._corpus import Corpus
+from ._tokenizer import ByteTokenizer, Tokenizer
+
+# A document is encoded in pieces of at least this many bytes, so that one of any size
+# fits in memory. Part of the key of the cache, as a cut may change the tokens at it.
+PIECE = 1 << 24
+
+
+class Encoded(Protocol):
+    """Tokens by document: how many, int64 `[documents]`, and any stretch of them."""
+
+    lengths: np.ndarray
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray: ...
+
+
+class Bytes:
+    """A byte is a token: nothing to encode, and nothing to keep."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+        self.lengths = corpus.sizes
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        return np.frombuffer(self.corpus.read(document, start, stop), np.uint8)
+
+
+class Kept:
+    """Tokens in a folder: `tokens.npy`, mapped, and `lengths.npy`."""
+
+    def __init__(self, folder: Path):
+        self.lengths = np.load(folder / "lengths.npy")
+        self.ends = np.cumsum(self.lengths)
+        # Mapped safely: these files are written before they get their name, and never
+        # after.
+        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        if self.tokens.shape != (self.lengths.sum(),):
+            raise ValueError(
+                f"Packed: the encoded documents kept in {str(folder)!r} are damaged "
+                f"({self.lengths.sum()} tokens expected, {self.tokens.shape} found). "
+                "Delete the folder; they are then encoded again."
+            )
+
+    def read(self, document: int, start: int, stop: int) -> np.ndarray:
+        base = int(self.ends[document] - self.lengths[document])
+        return self.tokens[base + start : base + stop]
+
+
+def encode_corpus(
+    corpus: Corpus, tokenizer: Tokenizer, cache: str | os.PathLike[str] | None
+) -> Encoded:
+    """The tokens of a corpus, from the cache if they are there."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return Bytes(corpus)
+    parent = Path(cache).expanduser() if cache is not None else _default_cache()
+    folder = parent / _key(corpus, tokenizer)
+    if not folder.exists():
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            made = Path(temporary, "made")
+            made.mkdir()
+            _write(made, corpus, tokenizer)
+            try:
+                os.rename(made, folder)
+            except OSError:
+                # Another process was faster, and wrote the same.
+                if not folder.exists():
+                    raise
+    return Kept(folder)
+
+
+def _default_cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "pararnn" / "tokens"
+
+
+def _key(corpus: Corpus, tokenizer: Tokenizer) -> str:
+    root = os.path.abspath(corpus.root)
+    changed = [os.stat(os.path.join(root, name)).st_mtime_ns for name in corpus.names]
+    identity = [tokenizer.identity, PIECE, root, corpus.identity, changed]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    lengths = np.zeros(len(corpus), np.int64)
+    broken = []
+    with open(folder / "tokens.npy", "wb") as file:
+        _write_header(file, dtype, 0)
+        for document, name in enumerate(corpus.names):
+            for data in _pieces(corpus, document):
+                text = data.decode("utf-8", "replace")
+                if text.encode("utf-8") != data:
+                    broken.append(name)
+                tokens = tokenizer.encode(text)
+                _check_tokens(tokens, tokenizer, name)
+                lengths[document] += len(tokens)
+                file.write(tokens.astype(dtype).tobytes())
+        # NumPy leaves room in the header for a longer shape.
+        file.seek(0)
+        _write_header(file, dtype, int(lengths.sum()))
+    np.save(folder / "lengths.npy", lengths)
+    if broken:
+        warnings.warn(
+            f"Packed: {len(set(broken))} documents are no UTF-8 throughout, "
+            f"{broken[0]!r} for instance; bytes that are not became U+FFFD, since the "
+            "tokenizer is one of text. ByteTokenizer takes any bytes.",
+            stacklevel=4,
+        )
+
+
+def _write_header(file, dtype: np.dtype, length: int) -> None:
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _pieces(corpus: Corpus, document: int) -> Iterator[bytes]:
+    """A document of text, cut at ends of lines where it is long."""
+    size, start, rest = int(corpus.sizes[document]), 0, b""
+    while start < size:
+        stop = min(start + PIECE, size)
+        data = rest + corpus.read(document, start, stop)
+        # Never within a character: without a line's end, before the last lead byte.
+        end = data.rfind(b"\n") + 1 or _last_lead(data)
+        if stop == size:
+            end = len(data)
+        yield data[:end]
+        start, rest = stop, data[end:]
+
+
+def _last_lead(data: bytes) -> int:
+    """Where the last character of UTF-8 starts."""
+    for back in range(1, min(len(data), 4) + 1):
+        if data[-back] & 0xC0 != 0x80:
+            return len(data) - back
+    return len(data)
+
+
+def _check_tokens(tokens: np.ndarray, tokenizer: Tokenizer, name: str) -> None:
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        raise ValueError(
+            f"Packed: `tokenizer.encode` gave tokens from {tokens.min()} to "
+            f"{tokens.max()} for {name!r}, but its `vocab_size` is "
+            f"{tokenizer.vocab_size}."
+        )

@@ -1,0 +1,211 @@
+"""Text to integers and back: bytes, or the file of a trained tokenizer."""
+
+import hashlib
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+# How published tokenizers call the token in front of a document.
+BEGINS = (
+    "<|begin_of_text|>",
+    "<|endoftext|>",
+    "<s>",
+    "<bos>",
+    "[BOS]",
+    "[CLS]",
+)
+
+
+class Tokenizer(Protocol):
+    """What the pipeline asks of a tokenizer; nothing need be subclassed.
+
+    - `vocab_size`: tokens are below it.
+    - `begin`: the token put in front of every document.
+    - `identity`: a string that differs wherever `encode` differs. It names the file of
+        encoded documents, and checkpoints are compared by it.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def begin(self) -> int: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def encode(self, text: str | bytes) -> Int32[np.ndarray, " n"]:
+        """The tokens of a text, without `begin`."""
+        ...
+
+    def decode(self, tokens: Sequence[int] | Int32[np.ndarray, " n"]) -> str:
+        """The text of tokens; broken UTF-8 becomes U+FFFD."""
+        ...
+
+
+class ByteTokenizer:
+    """Every byte is a token, and 256 begins a document: 257 tokens in all.
+
+    Nothing is lost: any file of any encoding is a sequence of these.
+    """
+
+    vocab_size = 257
+    begin = 256
+    identity = "bytes"
+
+    def encode(self, text: str | bytes) -> Int32[np.ndarray, " n"]:
+        """The bytes of `text`, UTF-8 of a string, as int32 `[n]`.
+
+        **Raises:** `TypeError` if `text` is neither a string nor bytes.
+        """
+        data = _as_bytes("ByteTokenizer.encode", text)
+        return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def decode(self, tokens: Sequence[int] | Int32[np.ndarray, " n"]) -> str:
+        """The text of tokens `[n]`.
+
+        Begin tokens have no text. Bytes that are no UTF-8, as where a sequence is cut
+        within a character, become U+FFFD; [`stream_text`][pararnn.training.stream_text]
+        waits for the rest of the character.
+
+        **Raises:** `TypeError`, `ValueError` if a token is not an integer in [0, 256].
+        """
+        array = _as_tokens("ByteTokenizer.decode", tokens, self.vocab_size)
+        return array[array < 256].astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+
+class FileTokenizer:
+    """A tokenizer of Hugging Face's `tokenizers`, from its `tokenizer.json`.
+
+    Text that spells a special token is encoded as text, so that no document can forge
+    one; truncation and padding that the file asks for are off. `decode(encode(text))`
+    is the text if the tokenizer is byte-level; one that normalises (lower case, ...)
+    loses what it normalises.
+
+    **Arguments:**
+
+    - `path`: the file; `~` is expanded.
+    - `begin`: the token to put in front of documents, for instance `"<s>"`; if not
+        given, the first of the usual names that the file knows.
+
+    **Raises:** `ImportError` without the package `tokenizers`; `FileNotFoundError`;
+    `ValueError` if the file is no tokenizer, or no begin token is found.
+    """
+
+    vocab_size: int
+    begin: int
+    identity: str
+
+    def __init__(self, path: str | os.PathLike[str], *, begin: str | None = None):
+        self._tokenizer = _load(path)
+        # Set in many published files, where they would cut documents silently.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        # Not the number of tokens: published vocabularies have gaps.
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.begin = _find_begin(vocabulary, self._tokenizer, path, begin)
+        content = f"{self.begin} {self._tokenizer.to_str()}".encode()
+        self.identity = f"tokenizers {hashlib.sha256(content).hexdigest()}"
+
+    def encode(self, text: str | bytes) -> Int32[np.ndarray, " n"]:
+        """The tokens of `text`, as int32 `[n]`.
+
+        **Raises:** `TypeError` if `text` is neither a string nor bytes, `ValueError`
+        if it is bytes that are not UTF-8.
+        """
+        if not isinstance(text, str):
+            text = _as_text(_as_bytes("FileTokenizer.encode", text))
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return np.asarray(ids, np.int32)
+
+    def decode(self, tokens: Sequence[int] | Int32[np.ndarray, " n"]) -> str:
+        """The text of tokens `[n]`, of which special ones have none.
+
+        **Raises:** `TypeError`, `ValueError` if a token is not an integer in
+        [0, vocab_size).
+        """
+        array = _as_tokens("FileTokenizer.decode", tokens, self.vocab_size)
+        return self._tokenizer.decode(array.tolist(), skip_special_tokens=True)
+
+
+def _load(path: str | os.PathLike[str]) -> Any:
+    try:
+        tokenizers = importlib.import_module("tokenizers")
+    except ImportError as error:
+        raise ImportError(
+            "FileTokenizer reads its file with Hugging Face's tokenizers, which could "
+            f"not be imported ({error}): `pip install tokenizers`. ByteTokenizer needs "
+            "no package."
+        ) from error
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"FileTokenizer: there is no file {str(file)!r} (looked for from "
+            f"{os.getcwd()!r}). Expected the `tokenizer.json` that a `tokenizers` "
+            "tokenizer saves; likely cause: the folder was given."
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises `Exception` itself
+        raise ValueError(
+            f"FileTokenizer: {str(file)!r} could not be read as a tokenizer: {error}. "
+            "Likely causes: (a) it is another file of the model (vocab.json, "
+            "tokenizer_config.json, a SentencePiece .model): give `tokenizer.json`; "
+            "(b) it was written by a newer version: `pip install -U tokenizers`."
+        ) from error
+
+
+def _find_begin(vocabulary: dict[str, int], tokenizer, path, begin: str | None) -> int:
+    for name in BEGINS if begin is None else (begin,):
+        if name in vocabulary:
+            return vocabulary[name]
+    added = tokenizer.get_added_tokens_decoder().values()
+    special = sorted(token.content for token in added if token.special)
+    looked = "none of " + ", ".join(BEGINS) if begin is None else f"not {begin!r}"
+    raise ValueError(
+        f"FileTokenizer: {os.fspath(path)!r} has no token to begin documents with: it "
+        f"knows {looked}. Its special tokens are {special}; pass one as `begin=`."
+    )
+
+
+def _as_bytes(where: str, text: str | bytes) -> bytes:
+    if isinstance(text, str):
+        return text.encode("utf-8")
+    if isinstance(text, bytes | bytearray | memoryview):
+        return bytes(text)
+    raise TypeError(f"{where}: `text` is {text!r:.80}, expected a string or bytes.")
+
+
+def _as_text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"FileTokenizer.encode: the bytes are not UTF-8: {error}. Decode them by "
+            "their own encoding first, or use ByteTokenizer, which takes any bytes."
+        ) from error
+
+
+def _as_tokens(where: str, tokens, vocab_size: int) -> np.ndarray:
+    array = np.asarray(tokens)
+    if array.size == 0:
+        return np.zeros(0, np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(
+            f"{where}: `tokens` is {array.dtype}{list(array.shape)}, expected integers "
+            "[n]. Decode the sequences of a batch one by one."
+        )
+    if array.min() < 0 or array.max() >= vocab_size:
+        raise ValueError(
+            f"{where}: tokens from {array.min()} to {array.max()}, but the vocabulary "
+            f"is 0 to {vocab_size - 1}. Likely causes: (a) the model's output is "
+            "padded to a larger vocabulary; (b) the tokens are of another tokenizer."
+        )
+    return array
