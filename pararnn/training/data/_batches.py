@@ -9,6 +9,9 @@ from ._checks import check_count
 from ._grain import grain
 from ._packed import Packed, Window
 
+# Windows that no run ever reads, and that a float still counts exactly.
+ENDLESS = 2**52
+
 
 def make_batches(
     packed: Packed,
@@ -68,6 +71,9 @@ def make_batches(
     windows = grain.MapDataset.source(_Divisible(packed, count))[index::count]
     if shuffle:
         windows = windows.shuffle(seed=seed)
+    # Grain repeats without end as `sys.maxsize` windows; batches of one window are then
+    # too many for Python's `len` (an OverflowError in grain 0.2.18).
+    epochs = epochs or ENDLESS // len(windows)
     # Repeated before it is batched, so that no epoch ends in a part of a batch.
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     batches = windows.repeat(epochs).batch(batch_size, batch_fn=pad)
