@@ -253,9 +253,16 @@ def test_a_damaged_cache_is_refused(corpus, tmp_path):
 
 def test_a_tokenizer_that_leaves_its_vocabulary_is_refused(corpus, tmp_path):
     small = Counting()
-    small.vocab_size = 100
+    small.vocab_size, small.begin = 100, 99
     with pytest.raises(ValueError, match=r"tokens from .* to .*vocab_size. is 100"):
         Packed(corpus, small, 4, cache=tmp_path)
+
+
+def test_a_begin_token_outside_of_the_vocabulary_is_refused(corpus, tmp_path):
+    outside = Counting()
+    outside.begin = outside.vocab_size
+    with pytest.raises(ValueError, match="leaves out the special tokens"):
+        Packed(corpus, outside, 4, cache=tmp_path)
 
 
 def no_begin(path):

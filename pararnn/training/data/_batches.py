@@ -30,7 +30,7 @@ def make_batches(
     [`Window`][pararnn.training.Window] of arrays `[batch_size, T]`,
     `iterator.get_state()` its place, for JSON, and `iterator.set_state(state)` goes
     there, so that the batches from there on are bit for bit those that would have come.
-    Orbax saves and restores such an iterator by itself.
+    `grain.checkpoint.CheckpointHandler` lets Orbax save and restore such an iterator.
 
     Every epoch has each window once, in an order of its own. All batches have the same
     shape: what the last one of finitely many epochs lacks is filled with zeros, of
@@ -62,11 +62,11 @@ def make_batches(
             "`Packed(corpus, tokenizer, length)`."
         )
     check_count("make_batches", "batch_size", batch_size, 1)
-    check_count("make_batches", "seed", seed, 0)
     check_count("make_batches", "threads", threads, 0)
     check_count("make_batches", "prefetch", prefetch, 0)
     if epochs is not None:
         check_count("make_batches", "epochs", epochs, 1)
+    _check_seed(seed)
     index, count = _check_shard(shard)
     windows = grain.MapDataset.source(_Divisible(packed, count))[index::count]
     if shuffle:
@@ -89,6 +89,14 @@ def make_batches(
         "hosts": count,
     }
     return _Identified(batches.to_iter_dataset(options), identity)
+
+
+def _check_seed(seed: int) -> None:
+    if check_count("make_batches", "seed", seed, 0) >= 2**32:
+        raise ValueError(
+            f"make_batches: `seed` is {seed}, expected less than 2**32: grain draws "
+            "the order of windows from 32 bits."
+        )
 
 
 def _check_shard(shard: tuple[int, int]) -> tuple[int, int]:
