@@ -134,9 +134,9 @@ def test_gradient_reaches_every_parameter(option):
 def test_mixed_precision(name):
     model, tokens = make(name, dtype="float32"), some_tokens()
     lower = pararnn.cast(model, "bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves(eqx.filter(lower, eqx.is_array))} == {
-        jnp.dtype("bfloat16")
-    }
+    assert {
+        leaf.dtype for leaf in jax.tree.leaves(eqx.filter(lower, eqx.is_array))
+    } == {jnp.dtype("bfloat16")}
     (logits, state), (wanted, _) = run(lower, tokens), run(model, tokens)
     assert logits.dtype == wanted.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
@@ -164,9 +164,7 @@ def test_every_mixer_fits_a_block(name):
     model = eqx.filter_eval_shape(
         lambda: pararnn.LanguageModel(VOCAB, D, 1, mixer=name, key=jr.key(0))
     )
-    logits, state = eqx.filter_eval_shape(
-        lambda model: model(some_tokens()), model
-    )
+    logits, state = eqx.filter_eval_shape(lambda model: model(some_tokens()), model)
     assert logits.shape == (T, VOCAB)
     shapes = jax.tree.map(lambda leaf: leaf.shape, state)
     fresh = eqx.filter_eval_shape(lambda model: model.init_state(), model)
@@ -178,7 +176,10 @@ def test_every_mixer_fits_a_block(name):
     [
         ("gru", ("gru", {})),
         ("gru:heads=4", ("gru", {"heads": 4})),
-        ("lru:r_min=0.9:eigenvalues=signed", ("lru", {"r_min": 0.9, "eigenvalues": "signed"})),
+        (
+            "lru:r_min=0.9:eigenvalues=signed",
+            ("lru", {"r_min": 0.9, "eigenvalues": "signed"}),
+        ),
     ],
 )
 def test_options_of_a_mixer(text, wanted):

@@ -1,4 +1,4 @@
-"""Training of language models: data, steps, checkpoints, runs."""
+"""Training language models; needs `pip install 'pararnn[train]'`."""
 
 from ._config import (
     Config as Config,

@@ -26,10 +26,10 @@ class Data(NamedTuple):
     training: Packed
     validation: Packed
 
-    @property
-    def bits_per_nat(self) -> float:
-        """What a mean loss in nats is multiplied by to be in bits per byte."""
-        return 1 / (math.log(2) * self.training.bytes_per_target)
+
+def bits_per_nat(packed: Packed) -> float:
+    """What a mean loss in nats is multiplied by to be in bits per byte."""
+    return 1 / (math.log(2) * packed.bytes_per_target)
 
 
 def make_tokenizer(config: Config) -> Tokenizer:

@@ -17,6 +17,7 @@ from ._config import Config
 from ._curves import draw_curves
 from ._data import (
     Data,
+    bits_per_nat,
     in_microbatches,
     open_data,
     training_batches,
@@ -156,7 +157,7 @@ class Run:
         self.seconds += taken.seconds
         values = {
             "loss": metrics["loss"],
-            "bits_per_byte": metrics["loss"] * self.data.bits_per_nat,
+            "bits_per_byte": metrics["loss"] * bits_per_nat(self.data.training),
             **metrics,
             "tokens_per_second": tokens / taken.seconds,
             "seconds": self.seconds,
@@ -179,7 +180,9 @@ class Run:
             loss, count = self.validate_batch(self.state.model, batch)
             losses.append(loss)
             counts.append(count)
-        return float(np.sum(losses) / np.sum(counts)) * self.data.bits_per_nat
+        return float(np.sum(losses) / np.sum(counts)) * bits_per_nat(
+            self.data.validation
+        )
 
     def close(self) -> None:
         """Let go of the files."""

@@ -9,6 +9,9 @@ from ._checks import check_count
 from ._grain import grain
 from ._packed import Packed, Window
 
+# Windows that no run ever reads, and that a float still counts exactly.
+ENDLESS = 2**52
+
 
 def make_batches(
     packed: Packed,
@@ -27,7 +30,7 @@ def make_batches(
     [`Window`][pararnn.training.Window] of arrays `[batch_size, T]`,
     `iterator.get_state()` its place, for JSON, and `iterator.set_state(state)` goes
     there, so that the batches from there on are bit for bit those that would have come.
-    Orbax saves and restores such an iterator by itself.
+    `grain.checkpoint.CheckpointHandler` lets Orbax save and restore such an iterator.
 
     Every epoch has each window once, in an order of its own. All batches have the same
     shape: what the last one of finitely many epochs lacks is filled with zeros, of
@@ -59,15 +62,18 @@ def make_batches(
             "`Packed(corpus, tokenizer, length)`."
         )
     check_count("make_batches", "batch_size", batch_size, 1)
-    check_count("make_batches", "seed", seed, 0)
     check_count("make_batches", "threads", threads, 0)
     check_count("make_batches", "prefetch", prefetch, 0)
     if epochs is not None:
         check_count("make_batches", "epochs", epochs, 1)
+    _check_seed(seed)
     index, count = _check_shard(shard)
     windows = grain.MapDataset.source(_Divisible(packed, count))[index::count]
     if shuffle:
         windows = windows.shuffle(seed=seed)
+    # Grain repeats without end as `sys.maxsize` windows; batches of one window are then
+    # too many for Python's `len` (an OverflowError in grain 0.2.18).
+    epochs = epochs or ENDLESS // len(windows)
     # Repeated before it is batched, so that no epoch ends in a part of a batch.
     pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
     batches = windows.repeat(epochs).batch(batch_size, batch_fn=pad)
@@ -83,6 +89,14 @@ def make_batches(
         "hosts": count,
     }
     return _Identified(batches.to_iter_dataset(options), identity)
+
+
+def _check_seed(seed: int) -> None:
+    if check_count("make_batches", "seed", seed, 0) >= 2**32:
+        raise ValueError(
+            f"make_batches: `seed` is {seed}, expected less than 2**32: grain draws "
+            "the order of windows from 32 bits."
+        )
 
 
 def _check_shard(shard: tuple[int, int]) -> tuple[int, int]:

@@ -92,11 +92,6 @@ def ngram_bits_per_byte(
         targets[:, 0] = False
         bits -= float(np.log2(probability[targets]).sum())
         scored += int(targets.sum())
-    if not scored:
-        raise ValueError(
-            "ngram_bits_per_byte: no target of `validation` is scored: all are begin "
-            "tokens. Likely cause: documents of one byte, and `length=1`."
-        )
     return bits / scored
 
 

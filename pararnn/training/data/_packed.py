@@ -182,3 +182,9 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
             f"(missing: {', '.join(missing) or 'the call of the class'}). Expected "
             "`ByteTokenizer()`, `FileTokenizer(path)` or one of your own."
         )
+    if not 0 <= tokenizer.begin < tokenizer.vocab_size:
+        raise ValueError(
+            f"Packed: the tokenizer begins documents with token {tokenizer.begin}, but "
+            f"its `vocab_size` is {tokenizer.vocab_size}. Likely cause: `vocab_size` "
+            "leaves out the special tokens."
+        )

@@ -25,19 +25,18 @@ class Stream:
         tokens = np.empty(stop - start, np.int32)
         begins = np.zeros(stop - start, bool)
         place = int(np.searchsorted(self.starts, start, side="right")) - 1
-        while start < stop:
+        at = start
+        while at < stop:
             base, end = int(self.starts[place]), int(self.starts[place + 1])
-            if start == base:
-                begins[-(stop - start)] = True
-                tokens[-(stop - start)] = self.begin
-                start += 1
-            count = min(end, stop) - start
-            if count:
-                first = start - base - 1
-                # Counted from the end, which stays where it is.
-                there = len(tokens) - (stop - start)
-                tokens[there : there + count] = self.encoded.read(
-                    int(self.order[place]), first, first + count
-                )
-            start, place = start + count, place + 1
+            if at == base:
+                tokens[at - start], begins[at - start] = self.begin, True
+                at += 1
+            end = min(end, stop)
+            # Behind the begin token, which is none of the document's own.
+            first = base + 1
+            if at < end:
+                document = int(self.order[place])
+                found = self.encoded.read(document, at - first, end - first)
+                tokens[at - start : end - start] = found
+            at, place = end, place + 1
         return tokens, begins
