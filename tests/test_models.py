@@ -1,5 +1,7 @@
 """Language models and mixers: the equations, the protocol, and text from them."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ MODELS = {
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
+@functools.cache
 def make(name, **options):
     mixer, depth = MODELS[name]
     return pararnn.LanguageModel(
@@ -130,7 +133,7 @@ def test_gradient_reaches_every_parameter(option):
         assert_close(jax.tree.leaves(grads), jax.tree.leaves(gradient(make("hybrid"))))
 
 
-@each_model
+@pytest.mark.parametrize("name", ["paragru", "hybrid"])
 def test_mixed_precision(name):
     model, tokens = make(name, dtype="float32"), some_tokens()
     lower = pararnn.cast(model, "bfloat16")
@@ -140,9 +143,9 @@ def test_mixed_precision(name):
     (logits, state), (wanted, _) = run(lower, tokens), run(model, tokens)
     assert logits.dtype == wanted.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
-    # Eight bits of each activation: a few parts in a hundred of the largest logit.
-    assert np.max(np.abs(logits - wanted)) < 0.05 * np.max(np.abs(wanted))
-    assert np.max(np.abs(logits - wanted)) > 0
+    # Activations have eight bits: some parts in a hundred after a few layers.
+    error = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
+    assert 1e-4 < error < 0.05
 
 
 def test_depth_does_not_lengthen_the_program():
@@ -150,13 +153,13 @@ def test_depth_does_not_lengthen_the_program():
         model = pararnn.LanguageModel(VOCAB, D, depth, key=jr.key(0))
         return len(str(eqx.filter_make_jaxpr(model)(some_tokens())[0]))
 
-    assert size(8) < 1.1 * size(2)
+    assert size(4) < 1.1 * size(1)
 
 
-def test_an_unknown_token_is_not_taken_for_another():
-    logits, _ = run(make("paragru"), some_tokens().at[4].set(VOCAB))
-    assert np.all(np.isfinite(logits[:4]))
-    assert np.all(np.isnan(logits[4:]))
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_an_unknown_token_is_not_taken_for_another(token):
+    with pytest.raises(Exception, match=r"a token is not in \[0, vocab_size\)"):
+        run(make("mamba2"), some_tokens().at[4].set(token))
 
 
 @pytest.mark.parametrize("name", pararnn.list_mixers())
@@ -229,14 +232,12 @@ def sample(model, prompt, key=0, **options):
     return list(pararnn.generate(model, prompt, key=jr.key(key), **options))
 
 
-@pytest.mark.parametrize("length", [1, 2, 7])
-def test_the_likeliest_tokens(length):
-    model, tokens = make("hybrid"), some_tokens(length=length)
+def test_the_likeliest_tokens():
+    model, tokens = make("paragru"), np.asarray(some_tokens(length=7))
     drawn = sample(model, tokens, temperature=0)
     for _ in range(6):
-        logits, _ = model(tokens)
-        tokens = jnp.append(tokens, jnp.argmax(logits[-1]))
-    assert drawn == list(map(int, tokens[length:]))
+        tokens = np.append(tokens, np.argmax(numpy_model(model, tokens)[-1]))
+    assert drawn == list(map(int, tokens[7:]))
 
 
 def test_a_key_decides():

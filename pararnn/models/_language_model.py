@@ -10,7 +10,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
-from .._parameters import check_dtype, check_key, check_size
+from .._parameters import check_dtype, check_key, check_size, wide_dtype
 from ..scan import check_reset
 from ..solver import Auto, Solver
 from ._block import Block, normalise
@@ -138,8 +138,8 @@ class LanguageModel(eqx.Module):
         **Returns:** `(logits, state)`, `[T, vocab_size]` in at least float32.
 
         **Raises:** `ValueError`, `TypeError` on tokens that are not integers `[T]` or a
-        `reset` that does not fit, and what the mixers raise. A token outside of the
-        vocabulary gives NaN logits from there to the end of the document.
+        `reset` that does not fit, and what the mixers raise; a runtime error on a
+        token outside of the vocabulary.
         """
         logits, state, _ = self.run(tokens, state, reset=reset)
         return logits, state
@@ -199,20 +199,26 @@ class LanguageModel(eqx.Module):
 
     def _embed(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T d_model"]:
         # JAX would clamp a token that is too large, and count a negative one backwards.
-        known = (tokens >= 0) & (tokens < self.vocab_size)
-        return jnp.where(known[..., None], self.embedding[tokens], jnp.nan)
+        tokens = eqx.error_if(
+            tokens,
+            jnp.any((tokens < 0) | (tokens >= self.vocab_size)),
+            "LanguageModel: a token is not in [0, vocab_size). Likely causes: (a) "
+            "another tokeniser than the model was made for, (b) a `vocab_size` without "
+            "the special tokens.",
+        )
+        return self.embedding[tokens]
 
     def _read_out(self, xs: Float[Array, "*T d_model"]) -> Float[Array, "*T vocab"]:
         weight = self.embedding if self.head is None else self.head
-        xs, wide = normalise(xs, self.norm), jnp.promote_types(xs.dtype, jnp.float32)
+        xs, wide = normalise(xs, self.norm), wide_dtype(xs.dtype)
         return jnp.einsum(
             "...d,vd->...v", xs, weight.astype(xs.dtype), preferred_element_type=wide
         )
 
 
 def _draw_embedding(key, vocab_size: int, d_model: int, dtype) -> Array:
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return (0.02 * jr.normal(key, (vocab_size, d_model), wide)).astype(dtype)
+    draw = jr.normal(key, (vocab_size, d_model), wide_dtype(dtype))
+    return (0.02 * draw).astype(dtype)
 
 
 def _check_pattern(mixer: Mixer | Sequence[Mixer], depth: int) -> tuple[Mixer, ...]:

@@ -53,6 +53,6 @@ def decays(parameters: PyTree) -> PyTree[bool]:
             return False
         names = [key.name for key in path if isinstance(key, jtu.GetAttrKey)]
         stacked = "blocks" in names
-        return leaf.ndim - stacked >= 2 and names[-1] not in ("embedding", "head")
+        return leaf.ndim - stacked >= 2 and not {"embedding", "head"} & set(names)
 
     return jax.tree_util.tree_map_with_path(one, parameters)

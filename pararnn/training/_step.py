@@ -98,9 +98,11 @@ def make_train_step(
         )
         (loss, grads), stats = lax.scan(accumulate, zeros, batch)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        updates, moments = optimiser.update(
-            grads, state.optimiser, eqx.filter(model, eqx.is_inexact_array)
-        )
+        # optax relies on implicit promotion, which may be an error elsewhere.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = optimiser.update(
+                grads, state.optimiser, eqx.filter(model, eqx.is_inexact_array)
+            )
         metrics = {"loss": loss / count, "gradient_norm": optax.global_norm(grads)}
         metrics |= {name: OVER_SOLVES[name][1](value) for name, value in stats.items()}
         model = eqx.apply_updates(model, updates)
