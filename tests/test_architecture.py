@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "pararnn.training.data",
         "pararnn.models",
         "pararnn.solver",
+        "pararnn._parameters",
     },
 }
 # What a layer may import beside the dependencies of every installation.

@@ -85,10 +85,8 @@ def test_microbatches_are_one_batch():
     batch, states, losses = some_batch(1, 4), [], []
     for count in (1, 2, 4):
         cut = {k: jnp.asarray(v.reshape(count, -1, T)) for k, v in batch.items()}
-        model = jax.tree.map(
-            lambda x: x.copy() if eqx.is_array(x) else x, small_model()
-        )
-        state, metrics = step(fresh_state(model, optimiser), cut)
+        state = jax.tree.map(copy_array, fresh_state(small_model(), optimiser))
+        state, metrics = step(state, cut)
         states.append(jax.tree.leaves(eqx.filter(state.model, eqx.is_array)))
         losses.append(metrics["loss"])
     np.testing.assert_allclose(losses, losses[0], rtol=1e-12)
@@ -167,10 +165,8 @@ def go(config, folder, **options):
 
 def curve(folder):
     """What a run logged and that is the same whenever it is run."""
-    return [
-        {k: v for k, v in line.items() if k not in TIMES}
-        for line in read_metrics(folder)
-    ]
+    lines = read_metrics(folder)
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 @pytest.fixture(scope="module")

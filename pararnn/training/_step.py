@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int32, PyTree
 
+from .._parameters import wide_dtype
 from ..models import LanguageModel, cast
 
 # Leaves [microbatches, batch, T]; see `Window`.
@@ -87,7 +88,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch):
         model = state.model
         value_and_grad = eqx.filter_value_and_grad(summed_loss, has_aux=True)
-        count = jnp.sum(batch["weights"].astype(jnp.float32))
+        count = jnp.sum(batch["weights"].astype(wide_dtype(precision)))
 
         def accumulate(total, microbatch):
             (loss, stats), grads = value_and_grad(model, microbatch, precision)
@@ -103,7 +104,7 @@ def make_train_step(
             updates, moments = optimiser.update(
                 grads, state.optimiser, eqx.filter(model, eqx.is_inexact_array)
             )
-        metrics = {"loss": loss / count, "gradient_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss / count, "gradient_norm": optax.tree.norm(grads)}
         metrics |= {name: OVER_SOLVES[name][1](value) for name, value in stats.items()}
         model = eqx.apply_updates(model, updates)
         return TrainState(model, moments, state.step + 1), metrics
