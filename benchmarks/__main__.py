@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from . import (
     accuracy,
     adjoint,
+    interruptions,
+    language,
     layers,
     linear_scan,
     methods,
@@ -38,6 +40,8 @@ GROUPS: dict[str, Group] = {
     "accuracy": accuracy,
     "reliability": reliability,
     "layers": layers,
+    "language": language,
+    "interruptions": interruptions,
 }
 FOLDER = Path(__file__).parent / "results"
 

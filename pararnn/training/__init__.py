@@ -8,6 +8,7 @@ from ._config import (
     OptimiserConfig as OptimiserConfig,
 )
 from ._curves import draw_curves as draw_curves
+from ._evaluate import evaluate as evaluate
 from ._load import load_model as load_model
 from ._metrics import read_metrics as read_metrics
 from ._run import Outcome as Outcome, TrainingFailed as TrainingFailed

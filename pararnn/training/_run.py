@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import numpy as np
 from jaxtyping import Array
 
 from ._build import abstract_state, new_state
@@ -23,6 +22,7 @@ from ._data import (
     training_batches,
     validation_batches,
 )
+from ._evaluate import bits_per_byte
 from ._interrupts import Interrupts
 from ._metrics import MetricLog, read_metrics
 from ._optimiser import make_optimiser
@@ -175,13 +175,9 @@ class Run:
             draw_curves(self.folder)
 
     def _validate(self) -> float:
-        losses, counts = [], []
-        for batch in validation_batches(self.config, self.data):
-            loss, count = self.validate_batch(self.state.model, batch)
-            losses.append(loss)
-            counts.append(count)
-        return float(np.sum(losses) / np.sum(counts)) * bits_per_nat(
-            self.data.validation
+        batches = validation_batches(self.config, self.data)
+        return bits_per_byte(
+            self.validate_batch, self.state.model, batches, self.data.validation
         )
 
     def close(self) -> None:

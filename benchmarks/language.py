@@ -1,0 +1,173 @@
+"""Language models of about a million parameters on the standard library's source."""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from pararnn.training import (
+    ByteTokenizer,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimiserConfig,
+    Packed,
+    evaluate,
+    find_corpus,
+    load_model,
+    ngram_bits_per_byte,
+    read_metrics,
+    train,
+)
+from pararnn.training._data import in_microbatches
+from pararnn.training._run import Run
+
+from ._case import Case, Settings
+
+TABLES = {
+    "language": "Two blocks of width 192 (mixer and MLP, byte tokens), windows of 4096 "
+    "bytes of the standard library's source, 2 a step, float32, seed 0. Bits per byte: "
+    "of the last checkpoint on all validation documents. Newton steps: the most over "
+    "all solves of all training steps. Minutes: of the training loop.",
+    "n-grams": "What counting achieves on the same windows: interpolated n-grams "
+    "(Witten-Bell) of the training documents, with so many bytes of context; two bytes "
+    "are an n-gram of order 3.",
+    "overhead": "Time of a step in the training loop, with data, log and progress, "
+    "over that of the compiled step alone on one batch; medians over the steps.",
+}
+RUNS = Path(__file__).parents[1] / "runs" / "language"
+FIGURE = Path(__file__).parents[1] / "docs" / "language-models.png"
+LENGTH = 4096
+MODELS = {
+    "paragru, Newton": ModelConfig(("paragru",), solver="newton", segments=64),
+    "paragru, loop": ModelConfig(("paragru",), solver="sequential"),
+    "paralstm, Newton": ModelConfig(("paralstm",), solver="newton", segments=64),
+    "paralstm, loop": ModelConfig(("paralstm",), solver="sequential"),
+    "mamba2": ModelConfig(("mamba2",)),
+    "deltanet": ModelConfig(("deltanet:heads=4",)),
+}
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    for name in MODELS:
+        key = {"model": name}
+        yield Case("language", key, lambda n=name: _measure_model(n, settings))
+    for context in (2, 3):
+        key = {"context": context}
+        yield Case("n-grams", key, lambda c=context: _measure_ngrams(c))
+    yield Case("overhead", {"model": "paragru, Newton"}, _measure_overhead)
+
+
+def configure(name: str, steps: int, length: int = LENGTH) -> Config:
+    return Config(
+        model=MODELS[name],
+        data=DataConfig(length=length, batch=2, validation_batches=16),
+        optimiser=OptimiserConfig(warmup=min(50, steps // 4)),
+        steps=steps,
+        validate_every=min(100, steps),
+        checkpoint_every=min(100, steps),
+    )
+
+
+def _measure_model(name: str, settings: Settings):
+    steps, length = (4, 256) if settings.quick else (500, LENGTH)
+    folder = RUNS / f"{name.replace(', ', '-')}-{steps}"
+    train(configure(name, steps, length), folder, resume=True)
+    model, _ = load_model(folder, best=False)
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    arrays = jax.tree.leaves(eqx.filter(model, eqx.is_array))
+    # All of it takes a minute for each model, which --quick does not have.
+    windows = _windows(length)[1]
+    if not settings.quick:
+        draw([RUNS / f"{n.replace(', ', '-')}-{steps}" for n in MODELS], FIGURE)
+    return {
+        "parameters": sum(a.size for a in arrays),
+        "optimiser steps": steps,
+        "bits per byte": (
+            lines[-1]["bits_per_byte"] if settings.quick else evaluate(model, windows)
+        ),
+        "Newton steps": int(max(line.get("newton_steps", 0) for line in lines)),
+        "residual error": max(line.get("residual", 0.0) for line in lines),
+        "minutes": lines[-1]["seconds"] / 60,
+        "tokens per second": float(
+            np.median([line["tokens_per_second"] for line in lines])
+        ),
+    }
+
+
+def _windows(length: int) -> tuple[Packed, Packed]:
+    """Those of the training runs."""
+    train, validation = find_corpus().split(DataConfig.validation, seed=Config.seed)
+    return (
+        Packed(train, ByteTokenizer(), length, seed=Config.seed),
+        Packed(validation, ByteTokenizer(), length, seed=Config.seed),
+    )
+
+
+def _measure_ngrams(context: int):
+    start = time.perf_counter()
+    score = ngram_bits_per_byte(*_windows(LENGTH), context=context)
+    return {"bits per byte": score, "seconds": time.perf_counter() - start}
+
+
+def _measure_overhead(steps: int = 40):
+    config = dataclasses.replace(
+        configure("paragru, Newton", steps, 1024),
+        validate_every=steps,
+        checkpoint_every=steps,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        # Before and after, as other programs come and go.
+        bare = _time_steps(Run(config, Path(folder, "before")), steps)
+        train(config, Path(folder, "loop"), show_progress=False)
+        bare += _time_steps(Run(config, Path(folder, "after")), steps)
+        lines = read_metrics(Path(folder, "loop"))
+    tokens = config.data.length * config.data.batch
+    # Without the first, which compile, and the last, which waits for nothing.
+    loop = [tokens / line["tokens_per_second"] for line in lines[2 : steps - 1]]
+    return {
+        "loop ms": 1e3 * float(np.median(loop)),
+        "step ms": 1e3 * float(np.median(bare)),
+        "ratio": float(np.median(loop) / np.median(bare)),
+    }
+
+
+def _time_steps(run: Run, count: int) -> list[float]:
+    """Seconds of the compiled step alone."""
+    batch, seconds = in_microbatches(next(run.batches), 1), []
+    for _ in range(count):
+        start = time.perf_counter()
+        run.state, metrics = run.train_step(run.state, batch)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - start)
+    run.close()
+    return seconds[1:]
+
+
+def draw(folders: list[Path], path: Path) -> None:
+    """Validation curves of runs, in bits per byte, over bytes and over minutes."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for folder in folders:
+        lines = read_metrics(folder)
+        seconds = {line["step"]: line["seconds"] for line in lines if "loss" in line}
+        checks = [line for line in lines if "validation_bits_per_byte" in line]
+        scores = [line["validation_bits_per_byte"] for line in checks]
+        steps = [line["step"] for line in checks]
+        label = folder.name.rpartition("-")[0].replace("-", ", ")
+        style = "--" if label.endswith("loop") else "-"
+        left.plot(steps, scores, style, marker=".", label=label)
+        right.plot([seconds[s] / 60 for s in steps], scores, style, marker=".")
+    left.set_xlabel("optimiser steps")
+    right.set_xlabel("minutes of training")
+    left.set_ylabel("bits per byte, validation")
+    left.legend(frameon=False)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
