@@ -19,8 +19,8 @@ TABLES = {
     "interruptions": "A small language model (ParaGRU, Newton's method) trained by "
     "examples/train_lm.py, a checkpoint every 5 steps, killed by SIGKILL at random "
     "moments and resumed each time. Broken: checkpoints that could not be restored. "
-    "Most lost: steps that were logged and had to be taken again. Lines that differ: of "
-    "the log, times aside, from that of a run that was never killed.",
+    "Most lost: steps that were logged and had to be taken again. Lines that differ: "
+    "of the log, times aside, from that of a run that was never killed.",
 }
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_lm.py"
 TIMES = ("seconds", "tokens_per_second")

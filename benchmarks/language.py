@@ -56,11 +56,13 @@ MODELS = {
 
 def cases(settings: Settings) -> Iterator[Case]:
     for name in MODELS:
-        key = {"model": name}
-        yield Case("language", key, lambda n=name: _measure_model(n, settings))
+        yield Case(
+            "language", {"model": name}, lambda n=name: _measure_model(n, settings)
+        )
     for context in (2, 3):
-        key = {"context": context}
-        yield Case("n-grams", key, lambda c=context: _measure_ngrams(c))
+        yield Case(
+            "n-grams", {"context": context}, lambda c=context: _measure_ngrams(c)
+        )
     yield Case("overhead", {"model": "paragru, Newton"}, _measure_overhead)
 
 
