@@ -9,11 +9,15 @@ from ._lineax import (
 from ._rnn import RNN as RNN, Bidirectional as Bidirectional
 from .cells import (
     AbstractCell as AbstractCell,
+    ALRNNCell as ALRNNCell,
     ElmanCell as ElmanCell,
     GRUCell as GRUCell,
+    ICLRNNCell as ICLRNNCell,
     LSTMCell as LSTMCell,
     ParaGRUCell as ParaGRUCell,
     ParaLSTMCell as ParaLSTMCell,
+    PLRNNCell as PLRNNCell,
+    QKANLSTMCell as QKANLSTMCell,
 )
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from .scan import (
