@@ -1,5 +1,6 @@
 """Nonlinear and linear recurrences, parallel in time, on JAX."""
 
+from . import interop as interop
 from ._diffrax import integrate as integrate
 from ._implicit import Implicit as Implicit
 from ._lineax import (
@@ -7,6 +8,7 @@ from ._lineax import (
     ParallelScan as ParallelScan,
 )
 from ._rnn import RNN as RNN, Bidirectional as Bidirectional
+from ._stack import Stack as Stack
 from .cells import (
     AbstractCell as AbstractCell,
     ALRNNCell as ALRNNCell,

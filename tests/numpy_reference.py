@@ -37,7 +37,8 @@ def block_diagonal(blocks):
 def elman(p, xs, h):
     hs = []
     for x in xs:
-        h = np.tanh(p.W @ x + p.U @ h + p.b)
+        h = p.W @ x + p.U @ h + p.b
+        h = np.tanh(h) if p.activation == "tanh" else np.maximum(h, 0)
         hs.append(h)
     return np.stack(hs), h
 

@@ -25,6 +25,7 @@ from pararnn.cells import (
 # structure of the Jacobian between any two of these arrays.
 CELLS = {
     "elman": (ElmanCell, {}, reference.elman, 1, "dense"),
+    "elman-relu": (ElmanCell, {"activation": "relu"}, reference.elman, 1, "dense"),
     "gru": (GRUCell, {}, reference.gru, 1, "dense"),
     "lstm": (LSTMCell, {}, reference.lstm, 2, "dense"),
     "paragru": (ParaGRUCell, {}, reference.paragru, 1, "diagonal"),
@@ -214,6 +215,7 @@ BAD_ARGUMENTS = {
     ),
     "rectified float": (("alrnn",), {"rectified": 2.0}, "`rectified` must be .* 2.0"),
     "too many rectified": (("alrnn",), {"rectified": 7}, "`rectified` = 7 .* 6"),
+    "activation": (("elman",), {"activation": "gelu"}, "'tanh' or 'relu', got 'gelu'"),
     "no layers": (("qkanlstm",), {"layers": 0}, "`layers` must be .* got 0"),
     "negative state": (ALL, {"d_state": -3}, "`d_state` must be .* got -3"),
     "float size": (ALL, {"d_input": 4.0}, "computed with `/`"),
