@@ -46,6 +46,7 @@ MAKE = {
     "eqx.LSTMCell": eqx_cell("LSTMCell"),
     "nnx.GRUCell": nnx_cell("GRUCell"),
     "nnx.LSTMCell": nnx_cell("LSTMCell"),
+    "nnx.OptimizedLSTMCell": nnx_cell("OptimizedLSTMCell"),
     "nnx.SimpleCell": nnx_cell("SimpleCell"),
     "function": lambda key: plain,
 }
@@ -204,7 +205,10 @@ def test_equals_the_loop_of_equinox(name):
     assert_close(whole(RNN(cell), xs), loop(cell), 1e-11)
 
 
-@pytest.mark.parametrize("name", ["nnx.GRUCell", "nnx.LSTMCell", "nnx.SimpleCell"])
+@pytest.mark.parametrize(
+    "name",
+    ["nnx.GRUCell", "nnx.LSTMCell", "nnx.OptimizedLSTMCell", "nnx.SimpleCell"],
+)
 def test_equals_the_loop_of_flax(name):
     nnx = pytest.importorskip("flax.nnx")
     cell, xs = MAKE[name](jr.key(0)), inputs()

@@ -50,7 +50,9 @@ def from_torch(
     d_state], state)`. It is unbatched and time first, whatever `batch_first` says,
     which does not concern the weights: use `jax.vmap` for a batch. `state` is a tuple
     with the state of each layer, of two directions a pair `(forward, backward)`, and of
-    an LSTM $(c, h)$ where torch has $(h, c)$.
+    an LSTM $(c, h)$ where torch has $(h, c)$:
+    [`pararnn.interop.state_from_torch`][] and [`pararnn.interop.state_to_torch`][]
+    translate.
 
     GRU and LSTM hold both of torch's biases, a `torch.nn.RNN` becomes one bias, their
     sum. `bias=False` becomes biases of zeros, which training would change; leave them
