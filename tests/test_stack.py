@@ -9,7 +9,7 @@ import pytest
 
 import linear
 import pararnn
-from pararnn import RNN, Bidirectional, Newton, Stack
+from pararnn import RNN, Bidirectional, Stack
 from tests.problems import assert_close
 
 IN, WIDTH, T = 3, 4, 13
@@ -17,7 +17,7 @@ IN, WIDTH, T = 3, 4, 13
 
 def rnn(cell, d_input, seed=0):
     layer = getattr(pararnn, cell)(d_input, WIDTH, key=jr.key(seed))
-    return RNN(layer, solver=Newton(segments=4))
+    return RNN(layer)
 
 
 STACKS = {

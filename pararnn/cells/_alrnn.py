@@ -35,8 +35,7 @@ class ALRNNCell(AbstractCell):
     ??? cite "Source"
 
         Brenner et al., "Almost-Linear RNNs Yield Highly Interpretable Symbolic Codes in
-        Dynamical Systems Reconstruction" (2410.14240), section 3; initialised as in its
-        code.
+        Dynamical Systems Reconstruction" (2410.14240); initialised as in its code.
     """
 
     A: Float[Array, " d_state"]
@@ -61,7 +60,8 @@ class ALRNNCell(AbstractCell):
         - `d_input`: size of the input; 0 for a system without inputs.
         - `d_state`: size of the state; `d_input` if not given.
         - `rectified`: how many units, the last ones, are rectified: 0 (a linear
-            recurrence) to `d_state` (the [`pararnn.PLRNNCell`][]). Lorenz-63 needs 2.
+            recurrence) to `d_state` (the [`pararnn.PLRNNCell`][]). The paper takes 2
+            of 20 for the Lorenz attractor.
         - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
             parameters have a float32 state.
         - `key`: a key of `jax.random`. The parameters are drawn as those of

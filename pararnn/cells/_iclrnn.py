@@ -79,7 +79,7 @@ class ICLRNNCell(AbstractCell):
 
     ??? cite "Source"
 
-        Wang, Wu, "Input Convex Lipschitz RNN: A Fast and Robust Approach for
+        Wang & Wu, "Input Convex Lipschitz RNN: A Fast and Robust Approach for
         Engineering Tasks" (2401.07494).
     """
 
@@ -129,7 +129,7 @@ class ICLRNNCell(AbstractCell):
         # A norm is as much work as some `10 * d_state` steps. Among the gates it is
         # found once for a whole sequence.
         divisor = spectral_norm(jnp.abs(U)).astype(g.dtype)
-        return g, jnp.full_like(g, 1) * divisor
+        return g, jnp.broadcast_to(divisor, g.shape)
 
     def update(
         self,

@@ -62,7 +62,8 @@ class PLRNNCell(AbstractCell):
     ??? cite "Source"
 
         Durstewitz, "A state space approach for piecewise-linear recurrent neural
-        networks", PLOS Computational Biology 13 (2017); initialised as in Hess et al.,
+        networks for identifying computational dynamics from neural measurements", PLOS
+        Computational Biology 13 (2017); initialised as in the code of Hess et al.,
         "Generalized Teacher Forcing for Learning Chaotic Dynamics" (2306.04406).
     """
 
