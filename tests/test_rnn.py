@@ -236,6 +236,34 @@ def test_equals_the_loop_of_flax(name):
     )
 
 
+def test_a_cell_of_linen_with_its_parameters_bound():
+    linen = pytest.importorskip("flax.linen")
+    cell = linen.GRUCell(WIDTH, dtype=jnp.float64, param_dtype=jnp.float64)
+    fresh, xs = jnp.zeros(WIDTH), inputs()
+    parameters = cell.init(jr.key(0), fresh, xs[0])
+    step = jax.tree_util.Partial(lambda p, h, x: cell.apply(p, h, x)[0], parameters)
+
+    def loop(parameters):
+        return jax.lax.scan(lambda h, x: cell.apply(parameters, h, x), fresh, xs)[1]
+
+    def layer_of(parameters):
+        bound = eqx.tree_at(lambda s: s.args, step, (parameters,))
+        return RNN(bound, solver=Newton(5), init_state=fresh)
+
+    @jax.jit
+    def both(parameters):
+        def loss(run):
+            return lambda p: (jnp.sum(run(p) ** 2), run(p))
+
+        return [
+            jax.value_and_grad(loss(run), has_aux=True)(parameters)
+            for run in (lambda p: layer_of(p)(xs)[0], loop)
+        ]
+
+    got, wanted = both(parameters)
+    assert_close(got, wanted, 1e-11)
+
+
 # Both directions
 
 PAIRS = {
