@@ -1,5 +1,6 @@
 """Nonlinear and linear recurrences, parallel in time, on JAX."""
 
+from . import interop as interop
 from ._diffrax import integrate as integrate
 from ._implicit import Implicit as Implicit
 from ._lineax import (
@@ -7,13 +8,18 @@ from ._lineax import (
     ParallelScan as ParallelScan,
 )
 from ._rnn import RNN as RNN, Bidirectional as Bidirectional
+from ._stack import Stack as Stack
 from .cells import (
     AbstractCell as AbstractCell,
+    ALRNNCell as ALRNNCell,
     ElmanCell as ElmanCell,
     GRUCell as GRUCell,
+    ICLRNNCell as ICLRNNCell,
     LSTMCell as LSTMCell,
     ParaGRUCell as ParaGRUCell,
     ParaLSTMCell as ParaLSTMCell,
+    PLRNNCell as PLRNNCell,
+    QKANLSTMCell as QKANLSTMCell,
 )
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from .models import (

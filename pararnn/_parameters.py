@@ -10,14 +10,15 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from .scan import promote
 
 
-def check_size(where: str, name: str, value) -> int:
-    """`value` as an int, or a `ValueError` if it is not a positive integer."""
+def check_size(where: str, name: str, value, least: int = 1) -> int:
+    """`value` as an int, or a `ValueError` if it is no integer from `least` up."""
     integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or value < 1:
+    if not integer or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer, at least {least}"
         raise ValueError(
-            f"{where}: `{name}` must be a positive integer, got {value!r}. Likely "
+            f"{where}: `{name}` must be {wanted}, got {value!r}. Likely "
             "causes: (a) a size computed with `/` instead of `//`, (b) arguments in "
-            f"another order. Pass a positive int for `{name}`."
+            f"another order. Pass {wanted} for `{name}`."
         )
     return int(value)
 

@@ -37,7 +37,8 @@ def block_diagonal(blocks):
 def elman(p, xs, h):
     hs = []
     for x in xs:
-        h = np.tanh(p.W @ x + p.U @ h + p.b)
+        h = p.W @ x + p.U @ h + p.b
+        h = np.tanh(h) if p.activation == "tanh" else np.maximum(h, 0)
         hs.append(h)
     return np.stack(hs), h
 
@@ -88,6 +89,83 @@ def paralstm(p, xs, state):
         c = f * c + (1 - f) * np.tanh(p.a_c * h + B_c @ x + p.b_c)
         o = sigmoid(p.a_o * h + B_o @ x + p.p_o * c + p.b_o)
         h = o * np.tanh(c)
+        hs.append(h)
+    return np.stack(hs), (c, h)
+
+
+def plrnn(p, xs, z):
+    zs = []
+    for x in xs:
+        z = p.A * z + p.W @ np.maximum(z, 0) + p.h + p.C @ x
+        zs.append(z)
+    return np.stack(zs), z
+
+
+def alrnn(p, xs, z):
+    zs = []
+    for x in xs:
+        phi = z.copy()
+        for i in range(p.d_state - p.rectified, p.d_state):
+            phi[i] = max(z[i], 0)
+        z = np.diag(p.A) @ z + p.W @ phi + p.h + p.C @ x
+        zs.append(z)
+    return np.stack(zs), z
+
+
+def schatten(matrix, order=4096):
+    """Just above the largest singular value."""
+    values = np.linalg.svd(matrix)[1]
+    return values.max() * np.sum((values / values.max()) ** order) ** (1 / order)
+
+
+def iclrnn(p, xs, h):
+    W, U = p.W / schatten(p.W), np.abs(p.U) / schatten(np.abs(p.U))
+    hs = []
+    for x in xs:
+        h = np.maximum(W @ x + U @ h + p.b, 0)
+        hs.append(h)
+    return np.stack(hs), h
+
+
+def rotation_y(angle):
+    c, s = np.cos(angle / 2), np.sin(angle / 2)
+    return np.array([[c, -s], [s, c]])
+
+
+def rotation_z(angle):
+    return np.diag([np.exp(-0.5j * angle), np.exp(0.5j * angle)])
+
+
+def qkan_map(p, v):
+    """Sums of expectations of Z, each circuit as a product of complex matrices."""
+    theta_z, theta_y, w, b = (
+        np.asarray(a, np.float64) for a in (p.theta_z, p.theta_y, p.w, p.b)
+    )
+    layers, outputs, inputs = w.shape
+    total = np.zeros(outputs)
+    for j in range(outputs):
+        for i in range(inputs):
+            qubit = np.array([1, 1]) / np.sqrt(2)
+            for l in range(layers + 1):
+                if l:
+                    qubit = rotation_z(w[l - 1, j, i] * v[i] + b[l - 1, j, i]) @ qubit
+                qubit = rotation_y(theta_y[l, j, i]) @ (
+                    rotation_z(theta_z[l, j, i]) @ qubit
+                )
+            total[j] += abs(qubit[0]) ** 2 - abs(qubit[1]) ** 2
+    return total
+
+
+def qkanlstm(p, xs, state):
+    c, h = state
+    hs = []
+    for x in xs:
+        i, f, g, o = (
+            qkan_map(of_x, x) + qkan_map(of_h, h)
+            for of_x, of_h in zip(p.of_x, p.of_h, strict=True)
+        )
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
         hs.append(h)
     return np.stack(hs), (c, h)
 

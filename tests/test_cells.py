@@ -9,19 +9,36 @@ import pytest
 from jax import lax
 
 import tests.numpy_reference as reference
-from pararnn.cells import ElmanCell, GRUCell, LSTMCell, ParaGRUCell, ParaLSTMCell
+from pararnn.cells import (
+    ALRNNCell,
+    ElmanCell,
+    GRUCell,
+    ICLRNNCell,
+    LSTMCell,
+    ParaGRUCell,
+    ParaLSTMCell,
+    PLRNNCell,
+    QKANLSTMCell,
+)
 
 # name: class, further arguments, reference, number of arrays in the state, and the
 # structure of the Jacobian between any two of these arrays.
 CELLS = {
     "elman": (ElmanCell, {}, reference.elman, 1, "dense"),
+    "elman-relu": (ElmanCell, {"activation": "relu"}, reference.elman, 1, "dense"),
     "gru": (GRUCell, {}, reference.gru, 1, "dense"),
     "lstm": (LSTMCell, {}, reference.lstm, 2, "dense"),
     "paragru": (ParaGRUCell, {}, reference.paragru, 1, "diagonal"),
     "paragru-heads": (ParaGRUCell, {"heads": 2}, reference.paragru, 1, "diagonal"),
     "paralstm": (ParaLSTMCell, {}, reference.paralstm, 2, "diagonal"),
     "paralstm-heads": (ParaLSTMCell, {"heads": 2}, reference.paralstm, 2, "diagonal"),
+    "plrnn": (PLRNNCell, {}, reference.plrnn, 1, "dense"),
+    "alrnn": (ALRNNCell, {"rectified": 2}, reference.alrnn, 1, "dense"),
+    "iclrnn": (ICLRNNCell, {}, reference.iclrnn, 1, "dense"),
+    "qkanlstm": (QKANLSTMCell, {"layers": 2}, reference.qkanlstm, 2, "dense"),
 }
+# Initialised by laws of their own, which their own tests check.
+OWN_INITIALISATION = {"plrnn", "alrnn", "qkanlstm"}
 D_INPUT, D_STATE, T = 4, 6, 9
 
 each_cell = pytest.mark.parametrize("name", CELLS)
@@ -152,7 +169,7 @@ def test_every_parameter_has_a_derivative(name):
         assert np.all(np.isfinite(leaf)) and np.any(leaf), jax.tree_util.keystr(path)
 
 
-@each_cell
+@pytest.mark.parametrize("name", [n for n in CELLS if n not in OWN_INITIALISATION])
 def test_initialisation(name):
     cell = make(name)
     assert (cell.d_input, cell.d_state) == (D_INPUT, D_STATE)
@@ -181,9 +198,25 @@ def test_state_defaults_to_the_size_of_the_input(name):
 
 ALL = tuple(CELLS)
 HEADS = ("paragru", "paralstm")
+AUTONOMOUS = ("plrnn", "alrnn")  # They may go without inputs.
+DRIVEN = tuple(name for name in CELLS if name not in AUTONOMOUS)
 # What is wrong, which cells refuse it, arguments, and what the message must say.
 BAD_ARGUMENTS = {
-    "zero input": (ALL, {"d_input": 0}, "`d_input` must be a positive integer, got 0"),
+    "zero input": (
+        DRIVEN,
+        {"d_input": 0},
+        "`d_input` must be a positive integer, got 0",
+    ),
+    "negative input": (AUTONOMOUS, {"d_input": -1}, "an integer, at least 0, got -1"),
+    "no input, no state": (
+        AUTONOMOUS,
+        {"d_input": 0, "d_state": None},
+        "Pass `d_state`",
+    ),
+    "rectified float": (("alrnn",), {"rectified": 2.0}, "`rectified` must be .* 2.0"),
+    "too many rectified": (("alrnn",), {"rectified": 7}, "`rectified` = 7 .* 6"),
+    "activation": (("elman",), {"activation": "gelu"}, "'tanh' or 'relu', got 'gelu'"),
+    "no layers": (("qkanlstm",), {"layers": 0}, "`layers` must be .* got 0"),
     "negative state": (ALL, {"d_state": -3}, "`d_state` must be .* got -3"),
     "float size": (ALL, {"d_input": 4.0}, "computed with `/`"),
     "bool size": (ALL, {"d_state": True}, "`d_state` must be .* got True"),
@@ -207,7 +240,7 @@ BAD_ARGUMENTS = {
 )
 def test_refuses_arguments(name, arguments, message):
     cls = CELLS[name][0]
-    good = {"d_input": D_INPUT, "d_state": D_STATE, "key": jr.key(0)}
+    good = {"d_input": D_INPUT, "d_state": D_STATE, "key": jr.key(0)} | CELLS[name][1]
     with pytest.raises(ValueError, match=message) as error:
         cls(**good | arguments)
     assert cls.__name__ in str(error.value)

@@ -46,6 +46,7 @@ MAKE = {
     "eqx.LSTMCell": eqx_cell("LSTMCell"),
     "nnx.GRUCell": nnx_cell("GRUCell"),
     "nnx.LSTMCell": nnx_cell("LSTMCell"),
+    "nnx.OptimizedLSTMCell": nnx_cell("OptimizedLSTMCell"),
     "nnx.SimpleCell": nnx_cell("SimpleCell"),
     "function": lambda key: plain,
 }
@@ -204,7 +205,10 @@ def test_equals_the_loop_of_equinox(name):
     assert_close(whole(RNN(cell), xs), loop(cell), 1e-11)
 
 
-@pytest.mark.parametrize("name", ["nnx.GRUCell", "nnx.LSTMCell", "nnx.SimpleCell"])
+@pytest.mark.parametrize(
+    "name",
+    ["nnx.GRUCell", "nnx.LSTMCell", "nnx.OptimizedLSTMCell", "nnx.SimpleCell"],
+)
 def test_equals_the_loop_of_flax(name):
     nnx = pytest.importorskip("flax.nnx")
     cell, xs = MAKE[name](jr.key(0)), inputs()
@@ -230,6 +234,34 @@ def test_equals_the_loop_of_flax(name):
         jax.tree.map(lambda s: s.astype(jnp.float32), last),
         1e-6,
     )
+
+
+def test_a_cell_of_linen_with_its_parameters_bound():
+    linen = pytest.importorskip("flax.linen")
+    cell = linen.GRUCell(WIDTH, dtype=jnp.float64, param_dtype=jnp.float64)
+    fresh, xs = jnp.zeros(WIDTH), inputs()
+    parameters = cell.init(jr.key(0), fresh, xs[0])
+    step = jax.tree_util.Partial(lambda p, h, x: cell.apply(p, h, x)[0], parameters)
+
+    def loop(parameters):
+        return jax.lax.scan(lambda h, x: cell.apply(parameters, h, x), fresh, xs)[1]
+
+    def layer_of(parameters):
+        bound = eqx.tree_at(lambda s: s.args, step, (parameters,))
+        return RNN(bound, solver=Newton(5), init_state=fresh)
+
+    @jax.jit
+    def both(parameters):
+        def loss(run):
+            return lambda p: (jnp.sum(run(p) ** 2), run(p))
+
+        return [
+            jax.value_and_grad(loss(run), has_aux=True)(parameters)
+            for run in (lambda p: layer_of(p)(xs)[0], loop)
+        ]
+
+    got, wanted = both(parameters)
+    assert_close(got, wanted, 1e-11)
 
 
 # Both directions

@@ -1,7 +1,10 @@
 import math
+from typing import Literal
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
+from jax.nn import relu
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from .._parameters import (
@@ -17,13 +20,15 @@ from .._parameters import (
 )
 from ._base import AbstractCell
 
+ACTIVATIONS = {"tanh": jnp.tanh, "relu": relu}
+
 
 class ElmanCell(AbstractCell):
     r"""The vanilla recurrent cell, with a dense Jacobian.
 
     $$h_t = \tanh(W x_t + U h_{t-1} + b)$$
 
-    The state is $h$, `[d_state]`.
+    or with $\max(\cdot, 0)$ for $\tanh$. The state is $h$, `[d_state]`.
 
     ??? cite "Source"
 
@@ -36,12 +41,14 @@ class ElmanCell(AbstractCell):
     b: Float[Array, " d_state"]
     d_input: int
     d_state: int
+    activation: Literal["tanh", "relu"] = eqx.field(static=True)
 
     def __init__(
         self,
         d_input: int,
         d_state: int | None = None,
         *,
+        activation: Literal["tanh", "relu"] = "tanh",
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -49,15 +56,21 @@ class ElmanCell(AbstractCell):
 
         - `d_input`: size of the input.
         - `d_state`: size of the state; `d_input` if not given.
+        - `activation`: `"tanh"` or `"relu"`.
         - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
             parameters have a float32 state.
         - `key`: a key of `jax.random`. All parameters are drawn uniformly from
             $\pm 1 / \sqrt{d_{state}}$.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, a key that is
-        not one, or a dtype that is not floating point.
+        **Raises:** `ValueError` on a size that is not a positive integer, another
+        activation, a key that is not one, or a dtype that is not floating point.
         """
         self.d_input, self.d_state = check_sizes("ElmanCell", d_input, d_state)
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"ElmanCell: `activation` must be 'tanh' or 'relu', got {activation!r}."
+            )
+        self.activation = activation
         dtype = check_dtype("ElmanCell", dtype)
         check_key("ElmanCell", key)
         inputs, hidden, biases = jr.split(key, 3)
@@ -80,7 +93,8 @@ class ElmanCell(AbstractCell):
     ) -> Float[Array, " d_state"]:
         """The next $h$, `[d_state]`, in the dtype of `state`."""
         h, g, U = widen(state, *gates, self.U)
-        return jnp.tanh(g + linear(U, h)).astype(state.dtype)
+        activation = ACTIVATIONS[self.activation]
+        return activation(g + linear(U, h)).astype(state.dtype)
 
     def init_state(self) -> Float[Array, " d_state"]:
         """Zeros `[d_state]`, at least float32."""

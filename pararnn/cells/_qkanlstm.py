@@ -1,0 +1,138 @@
+import jax.numpy as jnp
+import jax.random as jr
+from jax.nn import sigmoid
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from .._parameters import (
+    check_dtype,
+    check_input,
+    check_key,
+    check_size,
+    check_sizes,
+    widen,
+    zeros,
+)
+from ._base import AbstractCell
+from ._qkan import ReuploadingMap
+
+GATES = 4
+
+
+class QKANLSTMCell(AbstractCell):
+    r"""An LSTM whose gates see sums of trigonometric series instead of affine maps.
+
+    $$\begin{aligned}
+    i_t &= \sigma(\Phi_i(x_t, h_{t-1})) \qquad
+    f_t = \sigma(\Phi_f(x_t, h_{t-1})) \\
+    g_t &= \tanh(\Phi_g(x_t, h_{t-1})) \qquad
+    o_t = \sigma(\Phi_o(x_t, h_{t-1})) \\
+    c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
+    h_t &= o_t \odot \tanh(c_t)
+    \end{aligned}$$
+
+    Each $\Phi$ is a Kolmogorov-Arnold sum, for its unit $j$ over all numbers $v$ of
+    $x_t$ and of $h_{t-1}$, of functions $\varphi(v) \in [-1, 1]$ of one number:
+
+    $$\begin{aligned}
+    \varphi(v) &= \langle + | V(v)^\dagger Z V(v) | + \rangle \\
+    V(v) &= \Big( \prod_{l=L}^{1} R_y(\theta^y_l) R_z(\theta^z_l)
+        R_z(w_l v + b_l) \Big) R_y(\theta^y_0) R_z(\theta^z_0)
+    \end{aligned}$$
+
+    a circuit of one qubit that is given $v$ in each of its $L$ = `layers` layers
+    (data re-uploading), simulated exactly: a trigonometric series in $v$ with the
+    frequencies $\sum_l s_l w_l$, $s_l \in \{-1, 0, 1\}$. The state is the tuple
+    $(c, h)$, each `[d_state]`, a layer emits $h$, and the Jacobian is dense.
+
+    **Chosen here**: the rotations and $|+\rangle$ are those of the authors' package
+    `qkan`; every pair of an input and a unit has a circuit of its own; there is no
+    affine bias, no weight behind a circuit and no ordinary activation beside it, all
+    of which that package offers. $b_l$ and $\theta^z_l$ are one angle written twice,
+    as published.
+
+    A step takes `4 * d_state * (d_input + d_state) * layers` sines and cosines, far
+    more work than an LSTM of that width: meant for narrow states.
+
+    ??? cite "Source"
+
+        Hsu et al., "QKAN-LSTM: Quantum-inspired Kolmogorov-Arnold Long Short-term
+        Memory" (2512.05049); the circuit is of Jiang et al., "Quantum Variational
+        Activation Functions Empower Kolmogorov-Arnold Networks" (2509.14026).
+    """
+
+    of_x: tuple[ReuploadingMap, ...]
+    of_h: tuple[ReuploadingMap, ...]
+    d_input: int
+    d_state: int
+    layers: int
+
+    def __init__(
+        self,
+        d_input: int,
+        d_state: int | None = None,
+        *,
+        layers: int = 3,
+        dtype: DTypeLike | None = None,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `d_input`: size of the input.
+        - `d_state`: size of $c$ and of $h$; `d_input` if not given.
+        - `layers`: $L$, how often each circuit reads its number.
+        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
+            parameters have a float32 state.
+        - `key`: a key of `jax.random`. The angles $\theta$ are normal with variance
+            $1 / ((L + 1)(n + d_{state}))$, where $n$ is `d_input` or `d_state`,
+            whichever the circuit reads; $w_l = 1$, $b_l = 0$.
+
+        **Raises:** `ValueError` on a size or a number of layers that is not a positive
+        integer, a key that is not one, or a dtype that is not floating point.
+        """
+        self.d_input, self.d_state = check_sizes("QKANLSTMCell", d_input, d_state)
+        self.layers = check_size("QKANLSTMCell", "layers", layers)
+        dtype = check_dtype("QKANLSTMCell", dtype)
+        check_key("QKANLSTMCell", key)
+
+        def maps(key: PRNGKeyArray, d_from: int) -> tuple[ReuploadingMap, ...]:
+            return tuple(
+                ReuploadingMap(d_from, self.d_state, self.layers, dtype, k)
+                for k in jr.split(key, GATES)
+            )
+
+        inputs, hidden = jr.split(key)
+        self.of_x = maps(inputs, self.d_input)
+        self.of_h = maps(hidden, self.d_state)
+
+    def gates(
+        self, x: Float[Array, "*time d_input"]
+    ) -> tuple[Float[Array, "*time d_state"], ...]:
+        """What `x` adds to i, f, g and o; see [`pararnn.AbstractCell.gates`][]."""
+        x = check_input("QKANLSTMCell", x, self.d_input)
+        return tuple(phi(x) for phi in self.of_x)
+
+    def update(
+        self,
+        state: tuple[Float[Array, " d_state"], Float[Array, " d_state"]],
+        gates: tuple[Float[Array, " d_state"], ...],
+    ) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
+        """The next $(c, h)$, each `[d_state]`, in the dtypes of `state`."""
+        recurrent = (phi(state[1]) for phi in self.of_h)
+        c, _, *sums = widen(*state, *gates, *recurrent)
+        i, f, g, o = (a + b for a, b in zip(sums[:GATES], sums[GATES:], strict=True))
+        c = sigmoid(f) * c + sigmoid(i) * jnp.tanh(g)
+        h = sigmoid(o) * jnp.tanh(c)
+        return c.astype(state[0].dtype), h.astype(state[1].dtype)
+
+    def init_state(self) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
+        """Zeros $(c, h)$, each `[d_state]`, at least float32."""
+        # Two buffers: one given twice could not be donated.
+        dtype = self.of_h[0].w.dtype
+        return zeros(self.d_state, dtype), zeros(self.d_state, dtype)
+
+    def output(
+        self, state: tuple[Float[Array, " d_state"], Float[Array, " d_state"]]
+    ) -> Float[Array, " d_state"]:
+        """$h$, `[d_state]`."""
+        _, h = state
+        return h
