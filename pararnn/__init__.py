@@ -8,12 +8,14 @@ from ._lineax import (
 )
 from ._rnn import RNN as RNN, Bidirectional as Bidirectional
 from .cells import (
+    CELLS as CELLS,
     AbstractCell as AbstractCell,
     ElmanCell as ElmanCell,
     GRUCell as GRUCell,
     LSTMCell as LSTMCell,
     ParaGRUCell as ParaGRUCell,
     ParaLSTMCell as ParaLSTMCell,
+    make_cell as make_cell,
 )
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from .scan import (

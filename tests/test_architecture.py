@@ -27,7 +27,13 @@ MAY_IMPORT = {
     "pararnn.scan": {"pararnn.scan"},
     "pararnn.solver": {"pararnn.solver", "pararnn.scan"},
     "pararnn._parameters": {"pararnn._parameters", "pararnn.scan"},
-    "pararnn.cells": {"pararnn.cells", "pararnn._parameters", "pararnn.scan"},
+    "pararnn._registry": {"pararnn._registry"},
+    "pararnn.cells": {
+        "pararnn.cells",
+        "pararnn._parameters",
+        "pararnn._registry",
+        "pararnn.scan",
+    },
     "pararnn.diagnosis": {"pararnn.diagnosis", "pararnn.solver", "pararnn.scan"},
     "pararnn": {
         "pararnn",
@@ -36,7 +42,12 @@ MAY_IMPORT = {
         "pararnn.solver",
         "pararnn.scan",
     },
-    "linear": {"linear", "pararnn._parameters", "pararnn.scan"},
+    "linear": {
+        "linear",
+        "pararnn._parameters",
+        "pararnn._registry",
+        "pararnn.scan",
+    },
 }
 
 
