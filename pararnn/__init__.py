@@ -10,11 +10,14 @@ from ._rnn import RNN as RNN, Bidirectional as Bidirectional
 from .cells import (
     CELLS as CELLS,
     AbstractCell as AbstractCell,
+    CfCCell as CfCCell,
     ElmanCell as ElmanCell,
     GRUCell as GRUCell,
+    LEMCell as LEMCell,
     LSTMCell as LSTMCell,
     ParaGRUCell as ParaGRUCell,
     ParaLSTMCell as ParaLSTMCell,
+    SLSTMCell as SLSTMCell,
     make_cell as make_cell,
 )
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose

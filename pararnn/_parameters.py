@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from numbers import Real
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +55,15 @@ def check_choice(where: str, name: str, value, choices: Iterable[str]) -> None:
         )
 
 
+def is_number(value) -> bool:
+    """Whether `value` is a real number of Python or NumPy."""
+    real = int | float | np.integer | np.floating
+    return isinstance(value, real) and not isinstance(value, bool)
+
+
 def check_positive(where: str, name: str, value) -> float:
     """`value` as a float, or a `ValueError` if it is not a positive finite number."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(
             f"{where}: `{name}` must be a positive finite number, got {value!r}. "
             "Likely causes: (a) its logarithm was given, (b) an array or a traced "

@@ -72,10 +72,16 @@ class RNN(eqx.Module):
         cell = self.cell
         # Everything that needs no state is one matrix product over all steps.
         split = isinstance(cell, AbstractCell)
+        step, inputs, guess = cell, xs, None
+        if split:
+            step, inputs = cell.update, cell.gates(xs)
+            if steps:
+                guess = _guess(cell, inputs, state, reset)
         states = solve(
-            cell.update if split else cell,
-            cell.gates(xs) if split else xs,
+            step,
+            inputs,
             state,
+            initial_guess=guess,
             solver=self.solver,
             reset=reset,
             reset_state=None if reset is None else fresh,
@@ -91,6 +97,13 @@ class RNN(eqx.Module):
         """One step, for decoding: `(y, state)`, the same numbers as `__call__`."""
         state = self.cell(state, x)
         return self.cell.output(state), state
+
+
+def _guess(cell: AbstractCell, *arguments: Any) -> PyTree[Array] | None:
+    """The cell's guess; no derivative depends on it, so that none is computed."""
+    arrays, rest = eqx.partition((cell, arguments), eqx.is_array)
+    cell, arguments = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    return cell.guess(*arguments)
 
 
 class Bidirectional(eqx.Module):

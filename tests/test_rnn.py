@@ -39,7 +39,7 @@ def nnx_cell(name):
     return make
 
 
-OWN = ("ElmanCell", "GRUCell", "LSTMCell", "ParaGRUCell", "ParaLSTMCell")
+OWN = [cell.__name__ for cell in pararnn.CELLS.values()]
 MAKE = {
     **{name: own_cell(name) for name in OWN},
     "eqx.GRUCell": eqx_cell("GRUCell"),

@@ -7,19 +7,25 @@ from jaxtyping import PRNGKeyArray
 
 from .._registry import make_by_name
 from ._base import AbstractCell
+from ._cfc import CfCCell
 from ._elman import ElmanCell
 from ._gru import GRUCell
+from ._lem import LEMCell
 from ._lstm import LSTMCell
 from ._paragru import ParaGRUCell
 from ._paralstm import ParaLSTMCell
+from ._slstm import SLSTMCell
 
 CELLS: MappingProxyType[str, type[AbstractCell]] = MappingProxyType(
     {
+        "cfc": CfCCell,
         "elman": ElmanCell,
         "gru": GRUCell,
+        "lem": LEMCell,
         "lstm": LSTMCell,
         "paragru": ParaGRUCell,
         "paralstm": ParaLSTMCell,
+        "slstm": SLSTMCell,
     }
 )
 
