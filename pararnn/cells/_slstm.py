@@ -81,7 +81,8 @@ class SLSTMCell(AbstractCell):
     The normaliser is the paper's $c/n$, neither $c/\max(n, 1)$ nor $c/(n + \epsilon)$.
     Where $n_{t-1} = 0$, nothing is stored that $m$ could be the scale of, and
     $m_t = \tilde\imath_t$, as in the released code. From a fresh state $n_t \ge 1$ and
-    $|h_t| < 1$ follow, whatever the gates.
+    $|h_t| < 1$ follow, whatever the gates. There $b_i$ scales $c$ and $n$ alike, and
+    only matters for a state that was given.
 
     ??? cite "Source"
 
