@@ -1,6 +1,7 @@
 """Steps that Newton's method needs on every cell, before and after training."""
 
 import functools as ft
+import itertools
 from collections.abc import Iterator
 
 import equinox as eqx
@@ -16,12 +17,12 @@ from ._case import Case, Settings
 # So that cells which do not converge do not take hours.
 MOST_STEPS = 32
 TABLES = {
-    "convergence": f"Steps of `pararnn.Newton(segments)` until it is certified, at most "
+    "convergence": "Steps of `pararnn.Newton(segments)` until it is certified, at most "
     f"{MOST_STEPS}, on bytes of text; 32 units, float32. At first the parameters are "
     "the initial ones, then those after 200 steps of Adam on the next byte, with "
-    "`bits` a byte at their end. `guess`: where it starts from, a few steps of the cell "
-    "or the cell's own guess. `overflows` counts entries of iterates. `slstm` has 4 heads "
-    "and random recurrent weights at first.",
+    "`bits` a byte at their end. `guess`: where it starts from, a few steps of the "
+    "cell or the cell's own guess. `overflows` counts entries of iterates. `slstm` has "
+    "4 heads and random recurrent weights at first.",
 }
 # In place of a cell's own defaults: the Jacobian of one sLSTM head of 32 units would
 # take a gigabyte at T = 16384, and without recurrent weights its guess is the answer.
@@ -36,21 +37,17 @@ FORMS = {
 
 def cases(settings: Settings) -> Iterator[Case]:
     for form in FORMS:
-        for steps in settings.steps(256, 1024, 4096, 16384):
-            for segments in (steps, 64):
-                for guess in ("steps", "cell") if _has_guess(form) else ("steps",):
-                    yield Case(
-                        "convergence",
-                        {
-                            "cell": form,
-                            "T": steps,
-                            "segments": segments,
-                            "guess": guess,
-                        },
-                        lambda f=form, t=steps, s=segments, g=guess: _measure(
-                            f, t, s, g == "cell"
-                        ),
-                    )
+        lengths = settings.steps(256, 1024, 4096, 16384)
+        for steps, full in itertools.product(lengths, (True, False)):
+            for guess in ("steps", "cell") if _has_guess(form) else ("steps",):
+                segments = steps if full else 64
+                yield Case(
+                    "convergence",
+                    {"cell": form, "T": steps, "segments": segments, "guess": guess},
+                    lambda f=form, t=steps, s=segments, g=guess == "cell": _measure(
+                        f, t, s, g
+                    ),
+                )
 
 
 def _has_guess(form: str) -> bool:
