@@ -72,19 +72,19 @@ class RNN(eqx.Module):
         cell = self.cell
         # Everything that needs no state is one matrix product over all steps.
         split = isinstance(cell, AbstractCell)
-        step, inputs, guess = cell, xs, None
-        if split:
-            step, inputs = cell.update, cell.gates(xs)
-            if steps:
-                guess = _guess(cell, inputs, state, reset)
+
+        def guess(gates, state):
+            return _without_derivative(cell.guess, gates, state, reset)
+
         states = solve(
-            step,
-            inputs,
+            cell.update if split else cell,
+            cell.gates(xs) if split else xs,
             state,
-            initial_guess=guess,
             solver=self.solver,
             reset=reset,
             reset_state=None if reset is None else fresh,
+            # A function, so that everything is checked before the cell sees it.
+            initial_guess=guess if split and steps else None,
         ).states
         ys = jax.vmap(cell.output)(states)
         if steps:
@@ -99,11 +99,14 @@ class RNN(eqx.Module):
         return self.cell.output(state), state
 
 
-def _guess(cell: AbstractCell, *arguments: Any) -> PyTree[Array] | None:
-    """The cell's guess; no derivative depends on it, so that none is computed."""
-    arrays, rest = eqx.partition((cell, arguments), eqx.is_array)
-    cell, arguments = eqx.combine(jax.lax.stop_gradient(arrays), rest)
-    return cell.guess(*arguments)
+def _without_derivative(function: Callable, *arguments: Any) -> Any:
+    """The value of a method on arguments all of which count as constants.
+
+    `solve` takes no derivative of a guess anyway; without this it would be traced.
+    """
+    arrays, rest = eqx.partition((function, arguments), eqx.is_array)
+    function, arguments = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    return function(*arguments)
 
 
 class Bidirectional(eqx.Module):

@@ -155,7 +155,7 @@ def test_the_gradient_reaches_every_parameter(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["LSTMCell", "ParaGRUCell", "eqx.GRUCell", "nnx.GRUCell"]
+    "name", ["LSTMCell", "ParaGRUCell", "SLSTMCell", "eqx.GRUCell", "nnx.GRUCell"]
 )
 def test_vmap_over_a_batch(name):
     layer = layer_of(name)

@@ -151,6 +151,13 @@ def test_the_layer_asks_the_cell_for_its_guess():
         layer(jr.normal(jr.key(1), (T, D)))
 
 
+def test_a_state_that_does_not_fit_is_refused_by_name():
+    """Before the cell is asked for a guess from it."""
+    layer = RNN(make(), solver=Newton(4))
+    with pytest.raises((TypeError, ValueError), match="solve: the cell could not"):
+        layer(jr.normal(jr.key(1), (T, D)), jnp.zeros(D))
+
+
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("heads", [1, 2])
 def test_forget_biases_follow_the_power_law(depth, heads):
