@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from . import (
     accuracy,
     adjoint,
+    convergence,
     interruptions,
     language,
     layers,
@@ -40,6 +41,7 @@ GROUPS: dict[str, Group] = {
     "accuracy": accuracy,
     "reliability": reliability,
     "layers": layers,
+    "convergence": convergence,
     "language": language,
     "interruptions": interruptions,
 }

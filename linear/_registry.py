@@ -1,10 +1,11 @@
 """Layers by name, for scripts that take a layer as an argument."""
 
-import inspect
 from types import MappingProxyType
 from typing import Any
 
 from jaxtyping import PRNGKeyArray
+
+from pararnn._registry import make_by_name
 
 from ._layer import AbstractLayer
 from ._monoid import CommutativeMonoid
@@ -60,19 +61,5 @@ def make_layer(
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
     what the constructor raises.
     """
-    if name not in LAYERS:
-        raise ValueError(
-            f"make_layer: unknown layer {name!r}; there are {', '.join(LAYERS)}."
-        )
-    known = [
-        option
-        for option in inspect.signature(LAYERS[name].__init__).parameters
-        if option not in ("self", "d_model", "key")
-    ]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"make_layer: {name!r} has no option {', '.join(unknown)}; there are "
-            f"{', '.join(known)}."
-        )
-    return LAYERS[name](d_model, key=key, **options)  # pyright: ignore[reportCallIssue]
+    sizes = {"d_model": d_model, "key": key}
+    return make_by_name("make_layer", "layer", LAYERS, name, sizes, options)

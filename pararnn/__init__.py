@@ -10,16 +10,21 @@ from ._lineax import (
 from ._rnn import RNN as RNN, Bidirectional as Bidirectional
 from ._stack import Stack as Stack
 from .cells import (
+    CELLS as CELLS,
     AbstractCell as AbstractCell,
     ALRNNCell as ALRNNCell,
+    CfCCell as CfCCell,
     ElmanCell as ElmanCell,
     GRUCell as GRUCell,
     ICLRNNCell as ICLRNNCell,
+    LEMCell as LEMCell,
     LSTMCell as LSTMCell,
     ParaGRUCell as ParaGRUCell,
     ParaLSTMCell as ParaLSTMCell,
     PLRNNCell as PLRNNCell,
     QKANLSTMCell as QKANLSTMCell,
+    SLSTMCell as SLSTMCell,
+    make_cell as make_cell,
 )
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from .models import (

@@ -1,5 +1,8 @@
 """What every cell does with its parameters: check, draw, cast and multiply them."""
 
+import math
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -31,18 +34,43 @@ def check_sizes(where: str, d_input, d_state) -> tuple[int, int]:
     return d_input, check_size(where, "d_state", d_state)
 
 
-def check_heads(where: str, heads, d_input: int, d_state: int) -> int:
-    """`heads`, which must divide both sizes."""
+def check_heads(where: str, heads, matrices: str = "the", **sizes: int) -> int:
+    """`heads`, the number of blocks of some matrices, which must divide all `sizes`."""
     heads = check_size(where, "heads", heads)
-    for name, size in (("d_input", d_input), ("d_state", d_state)):
+    for name, size in sizes.items():
         if size % heads:
+            divisor = math.gcd(*sizes.values())
             raise ValueError(
                 f"{where}: `{name}` = {size} is not divisible by `heads` = {heads}, so "
-                "the input matrices cannot be block-diagonal with equal blocks. Choose "
-                f"`heads` among the common divisors of {d_input} and {d_state}, or 1 "
-                "for dense matrices."
+                f"{matrices} matrices cannot be block-diagonal with equal blocks. "
+                f"Choose a divisor of {divisor} for `heads`; 1 is a dense matrix."
             )
     return heads
+
+
+def check_choice(where: str, name: str, value, choices: Iterable[str]) -> None:
+    """A `ValueError` that lists the choices if `value` is not among them."""
+    if value not in (choices := tuple(choices)):
+        raise ValueError(
+            f"{where}: unknown `{name}` {value!r}; there are {', '.join(choices)}."
+        )
+
+
+def is_number(value) -> bool:
+    """Whether `value` is a real number of Python or NumPy."""
+    real = int | float | np.integer | np.floating
+    return isinstance(value, real) and not isinstance(value, bool)
+
+
+def check_positive(where: str, name: str, value) -> float:
+    """`value` as a float, or a `ValueError` if it is not a positive finite number."""
+    if not is_number(value) or not 0 < value < math.inf:
+        raise ValueError(
+            f"{where}: `{name}` must be a positive finite number, got {value!r}. "
+            "Likely causes: (a) its logarithm was given, (b) an array or a traced "
+            f"value: `{name}` is a constant of the cell. Pass a float for `{name}`."
+        )
+    return float(value)
 
 
 def check_key(where: str, key) -> None:
@@ -101,6 +129,16 @@ def uniform(
     # A 16-bit draw has only some hundred different values.
     values = jr.uniform(key, (count, *shape), wide_dtype(dtype), -bound, bound)
     return tuple(jnp.unstack(values.astype(dtype)))
+
+
+def recurrent(
+    key: PRNGKeyArray, count: int, d_state: int, heads: int, dtype: DTypeLike
+) -> tuple[Array, ...]:
+    """`count` matrices `[d_state, d_state]`, or their blocks `[heads, size, size]`
+    if there are several heads, uniform within one over the root of `size`."""
+    size = d_state // heads
+    shape = (size, size) if heads == 1 else (heads, size, size)
+    return uniform(key, count, shape, 1 / math.sqrt(size), dtype)
 
 
 def zeros(d_state: int, dtype: DTypeLike) -> Float[Array, " d_state"]:

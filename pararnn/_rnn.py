@@ -83,6 +83,10 @@ class RNN(eqx.Module):
         cell = self.cell
         # Everything that needs no state is one matrix product over all steps.
         split = isinstance(cell, AbstractCell)
+
+        def guess(gates, state):
+            return _without_derivative(cell.guess, gates, state, reset)
+
         solution = solve(
             cell.update if split else cell,
             cell.gates(xs) if split else xs,
@@ -90,6 +94,8 @@ class RNN(eqx.Module):
             solver=self.solver,
             reset=reset,
             reset_state=None if reset is None else fresh,
+            # A function, so that everything is checked before the cell sees it.
+            initial_guess=guess if split and steps else None,
         )
         ys = jax.vmap(cell.output)(solution.states)
         if steps:
@@ -102,6 +108,16 @@ class RNN(eqx.Module):
         """One step, for decoding: `(y, state)`, the same numbers as `__call__`."""
         state = self.cell(state, x)
         return self.cell.output(state), state
+
+
+def _without_derivative(function: Callable, *arguments: Any) -> Any:
+    """The value of a method on arguments all of which count as constants.
+
+    `solve` takes no derivative of a guess anyway; without this it would be traced.
+    """
+    arrays, rest = eqx.partition((function, arguments), eqx.is_array)
+    function, arguments = eqx.combine(jax.lax.stop_gradient(arrays), rest)
+    return function(*arguments)
 
 
 class Bidirectional(eqx.Module):

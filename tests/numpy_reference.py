@@ -46,9 +46,9 @@ def elman(p, xs, h):
 def gru(p, xs, h):
     hs = []
     for x in xs:
-        r = sigmoid(p.W_ir @ x + p.b_ir + p.W_hr @ h + p.b_hr)
-        z = sigmoid(p.W_iz @ x + p.b_iz + p.W_hz @ h + p.b_hz)
-        n = np.tanh(p.W_in @ x + p.b_in + r * (p.W_hn @ h + p.b_hn))
+        r = sigmoid(p.W_ir @ x + p.b_ir + matrix(p.W_hr) @ h + p.b_hr)
+        z = sigmoid(p.W_iz @ x + p.b_iz + matrix(p.W_hz) @ h + p.b_hz)
+        n = np.tanh(p.W_in @ x + p.b_in + r * (matrix(p.W_hn) @ h + p.b_hn))
         h = (1 - z) * n + z * h
         hs.append(h)
     return np.stack(hs), h
@@ -58,14 +58,19 @@ def lstm(p, xs, state):
     c, h = state
     hs = []
     for x in xs:
-        i = sigmoid(p.W_ii @ x + p.b_ii + p.W_hi @ h + p.b_hi)
-        f = sigmoid(p.W_if @ x + p.b_if + p.W_hf @ h + p.b_hf)
-        g = np.tanh(p.W_ig @ x + p.b_ig + p.W_hg @ h + p.b_hg)
-        o = sigmoid(p.W_io @ x + p.b_io + p.W_ho @ h + p.b_ho)
+        i = sigmoid(p.W_ii @ x + p.b_ii + matrix(p.W_hi) @ h + p.b_hi)
+        f = sigmoid(p.W_if @ x + p.b_if + matrix(p.W_hf) @ h + p.b_hf)
+        g = np.tanh(p.W_ig @ x + p.b_ig + matrix(p.W_hg) @ h + p.b_hg)
+        o = sigmoid(p.W_io @ x + p.b_io + matrix(p.W_ho) @ h + p.b_ho)
         c = f * c + i * g
         h = o * np.tanh(c)
         hs.append(h)
     return np.stack(hs), (c, h)
+
+
+def matrix(blocks):
+    """A recurrent matrix, from itself or from its diagonal blocks."""
+    return blocks if blocks.ndim == 2 else block_diagonal(blocks)
 
 
 def paragru(p, xs, h):
@@ -91,6 +96,48 @@ def paralstm(p, xs, state):
         h = o * np.tanh(c)
         hs.append(h)
     return np.stack(hs), (c, h)
+
+
+def slstm(p, xs, state):
+    c, n, m, h = state
+    R_i, R_f, R_z, R_o = (matrix(R) for R in (p.R_i, p.R_f, p.R_z, p.R_o))
+    hs = []
+    for x in xs:
+        z = np.tanh(p.W_z @ x + R_z @ h + p.b_z)
+        o = sigmoid(p.W_o @ x + R_o @ h + p.b_o)
+        i = p.W_i @ x + R_i @ h + p.b_i
+        f = p.W_f @ x + R_f @ h + p.b_f
+        log_f = -np.log1p(np.exp(-f)) if p.forget == "sigmoid" else f
+        m_new = np.maximum(log_f + m, i)
+        f, i = np.exp(log_f + m - m_new), np.exp(i - m_new)
+        c, n, m = f * c + i * z, f * n + i, m_new
+        h = o * c / n
+        hs.append(h)
+    return np.stack(hs), (c, n, m, h)
+
+
+def cfc(p, xs, h):
+    hs = []
+    for x in xs:
+        x, dt = (x[:-1], x[-1]) if p.dt == "input" else (x, p.dt)
+        u = 1.7159 * np.tanh(2 / 3 * (p.B_x @ x + p.B_h @ h + p.b))
+        g, k = np.tanh(p.W_g @ u + p.b_g), np.tanh(p.W_k @ u + p.b_k)
+        gate = sigmoid(-(p.W_f @ u + p.b_f) * dt)
+        h = gate * g + (1 - gate) * k
+        hs.append(h)
+    return np.stack(hs), h
+
+
+def lem(p, xs, state):
+    z, y = state
+    ys = []
+    for x in xs:
+        step_z = p.dt * sigmoid(p.W_1 @ y + p.V_1 @ x + p.b_1)
+        step_y = p.dt * sigmoid(p.W_2 @ y + p.V_2 @ x + p.b_2)
+        z = (1 - step_z) * z + step_z * np.tanh(p.W_z @ y + p.V_z @ x + p.b_z)
+        y = (1 - step_y) * y + step_y * np.tanh(p.W_y @ z + p.V_y @ x + p.b_y)
+        ys.append(y)
+    return np.stack(ys), (z, y)
 
 
 def plrnn(p, xs, z):

@@ -8,37 +8,55 @@ import numpy as np
 import pytest
 from jax import lax
 
+import pararnn
 import tests.numpy_reference as reference
 from pararnn.cells import (
     ALRNNCell,
+    CfCCell,
     ElmanCell,
     GRUCell,
     ICLRNNCell,
+    LEMCell,
     LSTMCell,
     ParaGRUCell,
     ParaLSTMCell,
     PLRNNCell,
     QKANLSTMCell,
+    SLSTMCell,
 )
 
+# As released, the sLSTM's recurrent weights are zero at first.
+MIXED = {"recurrence": "uniform"}
+EXPONENTIAL = {"heads": 2, "forget": "exponential"}
 # name: class, further arguments, reference, number of arrays in the state, and the
-# structure of the Jacobian between any two of these arrays.
+# size of the diagonal blocks of the Jacobian between any two of these arrays.
 CELLS = {
-    "elman": (ElmanCell, {}, reference.elman, 1, "dense"),
-    "elman-relu": (ElmanCell, {"activation": "relu"}, reference.elman, 1, "dense"),
-    "gru": (GRUCell, {}, reference.gru, 1, "dense"),
-    "lstm": (LSTMCell, {}, reference.lstm, 2, "dense"),
-    "paragru": (ParaGRUCell, {}, reference.paragru, 1, "diagonal"),
-    "paragru-heads": (ParaGRUCell, {"heads": 2}, reference.paragru, 1, "diagonal"),
-    "paralstm": (ParaLSTMCell, {}, reference.paralstm, 2, "diagonal"),
-    "paralstm-heads": (ParaLSTMCell, {"heads": 2}, reference.paralstm, 2, "diagonal"),
-    "plrnn": (PLRNNCell, {}, reference.plrnn, 1, "dense"),
-    "alrnn": (ALRNNCell, {"rectified": 2}, reference.alrnn, 1, "dense"),
-    "iclrnn": (ICLRNNCell, {}, reference.iclrnn, 1, "dense"),
-    "qkanlstm": (QKANLSTMCell, {"layers": 2}, reference.qkanlstm, 2, "dense"),
+    "elman": (ElmanCell, {}, reference.elman, 1, 6),
+    "gru": (GRUCell, {}, reference.gru, 1, 6),
+    "gru-heads": (GRUCell, {"heads": 2}, reference.gru, 1, 3),
+    "lstm": (LSTMCell, {}, reference.lstm, 2, 6),
+    "lstm-heads": (LSTMCell, {"heads": 3}, reference.lstm, 2, 2),
+    "paragru": (ParaGRUCell, {}, reference.paragru, 1, 1),
+    "paragru-heads": (ParaGRUCell, {"heads": 2}, reference.paragru, 1, 1),
+    "paralstm": (ParaLSTMCell, {}, reference.paralstm, 2, 1),
+    "paralstm-heads": (ParaLSTMCell, {"heads": 2}, reference.paralstm, 2, 1),
+    "slstm": (SLSTMCell, MIXED, reference.slstm, 4, 6),
+    "slstm-heads": (SLSTMCell, MIXED | EXPONENTIAL, reference.slstm, 4, 3),
+    "slstm-diagonal": (SLSTMCell, MIXED | {"heads": 6}, reference.slstm, 4, 1),
+    "cfc": (CfCCell, {"dt": 0.3}, reference.cfc, 1, 6),
+    "cfc-timed": (CfCCell, {"dt": "input"}, reference.cfc, 1, 6),
+    "lem": (LEMCell, {"dt": 0.5}, reference.lem, 2, 6),
+    "elman-relu": (ElmanCell, {"activation": "relu"}, reference.elman, 1, 6),
+    "plrnn": (PLRNNCell, {}, reference.plrnn, 1, 6),
+    "alrnn": (ALRNNCell, {"rectified": 2}, reference.alrnn, 1, 6),
+    "iclrnn": (ICLRNNCell, {}, reference.iclrnn, 1, 6),
+    "qkanlstm": (QKANLSTMCell, {"layers": 2}, reference.qkanlstm, 2, 6),
 }
 # Initialised by laws of their own, which their own tests check.
-OWN_INITIALISATION = {"plrnn", "alrnn", "qkanlstm"}
+OWN_INITIALISATION = {
+    *("plrnn", "alrnn", "qkanlstm"),
+    *("slstm", "slstm-heads", "slstm-diagonal"),
+}
 D_INPUT, D_STATE, T = 4, 6, 9
 
 each_cell = pytest.mark.parametrize("name", CELLS)
@@ -131,7 +149,7 @@ def test_dtype_of_the_state_is_kept(name, parameters, inputs, state):
     assert (hs.shape, hs.dtype) == ((T, D_STATE), jnp.dtype(state))
 
 
-@pytest.mark.parametrize("name", ["gru", "paralstm-heads"])
+@pytest.mark.parametrize("name", ["gru", "paralstm-heads", "lstm-heads", "cfc", "lem"])
 def test_16_bit_parameters_are_the_only_loss(name):
     """The arithmetic is float32: only inputs and parameters are rounded."""
     cell = make(name, "bfloat16")
@@ -148,25 +166,47 @@ def test_structure_of_the_jacobian(name):
     state = jax.tree.map(
         lambda s: jr.normal(jr.key(2), s.shape, s.dtype), cell.init_state()
     )
-    blocks = jax.tree.leaves(jax.jit(jax.jacfwd(cell))(state, x))
-    assert len(blocks) == CELLS[name][3] ** 2
-    off_diagonal = ~np.eye(D_STATE, dtype=bool)
-    dense = any(np.any(np.asarray(block)[off_diagonal]) for block in blocks)
-    assert dense == (CELLS[name][4] == "dense")
+    parts = jax.tree.leaves(jax.jit(jax.jacfwd(cell))(state, x))
+    assert len(parts) == CELLS[name][3] ** 2
+    size = CELLS[name][4]
+    block = np.arange(D_STATE) // size
+    same_block = block[:, None] == block[None]
+    assert not any(np.any(np.asarray(part)[~same_block]) for part in parts)
+    coupled = same_block & ~np.eye(D_STATE, dtype=bool)
+    assert any(np.all(np.asarray(part)[coupled]) for part in parts)
+    # The whole state's blocks take those of all its arrays.
+    rows = size * CELLS[name][3]
+    wanted = "Diagonal" if rows == 1 else f"BlockDiagonal({rows})"
+    found = pararnn.jacobian_structure(cell, x, state)
+    assert str(found) == ("Dense" if size == D_STATE else wanted)
 
 
 @each_cell
 def test_every_parameter_has_a_derivative(name):
     xs = jr.normal(jr.key(1), (T, D_INPUT))
+    # From a fresh state the sLSTM's outputs do not depend on b_i.
+    state = jax.tree.map(jnp.asarray, random_state(name, np.random.default_rng(0)))
 
     @eqx.filter_jit
     @eqx.filter_grad
     def grad(cell):
-        hs, _ = run(cell, cell.init_state(), xs)
+        hs, _ = run(cell, state, xs)
         return jnp.sum(hs**2)
 
     for path, leaf in jax.tree.leaves_with_path(grad(make(name))):
         assert np.all(np.isfinite(leaf)) and np.any(leaf), jax.tree_util.keystr(path)
+
+
+def initial_bound(cell, field, value):
+    """What the absolute values of an initial parameter lie below."""
+    if isinstance(cell, ParaGRUCell | ParaLSTMCell):
+        return (D_INPUT // cell.heads) ** -0.5 if field[0] in "Bb" else 1.0
+    if isinstance(cell, CfCCell):
+        fan_in = cell.B_x.shape[1] + D_STATE
+        if value.ndim == 1:
+            return (fan_in if field == "b" else D_STATE) ** -0.5
+        return (6 / ((fan_in if field[0] == "B" else D_STATE) + D_STATE)) ** 0.5
+    return (value.shape[-1] if value.ndim == 3 else D_STATE) ** -0.5
 
 
 @pytest.mark.parametrize("name", [n for n in CELLS if n not in OWN_INITIALISATION])
@@ -176,13 +216,8 @@ def test_initialisation(name):
     for field, value in vars(reference.parameters(cell)).items():
         if not isinstance(value, np.ndarray):
             continue
-        if CELLS[name][4] == "dense":
-            bound = D_STATE**-0.5
-        elif field[0] in "Bb":
-            bound = (D_INPUT // cell.heads) ** -0.5
-        else:
-            bound = 1.0
-        assert np.abs(value).max() <= bound, field
+        bound = initial_bound(cell, field, value)
+        assert 0.3 * bound < np.abs(value).max() <= bound, field
         assert len(np.unique(value)) == value.size, field
     other = make(name, seed=1)
     assert not eqx.tree_equal(cell, other)
@@ -191,13 +226,17 @@ def test_initialisation(name):
 @each_cell
 def test_state_defaults_to_the_size_of_the_input(name):
     cls, arguments, *_ = CELLS[name]
+    if "heads" in arguments:
+        arguments = arguments | {"heads": 2}
     cell = cls(D_INPUT, **arguments, key=jr.key(0))
     for state in jax.tree.leaves(cell.init_state()):
         assert state.shape == (D_INPUT,) and not np.any(state)
 
 
 ALL = tuple(CELLS)
-HEADS = ("paragru", "paralstm")
+PARA = ("paragru", "paralstm")
+HEADS = (*PARA, "gru", "lstm", "slstm")
+TIMED = ("cfc", "lem")
 AUTONOMOUS = ("plrnn", "alrnn")  # They may go without inputs.
 DRIVEN = tuple(name for name in CELLS if name not in AUTONOMOUS)
 # What is wrong, which cells refuse it, arguments, and what the message must say.
@@ -225,8 +264,18 @@ BAD_ARGUMENTS = {
     "integer dtype": (ALL, {"dtype": jnp.int32}, "`dtype` must be .* got int32"),
     "complex dtype": (ALL, {"dtype": jnp.complex64}, "real floating point"),
     "no heads": (HEADS, {"heads": 0}, "`heads` must be a positive integer"),
-    "heads and input": (HEADS, {"heads": 3}, "`d_input` = 4 is not divisible"),
+    "heads and input": (PARA, {"heads": 3}, "`d_input` = 4 is not divisible"),
     "heads and state": (HEADS, {"heads": 4}, "`d_state` = 6 is not divisible"),
+    "forget": (("slstm",), {"forget": "tanh"}, "there are sigmoid, exponential"),
+    "recurrence": (("slstm",), {"recurrence": 0}, "there are zeros, uniform"),
+    "depth": (("slstm",), {"depth": 3}, "`depth` must be a number from 0 to 1, got 3"),
+    "no sweeps": (("slstm",), {"sweeps": 0}, "`sweeps` must be a positive integer"),
+    "no backbone": (("cfc",), {"d_backbone": 0}, "`d_backbone` must be"),
+    "time alone": (("cfc",), {"d_input": 1, "dt": "input"}, "leaves none besides"),
+    "zero dt": (TIMED, {"dt": 0}, "`dt` must be a positive finite number, got 0"),
+    "infinite dt": (TIMED, {"dt": float("inf")}, "positive finite number, got inf"),
+    "dt by step": (TIMED, {"dt": jnp.ones(3)}, "a constant of the cell"),
+    "dt by name": (TIMED, {"dt": "inputs"}, "number, got 'inputs'"),
 }
 
 
@@ -263,3 +312,40 @@ def test_refuses_inputs(name, case):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         cell(cell.init_state(), x)
     assert type(cell).__name__ in str(error.value)
+
+
+def test_a_backbone_of_its_own_width_and_a_time_for_each_step():
+    cell = CfCCell(D_INPUT, D_STATE, d_backbone=5, dt="input", key=jr.key(0))
+    rng = np.random.default_rng(0)
+    xs, state = rng.normal(size=(T, D_INPUT)), rng.normal(size=D_STATE)
+    xs[:, -1] = rng.exponential(size=T)
+    assert [g.shape for g in cell.gates(jnp.asarray(xs))] == [(T, 5), (T, D_STATE)]
+    wanted = reference.cfc(reference.parameters(cell), xs, state)
+    assert_close(run(cell, jnp.asarray(state), jnp.asarray(xs)), wanted)
+
+
+def test_registry_lists_what_there_is():
+    with pytest.raises(ValueError, match=r"unknown cell 's4d'.*elman.*slstm"):
+        pararnn.make_cell("s4d", 4, key=jr.key(0))
+    with pytest.raises(ValueError, match=r"unknown cell \['gru'\]"):
+        pararnn.make_cell(["gru"], 4, key=jr.key(0))  # pyright: ignore
+    with pytest.raises(ValueError, match="no option bias; there are heads, dtype"):
+        pararnn.make_cell("gru", 4, key=jr.key(0), bias=False)
+    cells = {
+        value
+        for value in vars(pararnn.cells).values()
+        if isinstance(value, type) and issubclass(value, pararnn.AbstractCell)
+    }
+    assert cells - {pararnn.AbstractCell} == set(pararnn.CELLS.values())
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        pararnn.CELLS["mine"] = ElmanCell  # pyright: ignore[reportIndexIssue]
+
+
+@pytest.mark.parametrize("name", pararnn.CELLS)
+def test_registry_makes_what_the_class_makes(name):
+    cls = pararnn.CELLS[name]
+    assert eqx.tree_equal(
+        pararnn.make_cell(name, D_INPUT, D_STATE, key=jr.key(3), dtype="float32"),
+        cls(D_INPUT, D_STATE, key=jr.key(3), dtype="float32"),  # pyright: ignore
+    )
+    assert pararnn.make_cell(name, D_INPUT, key=jr.key(3)).d_state == D_INPUT

@@ -60,7 +60,7 @@ class BlockLRNN(AbstractLayer):
         self.d_model = check_size("BlockLRNN", "d_model", d_model)
         d_state = d_model if d_state is None else d_state
         self.d_state = check_size("BlockLRNN", "d_state", d_state)
-        check_heads("BlockLRNN", blocks, d_state, d_state)
+        check_heads("BlockLRNN", blocks, d_state=d_state)
         if not isinstance(p, int | float) or not 1 <= p <= 16:
             raise ValueError(
                 f"BlockLRNN: `p` must be a number from 1 to 16, got {p!r}: the norm of "

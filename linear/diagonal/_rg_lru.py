@@ -63,7 +63,7 @@ class RGLRU(AbstractLayer):
         """
         draw = Draw("RGLRU", dtype, key)
         self.d_model = check_size("RGLRU", "d_model", d_model)
-        check_heads("RGLRU", blocks, d_model, d_model)
+        check_heads("RGLRU", blocks, d_model=d_model)
         if not 0 < r_min < r_max < 1:
             raise ValueError(
                 f"RGLRU: `r_min` = {r_min!r} and `r_max` = {r_max!r} must satisfy "

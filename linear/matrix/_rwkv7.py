@@ -90,7 +90,7 @@ class RWKV7(AbstractLayer):
         draw = Draw("RWKV7", dtype, key)
         self.d_model = d = check_size("RWKV7", "d_model", d_model)
         self.heads = check_size("RWKV7", "heads", heads)
-        check_heads("RWKV7", heads, d, d)
+        check_heads("RWKV7", heads, d_model=d)
         size = d // heads
         rank = check_size("RWKV7", "rank", max(1, d // 4) if rank is None else rank)
         self.mu = draw.uniform((6, d), 0, 1)

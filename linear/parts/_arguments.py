@@ -1,21 +1,18 @@
 """What constructors check, and how they draw parameters."""
 
 import math
-from collections.abc import Iterable
 
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, DTypeLike, PRNGKeyArray
 
-from pararnn._parameters import check_dtype, check_key, check_size, wide_dtype
-
-
-def check_choice(where: str, name: str, value, choices: Iterable[str]) -> None:
-    """A `ValueError` that lists the choices if `value` is not among them."""
-    if value not in (choices := tuple(choices)):
-        raise ValueError(
-            f"{where}: unknown `{name}` {value!r}; there are {', '.join(choices)}."
-        )
+from pararnn._parameters import (
+    check_choice as check_choice,
+    check_dtype,
+    check_key,
+    check_size,
+    wide_dtype,
+)
 
 
 def check_range(where: str, low: str, high: str, values: tuple) -> None:

@@ -4,11 +4,11 @@ import abc
 from typing import Any
 
 import equinox as eqx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 # One array for each gate. A single array that `update` slices measured five times
 # slower on CPU: XLA does not vectorise the slices inside a loop.
-Gates = tuple[Float[Array, "*time d_state"], ...]
+Gates = tuple[Float[Array, "*time _"], ...]
 
 
 class AbstractCell(eqx.Module):
@@ -34,8 +34,9 @@ class AbstractCell(eqx.Module):
 
         **Arguments:** `x`, `[..., d_input]`, floating point; leading axes are free.
 
-        **Returns:** a tuple with an array `[..., d_state]` for each gate, in the
-        promoted dtype of `x` and the parameters, and at least float32.
+        **Returns:** a tuple with an array for each gate, `[..., d_state]` unless the
+        cell says otherwise, in the promoted dtype of `x` and the parameters, and at
+        least float32.
 
         **Raises:** `ValueError` if the last axis or the dtype of `x` does not fit.
         """
@@ -46,8 +47,8 @@ class AbstractCell(eqx.Module):
     ) -> PyTree[Float[Array, " d_state"]]:
         """The next state, from the state and what `gates` made of one input.
 
-        **Arguments:** `state`, of the structure of `init_state()`; `gates`, arrays
-        `[d_state]`.
+        **Arguments:** `state`, of the structure of `init_state()`; `gates`, of one
+        input.
 
         **Returns:** the next state, in the dtype of `state`. The arithmetic between is
         in the promoted dtype of everything involved, and at least float32.
@@ -62,6 +63,28 @@ class AbstractCell(eqx.Module):
         self, state: PyTree[Float[Array, " d_state"]]
     ) -> Float[Array, " d_state"]:
         """What a layer emits of a state, `[d_state]`."""
+
+    def guess(
+        self,
+        gates: Gates,
+        state: PyTree[Float[Array, " d_state"]],
+        reset: Bool[Array, " T"] | None = None,
+    ) -> PyTree[Float[Array, "T d_state"]] | None:
+        """A trajectory for a parallel solve to start from, if the cell knows one.
+
+        Only speed depends on it, and [`pararnn.RNN`][] calls it. A cell whose state has
+        parts that are linear, or otherwise solved by a scan, once the rest is known
+        overrides it.
+
+        **Arguments:** `gates`, of all inputs, arrays `[T, ...]`; `state`, before
+        the first step; `reset`, bool `[T]`, where true a step starts from
+        `init_state()`.
+
+        **Returns:** states `[T, d_state]` of the structure and dtypes of `state`; or
+        `None`, the default, with which a solver starts as it likes.
+        """
+        del gates, state, reset
+        return None
 
     def __call__(
         self, state: PyTree[Float[Array, " d_state"]], x: Float[Array, " d_input"]

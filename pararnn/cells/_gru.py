@@ -8,10 +8,12 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from .._parameters import (
     affine,
     check_dtype,
+    check_heads,
     check_input,
     check_key,
     check_sizes,
     linear,
+    recurrent,
     uniform,
     widen,
     zeros,
@@ -29,23 +31,24 @@ class GRUCell(AbstractCell):
     h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
     \end{aligned}$$
 
-    The state is $h$, `[d_state]`, and the Jacobian dense. The parameters are the row
-    blocks of torch's `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0` and `bias_hh_l0`, in
-    the order r, z, n.
+    The state is $h$, `[d_state]`, and the Jacobian dense, or one block for each head
+    where there are several. The parameters of one head are the row blocks of torch's
+    `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0` and `bias_hh_l0`, in the order r, z, n.
 
     ??? cite "Source"
 
         Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for
         Statistical Machine Translation" (1406.1078v1; its later versions put $r$ inside
-        the product).
+        the product). Heads: Pöppel et al., "FlashRNN: I/O-Aware Optimization of
+        Traditional RNNs on modern hardware" (2412.07752).
     """
 
     W_ir: Float[Array, "d_state d_input"]
     W_iz: Float[Array, "d_state d_input"]
     W_in: Float[Array, "d_state d_input"]
-    W_hr: Float[Array, "d_state d_state"]
-    W_hz: Float[Array, "d_state d_state"]
-    W_hn: Float[Array, "d_state d_state"]
+    W_hr: Float[Array, "*heads out in"]
+    W_hz: Float[Array, "*heads out in"]
+    W_hn: Float[Array, "*heads out in"]
     b_ir: Float[Array, " d_state"]
     b_iz: Float[Array, " d_state"]
     b_in: Float[Array, " d_state"]
@@ -54,12 +57,14 @@ class GRUCell(AbstractCell):
     b_hn: Float[Array, " d_state"]
     d_input: int
     d_state: int
+    heads: int
 
     def __init__(
         self,
         d_input: int,
         d_state: int | None = None,
         *,
+        heads: int = 1,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -67,15 +72,22 @@ class GRUCell(AbstractCell):
 
         - `d_input`: size of the input.
         - `d_state`: size of the state; `d_input` if not given.
+        - `heads`: the recurrent matrices are block-diagonal with this many blocks, each
+            `[d_state // heads, d_state // heads]`; it must divide `d_state`.
         - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
             parameters have a float32 state.
         - `key`: a key of `jax.random`. All parameters are drawn uniformly from
-            $\pm 1 / \sqrt{d_{state}}$, as in torch.
+            $\pm 1 / \sqrt{d_{state}}$, as in torch, and blocks from $\pm 1$ over the
+            root of their own width.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, a key that is
-        not one, or a dtype that is not floating point.
+        **Raises:** `ValueError` on a size that is not a positive integer, heads that
+        do not divide `d_state`, a key that is not one, or a dtype that is not floating
+        point.
         """
         self.d_input, self.d_state = check_sizes("GRUCell", d_input, d_state)
+        self.heads = check_heads(
+            "GRUCell", heads, "the recurrent", d_state=self.d_state
+        )
         dtype = check_dtype("GRUCell", dtype)
         check_key("GRUCell", key)
         inputs, hidden, biases = jr.split(key, 3)
@@ -83,7 +95,7 @@ class GRUCell(AbstractCell):
         self.W_ir, self.W_iz, self.W_in = uniform(
             inputs, 3, (n, self.d_input), bound, dtype
         )
-        self.W_hr, self.W_hz, self.W_hn = uniform(hidden, 3, (n, n), bound, dtype)
+        self.W_hr, self.W_hz, self.W_hn = recurrent(hidden, 3, n, self.heads, dtype)
         self.b_ir, self.b_iz, self.b_in, self.b_hr, self.b_hz, self.b_hn = uniform(
             biases, 6, (n,), bound, dtype
         )

@@ -8,10 +8,12 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from .._parameters import (
     affine,
     check_dtype,
+    check_heads,
     check_input,
     check_key,
     check_sizes,
     linear,
+    recurrent,
     uniform,
     widen,
     zeros,
@@ -32,24 +34,27 @@ class LSTMCell(AbstractCell):
     \end{aligned}$$
 
     The state is the tuple $(c, h)$, each `[d_state]` (torch and Equinox order it
-    $(h, c)$), and a layer emits $h$. The parameters are the row blocks of torch's
+    $(h, c)$), and a layer emits $h$. The Jacobian is dense, or one block for each head
+    where there are several. The parameters of one head are the row blocks of torch's
     `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0` and `bias_hh_l0`, in the order i, f, g,
     o.
 
     ??? cite "Source"
 
         Hochreiter & Schmidhuber, "Long short-term memory", Neural Computation 9 (1997);
-        the forget gate is of Gers et al., Neural Computation 12 (2000).
+        the forget gate is of Gers et al., Neural Computation 12 (2000). Heads: Pöppel
+        et al., "FlashRNN: I/O-Aware Optimization of Traditional RNNs on modern
+        hardware" (2412.07752).
     """
 
     W_ii: Float[Array, "d_state d_input"]
     W_if: Float[Array, "d_state d_input"]
     W_ig: Float[Array, "d_state d_input"]
     W_io: Float[Array, "d_state d_input"]
-    W_hi: Float[Array, "d_state d_state"]
-    W_hf: Float[Array, "d_state d_state"]
-    W_hg: Float[Array, "d_state d_state"]
-    W_ho: Float[Array, "d_state d_state"]
+    W_hi: Float[Array, "*heads out in"]
+    W_hf: Float[Array, "*heads out in"]
+    W_hg: Float[Array, "*heads out in"]
+    W_ho: Float[Array, "*heads out in"]
     b_ii: Float[Array, " d_state"]
     b_if: Float[Array, " d_state"]
     b_ig: Float[Array, " d_state"]
@@ -60,12 +65,14 @@ class LSTMCell(AbstractCell):
     b_ho: Float[Array, " d_state"]
     d_input: int
     d_state: int
+    heads: int
 
     def __init__(
         self,
         d_input: int,
         d_state: int | None = None,
         *,
+        heads: int = 1,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -73,15 +80,22 @@ class LSTMCell(AbstractCell):
 
         - `d_input`: size of the input.
         - `d_state`: size of $c$ and of $h$; `d_input` if not given.
+        - `heads`: the recurrent matrices are block-diagonal with this many blocks, each
+            `[d_state // heads, d_state // heads]`; it must divide `d_state`.
         - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
             parameters have a float32 state.
         - `key`: a key of `jax.random`. All parameters are drawn uniformly from
-            $\pm 1 / \sqrt{d_{state}}$, as in torch.
+            $\pm 1 / \sqrt{d_{state}}$, as in torch, and blocks from $\pm 1$ over the
+            root of their own width.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, a key that is
-        not one, or a dtype that is not floating point.
+        **Raises:** `ValueError` on a size that is not a positive integer, heads that
+        do not divide `d_state`, a key that is not one, or a dtype that is not floating
+        point.
         """
         self.d_input, self.d_state = check_sizes("LSTMCell", d_input, d_state)
+        self.heads = check_heads(
+            "LSTMCell", heads, "the recurrent", d_state=self.d_state
+        )
         dtype = check_dtype("LSTMCell", dtype)
         check_key("LSTMCell", key)
         inputs, hidden, from_x, from_h = jr.split(key, 4)
@@ -89,8 +103,8 @@ class LSTMCell(AbstractCell):
         self.W_ii, self.W_if, self.W_ig, self.W_io = uniform(
             inputs, 4, (n, self.d_input), bound, dtype
         )
-        self.W_hi, self.W_hf, self.W_hg, self.W_ho = uniform(
-            hidden, 4, (n, n), bound, dtype
+        self.W_hi, self.W_hf, self.W_hg, self.W_ho = recurrent(
+            hidden, 4, n, self.heads, dtype
         )
         self.b_ii, self.b_if, self.b_ig, self.b_io = uniform(
             from_x, 4, (n,), bound, dtype

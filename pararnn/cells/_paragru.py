@@ -77,7 +77,13 @@ class ParaGRUCell(AbstractCell):
         point.
         """
         self.d_input, self.d_state = check_sizes("ParaGRUCell", d_input, d_state)
-        self.heads = check_heads("ParaGRUCell", heads, self.d_input, self.d_state)
+        self.heads = check_heads(
+            "ParaGRUCell",
+            heads,
+            "the input",
+            d_input=self.d_input,
+            d_state=self.d_state,
+        )
         dtype = check_dtype("ParaGRUCell", dtype)
         check_key("ParaGRUCell", key)
         recurrent, inputs, biases = jr.split(key, 3)

@@ -81,7 +81,13 @@ class ParaLSTMCell(AbstractCell):
         point.
         """
         self.d_input, self.d_state = check_sizes("ParaLSTMCell", d_input, d_state)
-        self.heads = check_heads("ParaLSTMCell", heads, self.d_input, self.d_state)
+        self.heads = check_heads(
+            "ParaLSTMCell",
+            heads,
+            "the input",
+            d_input=self.d_input,
+            d_state=self.d_state,
+        )
         dtype = check_dtype("ParaLSTMCell", dtype)
         check_key("ParaLSTMCell", key)
         candidate, recurrent, inputs, biases = jr.split(key, 4)

@@ -62,9 +62,9 @@ def solve(
     - `reset_state`: like `h0`; zeros if not given.
     - `initial_guess`: where a method starts from: a trajectory like the states (in
         training, the states of the step before: a warm start), a function of `(xs, h0)`
-        that returns one, `"cell"` for $f(0, x_t)$, `"h0"`, `"zeros"`, or `None` for a
-        few steps from `h0` with the inputs just before each segment. Only speed depends
-        on it, and no derivative. Where it is not finite, `h0` stands in.
+        that returns one or `None`, `"cell"` for $f(0, x_t)$, `"h0"`, `"zeros"`, or
+        `None` for a few steps from `h0` with the inputs just before each segment. Only
+        speed depends on it, and no derivative. Where it is not finite, `h0` stands in.
     - `max_steps`: limit on the steps of a method. `None` is the number of segments,
         after which the answer is exact but for rounding; `Auto` and `Ladder` then take
         the few steps that they can afford.
@@ -249,6 +249,8 @@ def _make_guess(
         guess = _guess_by_name(where, guess, f, xs, h0, like)
     elif callable(guess):
         guess = guess(xs, h0)
+        if guess is None:
+            return None
     check_like(where, "initial_guess", guess, like, "a state for each step, [T, ...]")
     # The answer does not depend on where a method started.
     return tuple(jax.lax.stop_gradient(leaf) for leaf in jtu.tree_leaves(guess))
@@ -265,7 +267,7 @@ def _guess_by_name(where: str, name: str, f: Callable, xs, h0, like) -> PyTree:
     raise ValueError(
         f"{where}: unknown `initial_guess` {name!r}; there are 'cell', which is "
         "f(0, x) at each step, 'h0', 'zeros', a trajectory like the states, a function "
-        "of (xs, h0) that returns one, and None."
+        "of (xs, h0) that returns one or None, and None."
     )
 
 
