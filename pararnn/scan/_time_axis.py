@@ -1,0 +1,159 @@
+"""Time that lies across devices: the axis `"time"` of the mesh in context.
+
+Everything here is written as ordinary array operations on `[length, shards, ...]`, one
+stretch of time for each device, and XLA divides them. Arrays with time are pinned to
+the devices by `spread`; what devices must know of each other, one entry a stretch, is
+handed to all of them by `share`. Nothing else may cross, and as no slice, shift or
+loop runs along `shards` outside of those few entries, nothing does.
+
+`jax.shard_map` would make the same exchange, but it would have to be opened and closed
+around every cell, with the shardings of all that the cell closes over; constraints
+leave batch and parameters to whatever axes they lie on.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
+from jaxtyping import Array, Shaped
+
+TIME = "time"
+
+
+def time_shards(steps: int) -> int:
+    """How many devices share the time axis of arrays `[steps, ...]`; 1 if none do.
+
+    Fewer steps than devices, as in decoding, are not divided.
+
+    **Raises:** `ValueError` if the axis `"time"` is of the explicit kind.
+    """
+    mesh = get_abstract_mesh()
+    if TIME not in mesh.axis_names:
+        return 1
+    count = mesh.shape[TIME]
+    kind = mesh.axis_types[mesh.axis_names.index(TIME)]
+    # Inside of a `shard_map` over time, an array is one device's own.
+    if kind == AxisType.Manual or count == 1 or steps < count:
+        return 1
+    if kind == AxisType.Explicit:
+        raise ValueError(
+            f'The mesh in context has an axis "{TIME}" of type Explicit; recurrences '
+            "are divided along it by sharding constraints, which need type Auto. "
+            "Likely cause: `jax.make_mesh` makes explicit axes unless told otherwise. "
+            "Use `pararnn.make_mesh(time=...)`, or pass "
+            "`axis_types=(jax.sharding.AxisType.Auto, ...)`."
+        )
+    return count
+
+
+def spread(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
+    """`x`, one slice of `axis` (or several) on each device of the time axis."""
+    return _constrain(x, axis, TIME)
+
+
+def share(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
+    """`x`, all of `axis` on every device: the one exchange there is."""
+    return _constrain(x, axis, None)
+
+
+def _constrain(x, axis: int, name: str | None):
+    # What the other axes are divided over is not this module's business.
+    spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[axis] = name  # pyright: ignore[reportArgumentType]
+    return lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def split_time(x: Shaped[Array, "T ..."], shards: int, fill=None) -> Array:
+    """`[T, ...]` to `[length, shards, ...]`, `length` being T / shards, rounded up.
+
+    What is missing at the end is `fill`, `[...]`; the last entry if not given.
+    """
+    steps = x.shape[0]
+    length = -(-steps // shards)
+    if length * shards > steps:
+        fill = x[-1] if fill is None else fill
+        shape = (length * shards - steps, *x.shape[1:])
+        x = jnp.concatenate([x, jnp.broadcast_to(fill, shape).astype(x.dtype)])
+    x = x.reshape(shards, length, *x.shape[1:])
+    return (spread(x) if shards > 1 else x).swapaxes(0, 1)
+
+
+def join_time(x: Shaped[Array, "length shards ..."], steps: int) -> Array:
+    """`[length, shards, ...]` back to `[steps, ...]`, without what was filled in."""
+    length, shards, *rest = x.shape
+    x = x.swapaxes(0, 1)
+    x = (spread(x) if shards > 1 else x).reshape(length * shards, *rest)
+    return spread(x)[:steps] if shards > 1 else x[:steps]
+
+
+def shift(
+    first: Shaped[Array, "..."], x: Shaped[Array, "T ..."], *, reverse: bool = False
+) -> Shaped[Array, "T ..."]:
+    """`x` one step later: `first, x_1, ..., x_{T-1}`; reversed, `x_2, ..., x_T, first`.
+
+    Between devices, one step of each goes across.
+    """
+    shards = time_shards(x.shape[0])
+    if shards == 1:
+        parts = [x[1:], first[None]] if reverse else [first[None], x[:-1]]
+        return jnp.concatenate(parts)
+    stretches = split_time(x, shards, first)
+    if reverse:
+        heads = share(stretches[0])
+        entering = spread(jnp.concatenate([heads[1:], first[None]]))
+        parts = [stretches[1:], entering[None]]
+    else:
+        ends = share(stretches[-1])
+        entering = spread(jnp.concatenate([first[None], ends[:-1]]))
+        parts = [entering[None], stretches[:-1]]
+    return join_time(jnp.concatenate(parts), x.shape[0])
+
+
+def scan_stretches(
+    scan: Callable[..., tuple[Array, Array]],
+    product: Callable[[Array, Array], Array],
+    identity: Callable[[Array], Array],
+    reverse: bool,
+    shards: int,
+    arguments: tuple,
+) -> tuple[Array, Array]:
+    r"""A linear recurrence over stretches of time on different devices.
+
+    What a stretch does to the state that it starts from is $u \mapsto P u + e$. Every
+    device finds $e$ by a scan from zero and $P$ by one from the identity without terms,
+    all of them step through the stretches together (replicated, `shards` steps), and
+    each scans its own stretch again from the true start. The pair $(P, e)$ of every
+    stretch is all that is exchanged.
+
+    **Arguments:** `scan(a, b, u, reset)`, a schedule of `_backends.py` that takes the
+    stretches as a batch; its `product`, and the `identity` like some factors;
+    `arguments`, its own ones, with the time axis whole.
+    """
+    a, b, u, reset = arguments
+    steps = b.shape[0]
+    if a.shape[0] == 1 != steps and steps % shards:
+        a = jnp.broadcast_to(a, (steps, *a.shape[1:]))
+    # A step that was filled in leaves the state as it is.
+    a = a[:, None] if a.shape[0] == 1 else split_time(a, shards, identity(a[0]))
+    b = split_time(b, shards, jnp.zeros_like(b[0]))
+    if reset is not None:
+        reset = split_time(reset, shards, jnp.zeros_like(reset[0]))
+    unit = a[0] if reset is None else a[0] + jnp.zeros_like(reset[0], a.dtype)
+    _, P = scan(a, jnp.zeros((b.shape[0], *unit.shape), a.dtype), identity(unit), reset)
+    _, ends = scan(a, b, jnp.zeros_like(b[0]), reset)
+    P = share(jnp.broadcast_to(P, (shards, *P.shape[1:])))
+    seen = None if reset is None else share(jnp.any(reset, axis=0))
+
+    def through(u, stretch):
+        P, end, seen = stretch
+        carried = product(P, u)
+        if seen is not None:
+            # Selected, as an infinity in the dropped state must not survive.
+            carried = jnp.where(seen, jnp.zeros_like(carried), carried)
+        return carried + end, u
+
+    u, starts = lax.scan(through, u, (P, share(ends), seen), reverse=reverse)
+    x, _ = scan(a, b, spread(starts), reset)
+    return join_time(x, steps), u
