@@ -13,7 +13,6 @@ leave batch and parameters to whatever axes they lie on.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
@@ -59,33 +58,34 @@ def share(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
 
 
 def _constrain(x, axis: int, name: str | None):
+    if time_shards(x.shape[axis]) == 1:
+        return x
     # What the other axes are divided over is not this module's business.
     spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
     spec[axis] = name  # pyright: ignore[reportArgumentType]
     return lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def split_time(x: Shaped[Array, "T ..."], shards: int, fill=None) -> Array:
-    """`[T, ...]` to `[length, shards, ...]`, `length` being T / shards, rounded up.
+def split_time(x: Shaped[Array, "T ..."], parts: int, fill=None) -> Array:
+    """`[T, ...]` to `[length, parts, ...]`, `length` being T / parts, rounded up.
 
-    What is missing at the end is `fill`, `[...]`; the last entry if not given.
+    `parts` is a multiple of the devices that share time. What is missing at the end is
+    `fill`, `[...]`; the last entry if not given.
     """
     steps = x.shape[0]
-    length = -(-steps // shards)
-    if length * shards > steps:
+    length = -(-steps // parts)
+    if length * parts > steps:
         fill = x[-1] if fill is None else fill
-        shape = (length * shards - steps, *x.shape[1:])
-        x = jnp.concatenate([x, jnp.broadcast_to(fill, shape).astype(x.dtype)])
-    x = x.reshape(shards, length, *x.shape[1:])
-    return (spread(x) if shards > 1 else x).swapaxes(0, 1)
+        shape = (length * parts - steps, *x.shape[1:])
+        x = jnp.concatenate([x, jnp.broadcast_to(fill, shape)])
+    return spread(x.reshape(parts, length, *x.shape[1:])).swapaxes(0, 1)
 
 
-def join_time(x: Shaped[Array, "length shards ..."], steps: int) -> Array:
-    """`[length, shards, ...]` back to `[steps, ...]`, without what was filled in."""
-    length, shards, *rest = x.shape
-    x = x.swapaxes(0, 1)
-    x = (spread(x) if shards > 1 else x).reshape(length * shards, *rest)
-    return spread(x)[:steps] if shards > 1 else x[:steps]
+def join_time(x: Shaped[Array, "length parts ..."], steps: int) -> Array:
+    """`[length, parts, ...]` back to `[steps, ...]`, without what was filled in."""
+    length, parts, *rest = x.shape
+    x = spread(x.swapaxes(0, 1)).reshape(length * parts, *rest)
+    return spread(x)[:steps]
 
 
 def shift(

@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool
 
+from ..scan import split_time, time_shards
 from ._recurrence import Batch
 from ._solution import RESULTS
 
@@ -53,14 +54,19 @@ def report(batch: Batch, stats, states, arguments, shape) -> Report:
     def find_failure():
         first = _first_nonfinite(states, shape)
         parameters, inputs, h0 = arguments
+        # Loops over time here and below: beside the states, nothing grows with T.
+        shards = time_shards(steps)
+        inputs = jtu.tree_map(lambda x: split_time(x, shards), inputs)
+        over = batch.segmented(parameters, inputs)
+        starts = jtu.tree_map(lambda h: jnp.broadcast_to(h, (shards, *h.shape)), h0)
 
         def are_finite(good, x):
-            found = batch.lift(_which_are_finite)(parameters, h0, x)
+            found = over.lift(_which_are_finite)(parameters, starts, x)
             return tuple(map(jnp.logical_and, good, found)), None
 
-        # Loops over time here and below: beside the states, nothing grows with T.
-        both = (jnp.ones(shape, bool),) * 2
-        (good_parameters, good_inputs), _ = lax.scan(are_finite, both, inputs)
+        both = (jnp.ones((shards, *shape), bool),) * 2
+        good, _ = lax.scan(are_finite, both, inputs)
+        good_parameters, good_inputs = (jnp.all(g, axis=0) for g in good)
         cause = jnp.where(good_parameters, 4, 3)
         cause = jnp.where(good_inputs, cause, 2).astype(jnp.int32)
         return jnp.where(first < steps, cause, code), first
@@ -112,16 +118,18 @@ def _is_finite(tree) -> Array:
 
 def _first_nonfinite(states, shape) -> Array:
     steps = states[0].shape[0]
+    shards = time_shards(steps)
 
     def look(first, at_t):
         t, leaves = at_t
-        bad = jnp.zeros(shape, bool)
+        bad = jnp.zeros((shards, *shape), bool)
         for leaf in leaves:
-            bad = bad | jnp.any(
-                ~jnp.isfinite(leaf), tuple(range(len(shape), leaf.ndim))
-            )
+            behind = tuple(range(1 + len(shape), leaf.ndim))
+            bad = bad | jnp.any(~jnp.isfinite(leaf), behind)
+        t = t.reshape(-1, *(1,) * len(shape))
         return jnp.where(bad, jnp.minimum(first, t), first), None
 
     times = jnp.arange(steps, dtype=jnp.int32)
-    start = jnp.full(shape, steps, jnp.int32)
-    return lax.scan(look, start, (times, states))[0]
+    start = jnp.full((shards, *shape), steps, jnp.int32)
+    parts = jtu.tree_map(lambda x: split_time(x, shards), (times, states))
+    return jnp.min(lax.scan(look, start, parts)[0], axis=0)

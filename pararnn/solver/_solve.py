@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
+from ..scan import time_shards
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
 from ._auto import Auto
 from ._inputs import as_step, check_like, check_resets, count_steps, make_recurrence
@@ -20,6 +21,7 @@ from ._report import as_result, raise_on_failure, report
 from ._run import Run, Solver
 from ._solution import RESULTS, Solution
 from ._structure import Structure, declared_structure, find_structure
+from ._windows import Windows
 from .methods import is_count
 
 # A trajectory, a name, or a function of (xs, h0); see `solve`.
@@ -86,6 +88,7 @@ def solve(
     recurrence = make_recurrence(where, f, xs, h0)
     h0 = jtu.tree_map(jnp.asarray, h0)
     steps = count_steps(where, xs)
+    _check_windows(where, solver, steps)
     fresh = check_resets(where, recurrence, reset, reset_state, steps)
     if structure is not None:
         structure = declared_structure(structure, recurrence)
@@ -223,6 +226,16 @@ def _check_options(where: str, solver: Any, adjoint: Any, max_steps: Any) -> Non
         raise ValueError(
             f"{where}: `max_steps` is {max_steps!r}; expected a whole number >= 1, or "
             "None for as many as can ever be needed."
+        )
+
+
+def _check_windows(where: str, solver: Solver, steps: int) -> None:
+    if isinstance(solver, Windows) and time_shards(steps) > 1:
+        raise ValueError(
+            f"{where}: `solver` is a `Windows`, which solves one stretch of time after "
+            "the other, but time lies across devices (the mesh in context has an axis "
+            '"time"), so that one of them would work at a time. Pass the solver of the '
+            'windows itself, or use a mesh without an axis "time".'
         )
 
 

@@ -55,15 +55,16 @@ class AbstractMethod(optx.AbstractRootFinder):
     def correct(
         self,
         structure: Structure,
-        tangents: Float[Array, "size S-1 *batch width"],
-        defects: Float[Array, "S-1 *batch width"],
+        tangents: Float[Array, "size S *batch width"],
+        defects: Float[Array, "S *batch width"],
         length: int,
         progress: Float[Array, "*batch"],
-    ) -> Float[Array, "S-1 *batch width"]:
-        """The correction of all starts but the first.
+    ) -> Float[Array, "S *batch width"]:
+        """The correction of all starts, of which the first has no defect.
 
-        `tangents` are the segments' transitions, over `length` steps each; `progress`
-        is the last relative correction, 1 at the beginning.
+        `tangents` are the transitions from the start before, over `length` steps each,
+        zero for the first two starts; `progress` is the last relative correction, 1 at
+        the beginning.
         """
 
     # The interface of Optimistix. It wants the whole trajectory as the iterate, and
