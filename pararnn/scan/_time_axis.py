@@ -13,6 +13,7 @@ leave batch and parameters to whatever axes they lie on.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
@@ -101,14 +102,38 @@ def shift(
         return jnp.concatenate(parts)
     stretches = split_time(x, shards, first)
     if reverse:
-        heads = share(stretches[0])
-        entering = spread(jnp.concatenate([heads[1:], first[None]]))
+        entering = _from_neighbour(stretches[0], first, shards, -1)
         parts = [stretches[1:], entering[None]]
     else:
-        ends = share(stretches[-1])
-        entering = spread(jnp.concatenate([first[None], ends[:-1]]))
+        entering = _from_neighbour(stretches[-1], first, shards, 1)
         parts = [entering[None], stretches[:-1]]
     return join_time(jnp.concatenate(parts), x.shape[0])
+
+
+def _from_neighbour(x, first, shards: int, way: int):
+    """Rows `[shards, ...]`, one device further; `first` enters where there is none."""
+
+    @_on_each_device(in_specs=(PartitionSpec(TIME), PartitionSpec()))
+    def hand_on(mine, first):
+        to = [(i, i + way) for i in range(shards) if 0 <= i + way < shards]
+        received = lax.ppermute(mine, TIME, to)
+        alone = lax.axis_index(TIME) == (0 if way > 0 else shards - 1)
+        return jnp.where(alone, first[None], received)
+
+    return hand_on(x, first)
+
+
+def _on_each_device(in_specs):
+    """A function of what one device holds, of results that it holds."""
+
+    def decorate(fn):
+        return jax.jit(
+            jax.shard_map(
+                fn, in_specs=in_specs, out_specs=PartitionSpec(TIME), axis_names={TIME}
+            )
+        )
+
+    return decorate
 
 
 def scan_stretches(
@@ -143,8 +168,8 @@ def scan_stretches(
     unit = a[0] if reset is None else a[0] + jnp.zeros_like(reset[0], a.dtype)
     _, P = scan(a, jnp.zeros((b.shape[0], *unit.shape), a.dtype), identity(unit), reset)
     _, ends = scan(a, b, jnp.zeros_like(b[0]), reset)
-    P = share(jnp.broadcast_to(P, (shards, *P.shape[1:])))
-    seen = None if reset is None else share(jnp.any(reset, axis=0))
+    P = jnp.broadcast_to(P, (shards, *P.shape[1:]))
+    seen = None if reset is None else jnp.any(reset, axis=0)
 
     def through(u, stretch):
         P, end, seen = stretch
@@ -152,8 +177,16 @@ def scan_stretches(
         if seen is not None:
             # Selected, as an infinity in the dropped state must not survive.
             carried = jnp.where(seen, jnp.zeros_like(carried), carried)
-        return carried + end, u
+        return carried + end, (u, carried + end)
 
-    u, starts = lax.scan(through, u, (P, share(ends), seen), reverse=reverse)
-    x, _ = scan(a, b, spread(starts), reset)
-    return join_time(x, steps), u
+    # All stretches to every device, at the boundary of the function. (Gathered within,
+    # they would be gathered over the axes of the batch too, jax 0.10.2.)
+    @_on_each_device(in_specs=PartitionSpec())
+    def step_through(stretches, u):
+        _, steps = lax.scan(through, u, stretches, reverse=reverse)
+        at = lax.axis_index(TIME)
+        return [lax.dynamic_slice_in_dim(v, at, 1) for v in steps]
+
+    starts, after = step_through((P, ends, seen), u)
+    x, _ = scan(a, b, starts, reset)
+    return join_time(x, steps), after[0 if reverse else -1]
