@@ -15,6 +15,13 @@ from .cells import (
     ParaGRUCell as ParaGRUCell,
     ParaLSTMCell as ParaLSTMCell,
 )
+from .devices import (
+    Exchange as Exchange,
+    communication as communication,
+    make_mesh as make_mesh,
+    shard_batch as shard_batch,
+    shard_parameters as shard_parameters,
+)
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from .scan import (
     AbstractTransition as AbstractTransition,

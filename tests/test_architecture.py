@@ -28,9 +28,11 @@ MAY_IMPORT = {
     "pararnn.solver": {"pararnn.solver", "pararnn.scan"},
     "pararnn._parameters": {"pararnn._parameters", "pararnn.scan"},
     "pararnn.cells": {"pararnn.cells", "pararnn._parameters", "pararnn.scan"},
+    "pararnn.devices": {"pararnn.devices", "pararnn.scan"},
     "pararnn.diagnosis": {"pararnn.diagnosis", "pararnn.solver", "pararnn.scan"},
     "pararnn": {
         "pararnn",
+        "pararnn.devices",
         "pararnn.diagnosis",
         "pararnn.cells",
         "pararnn.solver",

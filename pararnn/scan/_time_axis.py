@@ -1,14 +1,12 @@
 """Time that lies across devices: the axis `"time"` of the mesh in context.
 
-Everything here is written as ordinary array operations on `[length, shards, ...]`, one
-stretch of time for each device, and XLA divides them. Arrays with time are pinned to
-the devices by `spread`; what devices must know of each other, one entry a stretch, is
-handed to all of them by `share`. Nothing else may cross, and as no slice, shift or
-loop runs along `shards` outside of those few entries, nothing does.
-
-`jax.shard_map` would make the same exchange, but it would have to be opened and closed
-around every cell, with the shardings of all that the cell closes over; constraints
-leave batch and parameters to whatever axes they lie on.
+Whatever needs no other step of time is written as ordinary array operations on
+`[length, shards, ...]`, one stretch of time for each device, and XLA divides them: as
+no slice, shift or loop runs along `shards`, nothing crosses. `spread` pins arrays to
+this layout and leaves the axes of batch and parameters to whatever they lie on. What
+devices must know of each other is one entry a stretch, exchanged in `jax.shard_map`.
+(Constraints alone, tried first, made XLA move these entries several times over, one
+part of the features to each device and back.)
 """
 
 from collections.abc import Callable
@@ -50,20 +48,11 @@ def time_shards(steps: int) -> int:
 
 def spread(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
     """`x`, one slice of `axis` (or several) on each device of the time axis."""
-    return _constrain(x, axis, TIME)
-
-
-def share(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
-    """`x`, all of `axis` on every device: the one exchange there is."""
-    return _constrain(x, axis, None)
-
-
-def _constrain(x, axis: int, name: str | None):
     if time_shards(x.shape[axis]) == 1:
         return x
     # What the other axes are divided over is not this module's business.
     spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
-    spec[axis] = name  # pyright: ignore[reportArgumentType]
+    spec[axis] = TIME  # pyright: ignore[reportArgumentType]
     return lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
@@ -113,27 +102,43 @@ def shift(
 def _from_neighbour(x, first, shards: int, way: int):
     """Rows `[shards, ...]`, one device further; `first` enters where there is none."""
 
-    @_on_each_device(in_specs=(PartitionSpec(TIME), PartitionSpec()))
     def hand_on(mine, first):
         to = [(i, i + way) for i in range(shards) if 0 <= i + way < shards]
         received = lax.ppermute(mine, TIME, to)
         alone = lax.axis_index(TIME) == (0 if way > 0 else shards - 1)
         return jnp.where(alone, first[None], received)
 
-    return hand_on(x, first)
+    return _on_devices(hand_on, (PartitionSpec(TIME), PartitionSpec()))(x, first)
 
 
-def _on_each_device(in_specs):
-    """A function of what one device holds, of results that it holds."""
+def on_each_device(fn: Callable) -> Callable:
+    """`fn`, of arguments that every device has whole; it returns what one device is to
+    hold of the results, `[1, ...]`, of which they become `[shards, ...]`.
 
-    def decorate(fn):
-        return jax.jit(
-            jax.shard_map(
-                fn, in_specs=in_specs, out_specs=PartitionSpec(TIME), axis_names={TIME}
-            )
-        )
+    What each has of the arguments is exchanged as they are passed. (By `all_gather`
+    within, they would be gathered over the axes of the batch too, jax 0.10.2.)
+    """
+    return _on_devices(fn, PartitionSpec())
 
-    return decorate
+
+def _on_devices(fn, in_specs):
+    out = PartitionSpec(TIME)
+    mapped = jax.shard_map(fn, in_specs=in_specs, out_specs=out, axis_names={TIME})
+    return jax.jit(mapped)  # outside of `jit`, it may not leave axes to the compiler
+
+
+def delays(
+    earlier: Shaped[Array, "n ..."], x: Shaped[Array, "T ..."]
+) -> list[Shaped[Array, "T ..."]]:
+    """`x`, and `x` 1, ..., n steps before; `earlier` stands before it, oldest first."""
+    count, steps = earlier.shape[0], x.shape[0]
+    if time_shards(steps) == 1:
+        whole = jnp.concatenate([earlier, x])
+        return [whole[count - lag : count - lag + steps] for lag in range(count + 1)]
+    shifted = [x]
+    for entry in jnp.flip(earlier, 0):
+        shifted.append(shift(entry, shifted[-1]))
+    return shifted
 
 
 def scan_stretches(
@@ -179,9 +184,7 @@ def scan_stretches(
             carried = jnp.where(seen, jnp.zeros_like(carried), carried)
         return carried + end, (u, carried + end)
 
-    # All stretches to every device, at the boundary of the function. (Gathered within,
-    # they would be gathered over the axes of the batch too, jax 0.10.2.)
-    @_on_each_device(in_specs=PartitionSpec())
+    @on_each_device
     def step_through(stretches, u):
         _, steps = lax.scan(through, u, stretches, reverse=reverse)
         at = lax.axis_index(TIME)
