@@ -70,8 +70,9 @@ def shard_batch(
     _check_mesh("shard_batch", mesh)
     if time_axis is not None and time_axis < 1:
         raise ValueError(
-            f"shard_batch: `time_axis` is {time_axis}, expected 1 or more, or None: the "
-            "batch comes first. Likely cause: sequences are [T, B, ...]; swap the axes."
+            f"shard_batch: `time_axis` is {time_axis}, expected 1 or more, or None: "
+            "the batch comes first. Likely cause: sequences are [T, B, ...]; swap the "
+            "axes."
         )
 
     def place(path, leaf):
@@ -122,8 +123,9 @@ def _map_arrays(fn, tree):
 
 
 def _place(leaf, sharding: NamedSharding) -> jax.Array:
-    ours = isinstance(leaf, np.ndarray) or leaf.is_fully_addressable
-    if sharding.is_fully_addressable or isinstance(leaf, jax.core.Tracer) or not ours:
+    if isinstance(leaf, jax.core.Tracer) or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     # Across hosts: each has the whole, and gives its devices their parts.
     host = np.asarray(leaf)

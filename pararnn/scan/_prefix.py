@@ -55,16 +55,16 @@ def _over_stretches(combine, alone, elements: Element, steps: int, shards: int):
     stretches = jax.tree.map(lambda e: split_time(e, shards), elements)
     own = jax.vmap(alone, in_axes=1, out_axes=1)(stretches)
 
-    @on_each_device
-    def before_own(totals):
-        at = jnp.maximum(lax.axis_index("time") - 1, 0)
+    def before_own(at, totals):
+        at = jnp.maximum(at - 1, 0)
         return jax.tree.map(lambda t: lax.dynamic_slice_in_dim(t, at, 1), alone(totals))
 
     def behind(before, own):
         before = jax.tree.map(lambda b, o: jnp.broadcast_to(b, o.shape), before, own)
         return combine(before, own)
 
-    before = before_own(jax.tree.map(lambda e: e[-1], own))
+    exchange = on_each_device(before_own, shards)
+    before = exchange(jax.tree.map(lambda e: e[-1], own))
     whole = jax.vmap(behind, in_axes=(0, 1), out_axes=1)(before, own)
 
     def choose(own, whole):

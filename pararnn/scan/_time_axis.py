@@ -102,29 +102,42 @@ def shift(
 def _from_neighbour(x, first, shards: int, way: int):
     """Rows `[shards, ...]`, one device further; `first` enters where there is none."""
 
-    def hand_on(mine, first):
+    def hand_on(at, mine, first):
         to = [(i, i + way) for i in range(shards) if 0 <= i + way < shards]
         received = lax.ppermute(mine, TIME, to)
-        alone = lax.axis_index(TIME) == (0 if way > 0 else shards - 1)
+        alone = at == (0 if way > 0 else shards - 1)
         return jnp.where(alone, first[None], received)
 
-    return _on_devices(hand_on, (PartitionSpec(TIME), PartitionSpec()))(x, first)
+    return _on_devices(hand_on, shards, PartitionSpec(TIME), PartitionSpec())(x, first)
 
 
-def on_each_device(fn: Callable) -> Callable:
-    """`fn`, of arguments that every device has whole; it returns what one device is to
-    hold of the results, `[1, ...]`, of which they become `[shards, ...]`.
+def on_each_device(fn: Callable, shards: int) -> Callable:
+    """`fn(at, *arguments)`, on the device `at` of each stretch of time.
 
-    What each has of the arguments is exchanged as they are passed. (By `all_gather`
-    within, they would be gathered over the axes of the batch too, jax 0.10.2.)
+    Every device has the arguments whole; it returns what it is to hold of the results,
+    `[1, ...]`, of which they become `[shards, ...]`. What each has of the arguments is
+    exchanged as they are passed. (By `all_gather` within, they would be gathered over
+    the axes of the batch too, jax 0.10.2.)
     """
-    return _on_devices(fn, PartitionSpec())
+    return lambda *arguments: _on_devices(
+        fn, shards, *(PartitionSpec() for _ in arguments)
+    )(*arguments)
 
 
-def _on_devices(fn, in_specs):
-    out = PartitionSpec(TIME)
-    mapped = jax.shard_map(fn, in_specs=in_specs, out_specs=out, axis_names={TIME})
-    return jax.jit(mapped)  # outside of `jit`, it may not leave axes to the compiler
+def _on_devices(fn, shards: int, *in_specs):
+    over = PartitionSpec(TIME)
+
+    def numbered(at, *arguments):
+        return fn(at[0], *arguments)
+
+    mapped = jax.shard_map(
+        numbered, in_specs=(over, *in_specs), out_specs=over, axis_names={TIME}
+    )
+    # `lax.axis_index` would do, but within a conditional XLA cannot divide it beside
+    # axes that are left to it ("PartitionId instruction is not supported", jax 0.10.2).
+    place = jnp.arange(shards, dtype=jnp.int32)
+    # Outside of `jit`, `shard_map` may not leave axes to XLA.
+    return lambda *arguments: jax.jit(mapped)(place, *arguments)
 
 
 def delays(
@@ -184,12 +197,11 @@ def scan_stretches(
             carried = jnp.where(seen, jnp.zeros_like(carried), carried)
         return carried + end, (u, carried + end)
 
-    @on_each_device
-    def step_through(stretches, u):
+    def step_through(at, stretches, u):
         _, steps = lax.scan(through, u, stretches, reverse=reverse)
-        at = lax.axis_index(TIME)
         return [lax.dynamic_slice_in_dim(v, at, 1) for v in steps]
 
-    starts, after = step_through((P, ends, seen), u)
+    exchange = on_each_device(step_through, shards)
+    starts, after = exchange((P, ends, seen), u)
     x, _ = scan(a, b, starts, reset)
     return join_time(x, steps), after[0 if reverse else -1]

@@ -1,5 +1,6 @@
 """The plain loop over a time axis that lies across devices."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -17,13 +18,10 @@ def solve_in_turns(batch: Batch, parameters, inputs, h0, shards: int):
     program computes every state once, so that they follow one from the other even
     where a chaotic cell amplifies roundings.
     """
-    steps = inputs[0][0].shape[0]
+    steps = jax.tree.leaves(inputs)[0].shape[0]
     over = batch.segmented(parameters, inputs)
     step = over.lift(batch.recurrence.step)
-    inputs = (
-        [split_time(x, shards) for x in inputs[0]],
-        (None if inputs[1] is None else split_time(inputs[1], shards)),
-    )
+    inputs = jax.tree.map(lambda x: split_time(x, shards), inputs)
     place = jnp.arange(shards, dtype=jnp.int32)
 
     def where(turn, new, old):
