@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox.internal as eqxi
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Bool
 
 from ..scan import split_time, time_shards
@@ -87,10 +89,13 @@ def raise_on_failure(states, good, find_code: Callable[[], Array], *, time_axis:
     check knows, so that the compiler can leave the check out for none of them.
     """
 
+    messages = [RESULTS[failure] for failure in FAILURES]
+
+    def check(shift, code):
+        return eqxi.branched_error_if(shift, code != 0, code - 1, messages)
+
     def fail(shift):
-        code = find_code()
-        messages = [RESULTS[failure] for failure in FAILURES]
-        return eqxi.branched_error_if(shift, code != 0, jnp.max(code) - 1, messages)
+        return _on_every_device(check)(shift, jnp.max(find_code()))
 
     # The search for the cause stands inside the check: a call that succeeds passes one
     # conditional, not two.
@@ -102,6 +107,23 @@ def raise_on_failure(states, good, find_code: Callable[[], Array], *, time_axis:
         return lax.dynamic_update_index_in_dim(leaf, last, place, time_axis)
 
     return tuple(rewrite(leaf) for leaf in states)
+
+
+def _on_every_device(check: Callable) -> Callable:
+    """`check` of replicated scalars, run by each device of the mesh in context.
+
+    XLA has one device call the host, and if that one raises, the others wait for it in
+    the next exchange until the process is aborted.
+    """
+    mesh = get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = {name for name, kind in kinds if kind != AxisType.Manual}
+    if not axes or mesh.size == 1:
+        return check
+    whole = PartitionSpec()
+    return jax.shard_map(
+        check, in_specs=whole, out_specs=whole, axis_names=axes, check_vma=False
+    )
 
 
 def _which_are_finite(parameters, h0, x):
