@@ -42,15 +42,11 @@ def make_mesh(
     sizes is not the number of devices.
     """
     count = len(jax.devices() if devices is None else devices)
-    for name, size in (("data", data), ("fsdp", fsdp), (TIME, time)):
-        integer = isinstance(size, int | np.integer) and not isinstance(size, bool)
-        if not (integer and size >= 1) and not (name == "data" and size is None):
-            raise ValueError(
-                f"make_mesh: `{name}` is {size!r}, expected a positive integer: how "
-                "many devices share it. 1 is for not divided."
-            )
+    _check_size("fsdp", fsdp)
+    _check_size(TIME, time)
     if data is None:
         data = max(1, count // (fsdp * time))
+    _check_size("data", data)
     shape = (data, fsdp, time)
     if math.prod(shape) != count:
         raise ValueError(
@@ -62,3 +58,12 @@ def make_mesh(
         )
     types = (AxisType.Auto,) * len(shape)
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def _check_size(name: str, size) -> None:
+    integer = isinstance(size, int | np.integer) and not isinstance(size, bool)
+    if not integer or size < 1:
+        raise ValueError(
+            f"make_mesh: `{name}` is {size!r}, expected a positive integer: how many "
+            "devices share it. 1 is for not divided."
+        )

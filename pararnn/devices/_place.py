@@ -6,6 +6,7 @@ from typing import TypeVar
 import equinox as eqx
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -123,7 +124,7 @@ def _map_arrays(fn, tree):
 
 
 def _place(leaf, sharding: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.core.Tracer) or sharding.is_fully_addressable:
+    if isinstance(leaf, Tracer) or sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)

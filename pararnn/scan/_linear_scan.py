@@ -28,7 +28,8 @@ def linear_scan(
     r"""Every state of $h_t = A_t h_{t-1} + b_t$.
 
     Differentiable to any order in the transition, the inputs and both states; `vmap`
-    becomes a batch axis inside the scan.
+    becomes a batch axis inside the scan. Under a mesh with an axis `"time"` (see
+    [`pararnn.make_mesh`][]) each device scans its own stretch of time.
 
     **Arguments:**
 
@@ -43,7 +44,7 @@ def linear_scan(
         starts from is `reset_state`, whatever came before, infinities and NaN too.
     - `reset_state`: `[*state]`; zeros if not given.
     - `backend`: `"sequential"`, `"associative"`, `"chunked"`, or `"auto"`, which picks
-        by platform, structure and size.
+        by platform, structure and size; where devices share time, within each of them.
 
     **Returns:** $h_1 \dots h_T$, `[T, *state]`, in the promoted dtype of transition,
     inputs and states. 16-bit inputs are accumulated in float32 and rounded at the end.

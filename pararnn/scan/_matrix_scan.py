@@ -71,7 +71,7 @@ def matrix_scan(
     longer than 1) reach the whole chunk there; take `form="recurrent"` for such.
 
     **Raises:** `ValueError`, `TypeError` on shapes, dtypes and options that do not fit,
-    while tracing.
+    while tracing; `ValueError` for the recurrent form where devices share time.
 
     ??? cite "Source"
 

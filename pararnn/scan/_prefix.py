@@ -50,7 +50,7 @@ def _prefix(combine, backend, elements):
     return jax.tree.map(lambda a, b: lax.concatenate([a, b], 0), first, later)
 
 
-def _over_stretches(combine, alone, elements: Element, steps: int, shards: int):
+def _over_stretches(combine, alone, elements, steps: int, shards: int):
     """Each device the prefixes of its own stretch, behind all of those before it."""
     stretches = jax.tree.map(lambda e: split_time(e, shards), elements)
     own = jax.vmap(alone, in_axes=1, out_axes=1)(stretches)

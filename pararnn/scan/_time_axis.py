@@ -51,8 +51,8 @@ def spread(x: Shaped[Array, "..."], axis: int = 0) -> Shaped[Array, "..."]:
     if time_shards(x.shape[axis]) == 1:
         return x
     # What the other axes are divided over is not this module's business.
-    spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
-    spec[axis] = TIME  # pyright: ignore[reportArgumentType]
+    spec: list = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[axis] = TIME
     return lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 

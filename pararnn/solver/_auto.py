@@ -40,7 +40,8 @@ class Auto(eqx.Module):
 
     Where parallel time is faster, a [`pararnn.Ladder`][] of a few cheap steps is tried,
     on segments. If any sequence is not certified by then, the sequential loop runs, and
-    `stats["sequential"]` says so.
+    `stats["sequential"]` says so. Where devices share time, the ladder is tried on any
+    platform.
 
     **Arguments:** `rtol`, `atol`, as for [`pararnn.Newton`][].
 

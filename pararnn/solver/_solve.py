@@ -48,7 +48,8 @@ def solve(
     `h0`, `reset_state` and everything that `f` closes over: the derivative is taken at
     the solution with the exact Jacobian, never through the solver's iterations. `vmap`
     over any of them becomes a batch axis of one solve, in which sequences that have
-    converged stay as they are.
+    converged stay as they are. Under a mesh with an axis `"time"` (see
+    [`pararnn.make_mesh`][]) each device solves its own stretch of time.
 
     **Arguments:**
 
@@ -80,7 +81,8 @@ def solve(
     **Returns:** a [`pararnn.Solution`][].
 
     **Raises:** `ValueError` or `TypeError` while tracing if the cell, the shapes or the
-    dtypes do not fit; a runtime error if the states are not finite or the solver asked
+    dtypes do not fit, or if devices share time and a solver or adjoint that only steps
+    is asked for; a runtime error if the states are not finite or the solver asked
     for does not converge (with `throw=True`).
     """
     where = "solve"

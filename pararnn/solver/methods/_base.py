@@ -33,7 +33,8 @@ class AbstractMethod(optx.AbstractRootFinder):
 
     - `segments`: from 1 (the plain loop) to T or `None` (every step by itself: most
         parallel, least robust). In between, each segment is stepped sequentially. All
-        segments have the same length, rounded up, so there may be fewer.
+        segments have the same length, rounded up, so there may be fewer; where devices
+        share time, each has the same number of them.
     - `rtol`, `atol`: the solve has converged when at every step t the residual, in the
         max-norm over the state, is at most `atol + rtol * max|h_t|`. Default: 64 and 1
         times the rounding of the state's dtype.
