@@ -26,6 +26,13 @@ from .cells import (
     SLSTMCell as SLSTMCell,
     make_cell as make_cell,
 )
+from .devices import (
+    Exchange as Exchange,
+    communication as communication,
+    make_mesh as make_mesh,
+    shard_batch as shard_batch,
+    shard_parameters as shard_parameters,
+)
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from .models import (
     CellMixer as CellMixer,

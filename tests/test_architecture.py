@@ -43,9 +43,11 @@ MAY_IMPORT = {
         "pararnn.solver",
         "pararnn.scan",
     },
+    "pararnn.devices": {"pararnn.devices", "pararnn.scan"},
     "pararnn.diagnosis": {"pararnn.diagnosis", "pararnn.solver", "pararnn.scan"},
     "pararnn": {
         "pararnn",
+        "pararnn.devices",
         "pararnn.models",
         "pararnn.diagnosis",
         "pararnn.cells",

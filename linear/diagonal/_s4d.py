@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
 from pararnn._parameters import check_size, widen
+from pararnn.scan import time_shards
 
 from ..parts import (
     DISCRETISATIONS,
@@ -165,7 +166,10 @@ class S4D(AbstractConstantDiagonal):
         self.log_dt = draw.log_uniform((self.d_model,), dt_min, dt_max)
 
     def mix(self, xs, state, reset):
-        long = self.form == "auto" and xs.shape[0] >= _CONVOLVED
+        steps = xs.shape[0]
+        # A transform would gather a sequence that lies across devices.
+        long = steps >= _CONVOLVED and time_shards(steps) == 1
+        long = long and self.form == "auto"
         if reset is None and (long or self.form == "convolution"):
             return self._convolve(xs.astype(self.precision()), state)
         return super().mix(xs, state, reset)

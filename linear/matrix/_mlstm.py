@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from pararnn._parameters import affine, check_size, linear
-from pararnn.scan import matrix_scan, max_plus_scan
+from pararnn.scan import matrix_scan, max_plus_scan, shift
 
 from .._layer import AbstractLayer
 from ..parts import (
@@ -117,7 +117,7 @@ class MLSTM(AbstractLayer):
         i = affine(self.W_i, c, self.b_i)
         log_f = jax.nn.log_sigmoid(affine(self.W_f, c, self.b_f))
         m = max_plus_scan(log_f, i, m0, reset=reset)
-        before = jnp.concatenate([m0[None], m[:-1]])
+        before = shift(m0, m)
         if reset is not None:
             before = jnp.where(reset[:, None], 0, before)
         # The normaliser is one more column of the state, whose values are ones.

@@ -1,10 +1,10 @@
 """The causal convolution over a few steps in front of a recurrence."""
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pararnn._parameters import leading, widen
+from pararnn.scan import delays, running_max, shift
 
 WIDTH = 4
 
@@ -23,26 +23,24 @@ def short_convolution(
     returned. Inputs from before a reset are left out, by selection.
     """
     xs, window, weight = widen(xs, window, weight)
-    steps, all_inputs = xs.shape[0], jnp.concatenate([window, xs])
+    steps, earlier = xs.shape[0], delays(window, xs)
     index = jnp.arange(steps, dtype=jnp.int32)
     newest = None
     if reset is not None:
-        newest = lax.cummax(jnp.where(reset, index, -WIDTH))
+        newest = running_max(jnp.where(reset, index, -WIDTH))
 
     def lagged(lag):
         """The inputs `lag` steps ago, zeros where a reset lies between."""
-        start = WIDTH - 1 - lag
-        earlier = all_inputs[start : start + steps]
         if newest is None or lag == 0:
-            return earlier
-        return jnp.where((index - lag >= newest)[:, None], earlier, 0)
+            return earlier[lag]
+        return jnp.where((index - lag >= newest)[:, None], earlier[lag], 0)
 
     ys = jnp.zeros_like(xs)
     for lag in range(WIDTH):
         ys = ys + lagged(lag) * leading(weight[:, WIDTH - 1 - lag], 2)
     if bias is not None:
         ys = ys + leading(bias.astype(ys.dtype), 2)
-    window = all_inputs[steps:]
+    window = jnp.concatenate([window, xs[1 - WIDTH :]])[1 - WIDTH :]
     if newest is not None:
         age = jnp.arange(WIDTH - 2, -1, -1, dtype=jnp.int32)
         window = jnp.where((steps - 1 - age >= newest[-1])[:, None], window, 0)
@@ -53,5 +51,5 @@ def shifted(
     xs: Float[Array, "T n"], previous: Float[Array, " n"], reset
 ) -> Float[Array, "T n"]:
     """The step before: `previous` first, zeros at resets."""
-    earlier = jnp.concatenate([previous[None], xs[:-1]])
+    earlier = shift(previous, xs)
     return earlier if reset is None else jnp.where(reset[:, None], 0, earlier)

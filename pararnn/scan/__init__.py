@@ -16,7 +16,16 @@ from ._linear_scan import (
 )
 from ._matrix_scan import matrix_scan as matrix_scan
 from ._max_plus import max_plus_scan as max_plus_scan
-from ._prefix import prefix as prefix
+from ._prefix import prefix as prefix, running_max as running_max
+from ._time_axis import (
+    TIME as TIME,
+    delays as delays,
+    join_time as join_time,
+    shift as shift,
+    split_time as split_time,
+    spread as spread,
+    time_shards as time_shards,
+)
 from ._transitions import (
     AbstractTransition as AbstractTransition,
     BlockDiagonal as BlockDiagonal,

@@ -64,7 +64,8 @@ def sequential(schedule: Schedule, a, b, u, reset):
     return x, u
 
 
-def _identity(schedule: Schedule, like: Array) -> Array:
+def identity(schedule: Schedule, like: Array) -> Array:
+    """The factor that leaves a state as it is, in the shape of `like`."""
     if schedule.kind == "elementwise":
         return jnp.ones_like(like)
     return jnp.broadcast_to(jnp.eye(like.shape[-1], dtype=like.dtype), like.shape)
@@ -128,7 +129,7 @@ def chunked(schedule: Schedule, a, b, u, reset, *, segments: int):
     seen = None if reset is None else jnp.zeros_like(reset[0])
     (product, partial, seen), (spread, x, seen_at) = lax.scan(
         step,
-        (_identity(schedule, unit), zeros, seen),
+        (identity(schedule, unit), zeros, seen),
         (None if constant else a, b, reset),
     )
 

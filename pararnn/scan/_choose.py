@@ -80,17 +80,30 @@ class FormChoice(NamedTuple):
 _CHUNK, _SHORT = 64, 32
 
 
-def choose_form(form: Form, chunk: int | None, steps: int, every: int) -> FormChoice:
+def choose_form(
+    form: Form, chunk: int | None, steps: int, every: int, shards: int = 1
+) -> FormChoice:
     """Settle how `matrix_scan` runs, from what is known while tracing.
 
     **Arguments:** `every`, how many steps lie between two readings, which divides a
-    chunk.
+    chunk; `shards`, how many devices share time, each of which has whole chunks.
+
+    **Raises:** `ValueError` for the recurrent form where devices share time.
     """
+    if shards > 1 and form == "recurrent":
+        raise ValueError(
+            "matrix_scan: `form` is 'recurrent', one step after the other, but time "
+            'lies across devices (the mesh in context has an axis "time"), each of '
+            "which would wait for the one before. Pass 'chunkwise', or leave it out."
+        )
+    steps = -(-steps // shards)
     if chunk is None:
         chunk = every * max(1, _CHUNK // every)
         chunk = min(chunk, every << max(0, steps // every - 1).bit_length())
     if form != "auto":
         return FormChoice(form, form, chunk)
+    if shards > 1:
+        return FormChoice("chunkwise", "chunkwise", chunk)
     if steps < _SHORT:
         return FormChoice("recurrent", "recurrent", chunk)
     on_cpu = jax.default_backend() == "cpu"

@@ -9,8 +9,9 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Inexact
 
 from ._arithmetic import promote
-from ._backends import Schedule, associative, chunked, sequential
+from ._backends import Schedule, associative, chunked, identity, sequential
 from ._choose import BACKENDS, Backend, choose_backend
+from ._time_axis import scan_stretches, shift, time_shards
 from ._transitions import AbstractTransition, Layout
 
 
@@ -27,7 +28,8 @@ def linear_scan(
     r"""Every state of $h_t = A_t h_{t-1} + b_t$.
 
     Differentiable to any order in the transition, the inputs and both states; `vmap`
-    becomes a batch axis inside the scan.
+    becomes a batch axis inside the scan. Under a mesh with an axis `"time"` (see
+    [`pararnn.make_mesh`][]) each device scans its own stretch of time.
 
     **Arguments:**
 
@@ -42,7 +44,7 @@ def linear_scan(
         starts from is `reset_state`, whatever came before, infinities and NaN too.
     - `reset_state`: `[*state]`; zeros if not given.
     - `backend`: `"sequential"`, `"associative"`, `"chunked"`, or `"auto"`, which picks
-        by platform, structure and size.
+        by platform, structure and size; where devices share time, within each of them.
 
     **Returns:** $h_1 \dots h_T$, `[T, *state]`, in the promoted dtype of transition,
     inputs and states. 16-bit inputs are accumulated in float32 and rounded at the end.
@@ -98,10 +100,7 @@ def solve_recurrence(
 
     def matvec(unknowns):
         x0, x = unknowns
-        if reverse:
-            before = jnp.concatenate([x[1:], x0[None]])
-        else:
-            before = jnp.concatenate([x0[None], x[:-1]])
+        before = shift(x0, x, reverse=reverse)
         if reset is not None:
             before = jnp.where(reset, 0, before)
         carried = product(a, before)
@@ -153,13 +152,24 @@ def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
 
     @custom_vmap
     def run(a, b, u, reset):
-        choice = choose_backend(backend, schedule.kind, b.shape[0], a.shape[-1])
+        shards = time_shards(b.shape[0])
+        length = -(-b.shape[0] // shards)
+        choice = choose_backend(backend, schedule.kind, length, a.shape[-1])
         method = {
             "sequential": sequential,
             "associative": associative,
             "chunked": ft.partial(chunked, segments=choice.segments),
         }[choice.backend]
-        return method(schedule, a, b, u, reset)
+        if shards == 1:
+            return method(schedule, a, b, u, reset)
+        return scan_stretches(
+            ft.partial(method, schedule),
+            schedule.product,
+            ft.partial(identity, schedule),
+            schedule.reverse,
+            shards,
+            (a, b, u, reset),
+        )
 
     @run.def_vmap
     def _(size, batched, a, b, u, reset):

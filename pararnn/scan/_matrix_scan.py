@@ -13,6 +13,8 @@ from ._arithmetic import promote
 from ._choose import FORMS, Form, choose_form
 from ._chunks import Chunk, summarise
 from ._linear_scan import check_reset, linear_scan
+from ._prefix import running_max
+from ._time_axis import shift, spread, time_shards
 from ._transitions import BlockDiagonal, Diagonal
 
 
@@ -69,7 +71,7 @@ def matrix_scan(
     longer than 1) reach the whole chunk there; take `form="recurrent"` for such.
 
     **Raises:** `ValueError`, `TypeError` on shapes, dtypes and options that do not fit,
-    while tracing.
+    while tracing; `ValueError` for the recurrent form where devices share time.
 
     ??? cite "Source"
 
@@ -100,7 +102,7 @@ def matrix_scan(
     )
     if steps == 0:
         return jnp.zeros((0, *values.shape[1:]), dtype), start.astype(dtype)
-    choice = choose_form(form, chunk, steps, every)
+    choice = choose_form(form, chunk, steps, every, time_shards(steps))
     run = {
         "recurrent": ft.partial(_recurrent, every=every, emit=emit),
         "chunkwise": ft.partial(_chunkwise, every=every, emit=emit, chunk=choice.chunk),
@@ -188,12 +190,13 @@ def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):
         # What these steps read is fresh.
         queries = jnp.where(_behind(reset[every - 1 :: every], 3), 0, queries)
     poisoned = poisoned[every - 1 :: every] | bad_query
+    shards = time_shards(steps)
+    whole = -(-steps // (chunk * shards)) * shards
 
-    def split(v, length):
+    def split(v, length, count=whole):
         """Time first to `[chunks, heads, length, ...]`, padded by zeros."""
-        count = -(-v.shape[0] // length)
         v = jnp.pad(v, [(0, count * length - v.shape[0])] + [(0, 0)] * (v.ndim - 1))
-        return jnp.moveaxis(v.reshape(count, length, *v.shape[1:]), 1, 2)
+        return jnp.moveaxis(spread(v.reshape(count, length, *v.shape[1:])), 1, 2)
 
     decay = terms.decay
     if decay is None:
@@ -202,7 +205,7 @@ def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):
     if reset is not None:
         decay = jnp.where(_behind(reset, decay.ndim), 0, decay)
     # A padded step decays nothing.
-    decay = split(decay - 1, chunk) + 1
+    decay = split(decay - 1, chunk, whole if len(decay) == steps else 1) + 1
     read = terms.read
     if read is not None and reset is not None:
         read = jnp.where(_behind(reset, read.ndim), 0, read)
@@ -221,7 +224,7 @@ def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):
     chunks = summary(split(queries, chunk // every), keys, values, decay, read, write)
     anew = None if reset is None else jnp.any(split(reset[:, None], chunk)[:, 0], -1)
     states = _scan_chunks(chunks, start, anew)
-    first = jnp.concatenate([start[None], states[:-1]])
+    first = shift(start, states)
     carried = jnp.einsum(
         "nhqk,nhkv->nhqv", chunks.reading, first, precision=lax.Precision.HIGHEST
     )
@@ -277,16 +280,16 @@ def _contain(terms: _Terms, start, reset, emit):
     start = jnp.where(bad_start[:, None, None], 0, start)
     # The newest bad step against the newest reset, counted from 1; the start is 0.
     count = jnp.arange(1, steps + 1, dtype=jnp.int32)
-    newest = lax.cummax(jnp.where(bad, count[:, None], -1))
+    newest = running_max(jnp.where(bad, count[:, None], -1))
     newest = jnp.maximum(newest, jnp.where(bad_start, 0, -1)[None])
     fresh = jnp.zeros_like(count)
     if reset is not None:
-        fresh = lax.cummax(jnp.where(reset, count, 0))
+        fresh = running_max(jnp.where(reset, count, 0))
     reached = newest >= fresh[:, None]
     last = reached[-1]
     if emit == "before":
         # The state before step t, and nothing that step t itself brings.
-        earlier = jnp.concatenate([bad_start[None], reached[:-1]])
+        earlier = shift(bad_start, reached)
         reached = earlier if reset is None else earlier & ~reset[:, None]
     return terms, start, reached, last
 

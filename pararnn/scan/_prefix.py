@@ -1,10 +1,15 @@
 """Prefixes under any associative operation, by the same two schedules as a scan."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Shaped
+
+from ._time_axis import join_time, on_each_device, split_time, time_shards
 
 Element = TypeVar("Element")
 
@@ -18,8 +23,18 @@ def prefix(
 
     `combine(earlier, later)` acts on leaves `[n, ...]`, n pairs at once, and must be
     associative. `auto` is sequential on a CPU, where `linear_scan` is (see
-    `_choose.py`), and associative elsewhere.
+    `_choose.py`), and associative elsewhere. Over a time axis that lies across devices
+    that is the schedule of each device.
     """
+    steps = jax.tree.leaves(elements)[0].shape[0]
+    shards = time_shards(steps)
+    alone = ft.partial(_prefix, combine, backend)
+    if shards > 1:
+        return _over_stretches(combine, alone, elements, steps, shards)
+    return alone(elements)
+
+
+def _prefix(combine, backend, elements):
     if backend == "auto":
         on_cpu = jax.default_backend() == "cpu"
         backend = "sequential" if on_cpu else "associative"
@@ -33,3 +48,35 @@ def prefix(
     first = jax.tree.map(lambda e: e[:1], elements)
     _, later = lax.scan(step, first, jax.tree.map(lambda e: e[1:], elements))
     return jax.tree.map(lambda a, b: lax.concatenate([a, b], 0), first, later)
+
+
+def _over_stretches(combine, alone, elements, steps: int, shards: int):
+    """Each device the prefixes of its own stretch, behind all of those before it."""
+    stretches = jax.tree.map(lambda e: split_time(e, shards), elements)
+    own = jax.vmap(alone, in_axes=1, out_axes=1)(stretches)
+
+    def before_own(at, totals):
+        at = jnp.maximum(at - 1, 0)
+        return jax.tree.map(lambda t: lax.dynamic_slice_in_dim(t, at, 1), alone(totals))
+
+    def behind(before, own):
+        before = jax.tree.map(lambda b, o: jnp.broadcast_to(b, o.shape), before, own)
+        return combine(before, own)
+
+    exchange = on_each_device(before_own, shards)
+    before = exchange(jax.tree.map(lambda e: e[-1], own))
+    whole = jax.vmap(behind, in_axes=(0, 1), out_axes=1)(before, own)
+
+    def choose(own, whole):
+        first = jnp.arange(shards, dtype=jnp.int32) == 0
+        first = first.reshape(1, -1, *(1,) * (own.ndim - 2))
+        return join_time(jnp.where(first, own, whole), steps)
+
+    return jax.tree.map(choose, own, whole)
+
+
+def running_max(x: Shaped[Array, "T ..."]) -> Shaped[Array, "T ..."]:
+    """The largest entry so far, along time."""
+    if time_shards(x.shape[0]) == 1:
+        return lax.cummax(x)
+    return prefix(jnp.maximum, x)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from ..scan import solve_recurrence
+from ..scan import shift, solve_recurrence, time_shards
 from ._blocks import from_blocks, to_blocks, transition_factors
 from ._recurrence import Recurrence
 from ._structure import Structure
@@ -52,7 +52,13 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
     docs/benchmarks.md (value and gradient at T = 16384 against `lax.scan`): chunks of
     2**10 to 2**14 numbers differ by less than the noise, 2**16 is 1.2 x slower;
     materialised Jacobians win up to blocks of 4 and lose from 32 on.
+
+    **Raises:** `ValueError` for a sweep over a time axis that lies across devices.
     """
+    if time_shards(steps) > 1:
+        if adjoint == "sweep":
+            raise _no_sweep("`adjoint` is 'sweep'", "Leave it out, or pass 'parallel'")
+        return Plan(True, steps)
     if adjoint == "parallel":
         return Plan(True, steps)
     if adjoint == "auto" and jax.default_backend() != "cpu":
@@ -63,6 +69,15 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
     if adjoint == "sweep":
         return Plan(False, _divisor(steps, target))
     return Plan(structure.size <= 4, _divisor(steps, target))
+
+
+def _no_sweep(what: str, remedy: str) -> ValueError:
+    return ValueError(
+        f"solve: {what}, so that the derivative is taken one step after the other, but "
+        "the time axis lies across devices (the mesh in context has an axis "
+        f'"time"), each of which would wait for the one before. {remedy}, or '
+        'differentiate under a mesh without an axis "time".'
+    )
 
 
 def _divisor(steps: int, target: int) -> int:
@@ -92,18 +107,30 @@ def solve_tangents(
     steps, length = states[0].shape[0], plan.chunk
     count = steps // length
 
+    def stretch(d, before, parameters, inputs, tangents):
+        terms = _driving_terms(recurrence, before, (parameters, inputs), tangents)
+        serial = _materialised if plan.materialise else _swept
+        vectors = serial(recurrence, structure, parameters, before, inputs, d, terms)
+        return vectors[-1], jax.vmap(recurrence.unravel)(vectors)
+
+    if length == steps:
+
+        @jax.checkpoint
+        def whole_sequence(d, known, tangents):
+            parameters, inputs, h0, states = known
+            before = tuple(shift(*pair) for pair in zip(h0, states, strict=True))
+            return stretch(d, before, parameters, inputs, tangents)[1]
+
+        known = (parameters, inputs, h0, states)
+        return whole_sequence(start, known, (t_parameters, t_inputs))
+
     def chunk(d, index, length, t_inputs, known, t_parameters):
         parameters, inputs, h0, states = known
         first = index * plan.chunk
         at = ft.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=length)
         before = _states_before(h0, states, first, length)
         inputs = jtu.tree_map(at, inputs)
-        terms = _driving_terms(
-            recurrence, before, (parameters, inputs), (t_parameters, t_inputs)
-        )
-        serial = _materialised if plan.materialise else _swept
-        vectors = serial(recurrence, structure, parameters, before, inputs, d, terms)
-        return vectors[-1], jax.vmap(recurrence.unravel)(vectors)
+        return stretch(d, before, parameters, inputs, (t_parameters, t_inputs))
 
     # What is known is sliced inside the chunk: scanned over, it would be copied whole
     # under `vmap`, which puts the batch between the chunks and their steps.
@@ -245,6 +272,11 @@ def _step_by_step(recurrence: Recurrence, primals, tangents):
     """
     parameters, inputs, h0, states = primals
     t_parameters, t_inputs, t_h0 = tangents
+    if time_shards(states[0].shape[0]) > 1:
+        raise _no_sweep(
+            "the cell contains a function with `custom_vjp`, which has no JVP",
+            "Write the function without it, or with `custom_jvp`",
+        )
     before = tuple(
         jnp.concatenate([h[None], s[:-1]]) for h, s in zip(h0, states, strict=True)
     )

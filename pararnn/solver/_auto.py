@@ -22,6 +22,9 @@ cannot either: they save steps only where both need a hundred (dense Elman cell 
 300 to 100; on 16 segments 2 to 2, 4 to 4, 6 to 7; `python -m benchmarks methods`), and
 there the loop is cheaper than either. A ladder with one is
 `Ladder((Jacobi(64), Newton(64), DampedNewton(64)), (1, 8, 100))`.
+
+Where time lies across devices, the loop would have one of them work at a time, so time
+is always cut, on a CPU into one segment for each device.
 """
 
 import equinox as eqx
@@ -37,7 +40,8 @@ class Auto(eqx.Module):
 
     Where parallel time is faster, a [`pararnn.Ladder`][] of a few cheap steps is tried,
     on segments. If any sequence is not certified by then, the sequential loop runs, and
-    `stats["sequential"]` says so.
+    `stats["sequential"]` says so. Where devices share time, the ladder is tried on any
+    platform.
 
     **Arguments:** `rtol`, `atol`, as for [`pararnn.Newton`][].
 
@@ -57,14 +61,19 @@ def choose_ladder(
     channels: int,
     differentiated: bool,
     max_steps: int | None = None,
+    shards: int = 1,
 ) -> Ladder:
     """The rungs to try; none for the sequential loop at once.
 
     **Arguments:** `channels` counts the numbers in one step's state, batch included;
     `differentiated`, whether a derivative is taken of this solve; `max_steps` is the
-    limit on each rung that the user gave.
+    limit on each rung that the user gave; `shards`, how many devices share time.
     """
-    if jax.default_backend() == "cpu":
+    on_cpu = jax.default_backend() == "cpu"
+    if shards > 1:
+        segments = shards if on_cpu else max(shards, steps // 16)
+        limits = (1, 3) if on_cpu else (1, 8)
+    elif on_cpu:
         # Segments are copies of the inputs. Beside a gradient, where the forward pass
         # is the smaller part, they would be half of the memory.
         if channels > 1 or steps < 4096 or differentiated:

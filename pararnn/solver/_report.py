@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox.internal as eqxi
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Bool
 
+from ..scan import split_time, time_shards
 from ._recurrence import Batch
 from ._solution import RESULTS
 
@@ -53,14 +56,19 @@ def report(batch: Batch, stats, states, arguments, shape) -> Report:
     def find_failure():
         first = _first_nonfinite(states, shape)
         parameters, inputs, h0 = arguments
+        # Loops over time here and below: beside the states, nothing grows with T.
+        shards = time_shards(steps)
+        inputs = jtu.tree_map(lambda x: split_time(x, shards), inputs)
+        over = batch.segmented(parameters, inputs)
+        starts = jtu.tree_map(lambda h: jnp.broadcast_to(h, (shards, *h.shape)), h0)
 
         def are_finite(good, x):
-            found = batch.lift(_which_are_finite)(parameters, h0, x)
+            found = over.lift(_which_are_finite)(parameters, starts, x)
             return tuple(map(jnp.logical_and, good, found)), None
 
-        # Loops over time here and below: beside the states, nothing grows with T.
-        both = (jnp.ones(shape, bool),) * 2
-        (good_parameters, good_inputs), _ = lax.scan(are_finite, both, inputs)
+        both = (jnp.ones((shards, *shape), bool),) * 2
+        good, _ = lax.scan(are_finite, both, inputs)
+        good_parameters, good_inputs = (jnp.all(g, axis=0) for g in good)
         cause = jnp.where(good_parameters, 4, 3)
         cause = jnp.where(good_inputs, cause, 2).astype(jnp.int32)
         return jnp.where(first < steps, cause, code), first
@@ -81,10 +89,13 @@ def raise_on_failure(states, good, find_code: Callable[[], Array], *, time_axis:
     check knows, so that the compiler can leave the check out for none of them.
     """
 
+    messages = [RESULTS[failure] for failure in FAILURES]
+
+    def check(shift, code):
+        return eqxi.branched_error_if(shift, code != 0, code - 1, messages)
+
     def fail(shift):
-        code = find_code()
-        messages = [RESULTS[failure] for failure in FAILURES]
-        return eqxi.branched_error_if(shift, code != 0, jnp.max(code) - 1, messages)
+        return _on_every_device(check)(shift, jnp.max(find_code()))
 
     # The search for the cause stands inside the check: a call that succeeds passes one
     # conditional, not two.
@@ -96,6 +107,23 @@ def raise_on_failure(states, good, find_code: Callable[[], Array], *, time_axis:
         return lax.dynamic_update_index_in_dim(leaf, last, place, time_axis)
 
     return tuple(rewrite(leaf) for leaf in states)
+
+
+def _on_every_device(check: Callable) -> Callable:
+    """`check` of replicated scalars, run by each device of the mesh in context.
+
+    XLA has one device call the host, and if that one raises, the others wait for it in
+    the next exchange until the process is aborted.
+    """
+    mesh = get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = {name for name, kind in kinds if kind != AxisType.Manual}
+    if not axes or mesh.size == 1:
+        return check
+    whole = PartitionSpec()
+    return jax.shard_map(
+        check, in_specs=whole, out_specs=whole, axis_names=axes, check_vma=False
+    )
 
 
 def _which_are_finite(parameters, h0, x):
@@ -112,16 +140,18 @@ def _is_finite(tree) -> Array:
 
 def _first_nonfinite(states, shape) -> Array:
     steps = states[0].shape[0]
+    shards = time_shards(steps)
 
     def look(first, at_t):
         t, leaves = at_t
-        bad = jnp.zeros(shape, bool)
+        bad = jnp.zeros((shards, *shape), bool)
         for leaf in leaves:
-            bad = bad | jnp.any(
-                ~jnp.isfinite(leaf), tuple(range(len(shape), leaf.ndim))
-            )
+            behind = tuple(range(1 + len(shape), leaf.ndim))
+            bad = bad | jnp.any(~jnp.isfinite(leaf), behind)
+        t = t.reshape(-1, *(1,) * len(shape))
         return jnp.where(bad, jnp.minimum(first, t), first), None
 
     times = jnp.arange(steps, dtype=jnp.int32)
-    start = jnp.full(shape, steps, jnp.int32)
-    return lax.scan(look, start, (times, states))[0]
+    start = jnp.full((shards, *shape), steps, jnp.int32)
+    parts = jtu.tree_map(lambda x: split_time(x, shards), (times, states))
+    return jnp.min(lax.scan(look, start, parts)[0], axis=0)

@@ -9,9 +9,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import lax
 
+from ..scan import time_shards
 from ._auto import Auto, choose_ladder
 from ._ladder import Ladder
 from ._recurrence import Batch
+from ._relay import solve_in_turns
 from ._segments import solve_on_segments
 from ._sequential import Sequential, solve_sequentially
 from ._structure import Structure
@@ -36,7 +38,12 @@ class Run(NamedTuple):
         if isinstance(solver, Auto):
             channels = self.batch.recurrence.width * int(np.prod(shape))
             solver = choose_ladder(
-                solver, steps, channels, self.differentiated, max_steps
+                solver,
+                steps,
+                channels,
+                self.differentiated,
+                max_steps,
+                time_shards(steps),
             )
             max_steps = None
         if isinstance(solver, Windows):
@@ -54,6 +61,9 @@ class Run(NamedTuple):
         return states, self._complete(stats, steps, shape)
 
     def _step(self, inputs, h0):
+        shards = time_shards(jtu.tree_leaves(inputs)[0].shape[0])
+        if shards > 1:
+            return solve_in_turns(self.batch, self.parameters, inputs, h0, shards)
         return solve_sequentially(self.batch, self.parameters, inputs, h0)
 
     def _iterate(self, method: AbstractMethod, inputs, h0, guess, max_steps):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
+from ..scan import join_time, shift, split_time, spread, time_shards
 from ._recurrence import Batch
 from ._sequential import all_zero
 from ._structure import Structure
@@ -142,8 +143,14 @@ class Segments:
         self.structure, self.push = linearization
         self.steps = jax.tree.leaves(inputs)[0].shape[0]
         wanted = min(method.segments or self.steps, self.steps)
-        self.length = math.ceil(self.steps / wanted)
-        self.count = math.ceil(self.steps / self.length)
+        self.shards = time_shards(self.steps)
+        if self.shards > 1:
+            # As many segments on every device, even if the last ones are all padding.
+            self.count = math.ceil(wanted / self.shards) * self.shards
+            self.length = math.ceil(self.steps / self.count)
+        else:
+            self.length = math.ceil(self.steps / wanted)
+            self.count = math.ceil(self.steps / self.length)
         self.inputs = jax.tree.map(self._split, inputs)
         self.over = batch.segmented(parameters, inputs)
         self.h0 = batch.lift_state(recurrence.ravel)(h0)
@@ -155,23 +162,18 @@ class Segments:
 
     def _split(self, x):
         """`[T, ...]` to `[length, segments, ...]`; the last segment repeats its end."""
-        missing = self.count * self.length - self.steps
-        if missing:
-            x = jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)])
-        return x.reshape(self.count, self.length, *x.shape[1:]).swapaxes(0, 1)
+        return split_time(x, self.count)
 
     def start(self, guess, *, may_fail: bool) -> Carry:
         """The first guess of the segments' starts; the best is kept if it may fail."""
         recurrence = self.recurrence
         if guess is not None:
-            index = jnp.arange(1, self.count) * self.length - 1
-            later = tuple(leaf[index] for leaf in guess)
-            starts = self._ravel(later)
+            ends = self._ravel(tuple(self._split(leaf)[-1] for leaf in guess))
         else:
-            starts = self._warm_up()
-        starts = jnp.where(jnp.isfinite(starts), starts, self.restart)
+            ends = self._warm_up()
+        ends = jnp.where(jnp.isfinite(ends), ends, self.restart)
         batch_shape = self.h0.shape[:-1]
-        starts = jnp.concatenate([self.h0[None], starts])
+        starts = shift(self.h0, ends)
         best = Best(starts, jnp.full(batch_shape, jnp.inf, recurrence.dtype))
         return Carry(
             starts=starts,
@@ -186,22 +188,21 @@ class Segments:
         )
 
     def _warm_up(self) -> Array:
-        """Every start but h0: a few steps from h0 with the inputs just before it.
+        """The segments' ends: a few steps from h0 with the inputs just before them.
 
         States of the right scale, and where no cell overflows that does not anyway.
         """
         # Loops: steps written out are merged by XLA, which then recomputes them often.
-        starts = jnp.broadcast_to(self.h0, (self.count - 1, *self.h0.shape))
+        starts = jnp.broadcast_to(self.h0, (self.count, *self.h0.shape))
         if self.length == 1:
-            first = jax.tree.map(lambda x: x[0, :-1], self.inputs)
+            first = jax.tree.map(lambda x: x[0], self.inputs)
 
             def again(_, before):
-                ends = self._step(before, first)
-                return jnp.concatenate([self.h0[None], ends[:-1]])
+                return shift(self.h0, self._step(before, first))
 
             before = lax.fori_loop(0, WARM_UP - 1, again, starts)
             return self._step(before, first)
-        before = jax.tree.map(lambda x: x[-WARM_UP:, :-1], self.inputs)
+        before = jax.tree.map(lambda x: x[-WARM_UP:], self.inputs)
         return lax.scan(lambda h, x: (self._step(h, x), None), starts, before)[0]
 
     def _ravel(self, leaves):
@@ -236,6 +237,7 @@ class Segments:
 
     def _sweep(self, starts):
         """Ends of the segments and their Jacobians, compressed by the structure."""
+        starts = spread(starts)
         seeds = jnp.asarray(self.structure.seeds, starts.dtype)
         if self.length == 1:
             # Seeds that are shared by all steps meet each weight matrix once.
@@ -265,11 +267,12 @@ class Segments:
     def advance(self, carry: Carry, moving: Bool[Array, " *batch"]) -> Carry:
         """One step of all sequences that are `moving`."""
         ends, tangents = self._sweep(carry.starts)
-        starts, defects = self._corrected(carry, ends[:-1], tangents[:, :-1])
+        starts, defects = self._corrected(carry, ends, tangents)
         # Each start against its own size: one that runs away must not excuse the
-        # others. (Sliced behind the reductions, which would copy a slice.)
-        scale = largest(starts, -1)[1:] + self._tiny
-        change = largest(starts - carry.starts, -1)[1:] / scale
+        # others. (h0 stays, and need not be finite.)
+        scale = largest(starts, -1) + self._tiny
+        change = largest(starts - carry.starts, -1) / scale
+        change = jnp.where(self._place(change.ndim) == 0, 0, change)
         starts, change, overflowed = lax.cond(
             jnp.all(jnp.isfinite(change)),
             lambda carry, starts, change: (starts, change, carry.nonfinite * 0),
@@ -332,17 +335,24 @@ class Segments:
         `old + (end - old)` they would keep moving by an ulp, which a chaotic cell
         amplifies. Behind them, the next start is the end of its segment.
         """
-        old = carry.starts[1:]
-        place = jnp.arange(self.count - 1, dtype=jnp.int32)
-        place = place.reshape(-1, *(1,) * (old.ndim - 1))
+        old, place = carry.starts, self._place(carry.starts.ndim)
         exact = carry.num_steps[None, ..., None]
-        defects = jnp.where(place < exact, 0, ends - old)
+        entering = shift(self.h0, ends)
+        defects = jnp.where(place <= exact, 0, entering - old)
+        # From segment to start. The first start is never corrected, so that nothing is
+        # carried from it.
+        tangents = jax.vmap(lambda v: shift(jnp.zeros_like(v[0]), v))(tangents)
+        tangents = jnp.where(place[None] <= 1, 0, tangents)
         new = old + self.method.correct(
             self.structure, tangents, defects, self.length, carry.correction
         )
-        new = jnp.where(place == exact, ends, new)
-        new = jnp.where(place < exact, old, new)
-        return jnp.concatenate([carry.starts[:1], new]), defects
+        new = jnp.where(place == exact + 1, entering, new)
+        return jnp.where(place <= exact, old, new), defects
+
+    def _place(self, ndim: int) -> Array:
+        """The number of each segment, to stand beside `[segments, ...]`."""
+        place = jnp.arange(self.count, dtype=jnp.int32)
+        return place.reshape(-1, *(1,) * (ndim - 1))
 
     def _repair(self, carry: Carry, starts, change):
         """Finite starts in place of those that overflowed, and how many did.
@@ -351,15 +361,14 @@ class Segments:
         segment it is exact, so every step still gains one segment. The ends are stepped
         to again: kept for this rare case, they would cost every step their memory.
         """
-        ends = self._sweep(carry.starts)[0][:-1]
-        new = starts[1:]
-        broken = ~jnp.isfinite(new)
-        new = jnp.where(broken, ends, new)
-        new = jnp.where(jnp.isfinite(new), new, self.restart)
-        moved = jnp.where(_overflowed(ends), 0, jnp.inf)
+        entering = shift(self.h0, self._sweep(carry.starts)[0])
+        broken = ~jnp.isfinite(starts) & (self._place(starts.ndim) > 0)
+        restart = jnp.where(jnp.isfinite(entering), entering, self.restart)
+        starts = jnp.where(broken, restart, starts)
+        moved = jnp.where(_overflowed(entering), 0, jnp.inf)
         change = jnp.where(jnp.isfinite(change), change, moved)
-        overflowed = jnp.sum(broken, (0, new.ndim - 1), dtype=jnp.int32)
-        return jnp.concatenate([starts[:1], new]), change, overflowed
+        overflowed = jnp.sum(broken, (0, starts.ndim - 1), dtype=jnp.int32)
+        return starts, change, overflowed
 
     def _keep_best(self, carry: Carry, defects) -> Best | None:
         if carry.best is None:
@@ -408,37 +417,37 @@ class Segments:
             return h, h
 
         unravel = self.over.lift_state(self.recurrence.unravel)
-        starts = unravel(carry.starts)
+        starts = unravel(spread(carry.starts))
         ends, states = lax.scan(
             body, starts, self.inputs, unroll=True if self.length == 1 else 1
         )
-        ends = self._ravel(ends)[:-1]
-        residuals = largest(ends - carry.starts[1:], -1)
+        following = shift(self.h0, carry.starts, reverse=True)
+        residuals = largest(self._ravel(ends) - following, -1)
+        place = self._place(residuals.ndim)
+        followed = (place + 1) * self.length < self.steps
+        residuals = jnp.where(followed, residuals, 0)
         # Each segment ends where the next one starts, unless it has no finite end.
         lost = ~jnp.isfinite(residuals)
+        joined = followed & ~lost
 
         def join(s, h):
-            mask = lost.reshape(lost.shape + (1,) * (h.ndim - lost.ndim))
-            return s.at[-1, :-1].set(jnp.where(mask, s[-1, :-1], h[1:]))
+            mask = joined.reshape(joined.shape + (1,) * (h.ndim - joined.ndim))
+            return s.at[-1].set(jnp.where(mask, shift(h[0], h, reverse=True), s[-1]))
 
         states = tuple(join(s, h) for s, h in zip(states, starts, strict=True))
-        scale = largest(carry.starts, -1)[1:]
-        small = ~lost & (residuals <= self.atol + self.rtol * scale)
+        scale = largest(following, -1)
+        small = ~lost & (residuals <= self.atol + self.rtol * scale) | ~followed
         # The last state of a segment is the next start; it is as good as its residual.
-        first = jnp.argmin(small, axis=0).astype(jnp.int32) if self.count > 1 else 0
+        first = jnp.min(jnp.where(small, self.count, place), axis=0)
         failed = (first + 1) * self.length - 1
         return Attempt(
-            states=tuple(self._join(s) for s in states),
+            states=tuple(join_time(s, self.steps) for s in states),
             residual=jnp.max(residuals, axis=0, initial=0),
             certified_steps=jnp.where(jnp.all(small, axis=0), self.steps, failed),
             certified=jnp.all(small, axis=0),
             ended=jnp.all(small | lost, axis=0),
             carry=carry,
         )
-
-    def _join(self, x):
-        x = x.swapaxes(0, 1)
-        return x.reshape(self.count * self.length, *x.shape[2:])[: self.steps]
 
 
 def largest(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:

@@ -9,7 +9,10 @@ from ._recurrence import Batch
 
 
 class Sequential(eqx.Module):
-    """One step after the other, by `jax.lax.scan`: always exact, never parallel."""
+    """One step after the other, by `jax.lax.scan`: always exact, never parallel.
+
+    Where devices share time, they step through their stretches in turns.
+    """
 
 
 def solve_sequentially(batch: Batch, parameters, inputs, h0):

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
+from ..scan import time_shards
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
 from ._auto import Auto
 from ._inputs import as_step, check_like, check_resets, count_steps, make_recurrence
@@ -20,6 +21,7 @@ from ._report import as_result, raise_on_failure, report
 from ._run import Run, Solver
 from ._solution import RESULTS, Solution
 from ._structure import Structure, declared_structure, find_structure
+from ._windows import Windows
 from .methods import is_count
 
 # A trajectory, a name, or a function of (xs, h0); see `solve`.
@@ -46,7 +48,8 @@ def solve(
     `h0`, `reset_state` and everything that `f` closes over: the derivative is taken at
     the solution with the exact Jacobian, never through the solver's iterations. `vmap`
     over any of them becomes a batch axis of one solve, in which sequences that have
-    converged stay as they are.
+    converged stay as they are. Under a mesh with an axis `"time"` (see
+    [`pararnn.make_mesh`][]) each device solves its own stretch of time.
 
     **Arguments:**
 
@@ -78,7 +81,8 @@ def solve(
     **Returns:** a [`pararnn.Solution`][].
 
     **Raises:** `ValueError` or `TypeError` while tracing if the cell, the shapes or the
-    dtypes do not fit; a runtime error if the states are not finite or the solver asked
+    dtypes do not fit, or if devices share time and a solver or adjoint that only steps
+    is asked for; a runtime error if the states are not finite or the solver asked
     for does not converge (with `throw=True`).
     """
     where = "solve"
@@ -86,6 +90,7 @@ def solve(
     recurrence = make_recurrence(where, f, xs, h0)
     h0 = jtu.tree_map(jnp.asarray, h0)
     steps = count_steps(where, xs)
+    _check_windows(where, solver, steps)
     fresh = check_resets(where, recurrence, reset, reset_state, steps)
     if structure is not None:
         structure = declared_structure(structure, recurrence)
@@ -223,6 +228,16 @@ def _check_options(where: str, solver: Any, adjoint: Any, max_steps: Any) -> Non
         raise ValueError(
             f"{where}: `max_steps` is {max_steps!r}; expected a whole number >= 1, or "
             "None for as many as can ever be needed."
+        )
+
+
+def _check_windows(where: str, solver: Solver, steps: int) -> None:
+    if isinstance(solver, Windows) and time_shards(steps) > 1:
+        raise ValueError(
+            f"{where}: `solver` is a `Windows`, which solves one stretch of time after "
+            "the other, but time lies across devices (the mesh in context has an axis "
+            '"time"), so that one of them would work at a time. Pass the solver of the '
+            'windows itself, or use a mesh without an axis "time".'
         )
 
 

@@ -33,7 +33,8 @@ class AbstractMethod(optx.AbstractRootFinder):
 
     - `segments`: from 1 (the plain loop) to T or `None` (every step by itself: most
         parallel, least robust). In between, each segment is stepped sequentially. All
-        segments have the same length, rounded up, so there may be fewer.
+        segments have the same length, rounded up, so there may be fewer; where devices
+        share time, each has the same number of them.
     - `rtol`, `atol`: the solve has converged when at every step t the residual, in the
         max-norm over the state, is at most `atol + rtol * max|h_t|`. Default: 64 and 1
         times the rounding of the state's dtype.
@@ -55,15 +56,16 @@ class AbstractMethod(optx.AbstractRootFinder):
     def correct(
         self,
         structure: Structure,
-        tangents: Float[Array, "size S-1 *batch width"],
-        defects: Float[Array, "S-1 *batch width"],
+        tangents: Float[Array, "size S *batch width"],
+        defects: Float[Array, "S *batch width"],
         length: int,
         progress: Float[Array, "*batch"],
-    ) -> Float[Array, "S-1 *batch width"]:
-        """The correction of all starts but the first.
+    ) -> Float[Array, "S *batch width"]:
+        """The correction of all starts, of which the first has no defect.
 
-        `tangents` are the segments' transitions, over `length` steps each; `progress`
-        is the last relative correction, 1 at the beginning.
+        `tangents` are the transitions from the start before, over `length` steps each,
+        zero for the first two starts; `progress` is the last relative correction, 1 at
+        the beginning.
         """
 
     # The interface of Optimistix. It wants the whole trajectory as the iterate, and

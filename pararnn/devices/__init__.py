@@ -1,0 +1,5 @@
+"""Meshes of devices, and where parameters and batches lie on them."""
+
+from ._communication import Exchange as Exchange, communication as communication
+from ._mesh import make_mesh as make_mesh
+from ._place import shard_batch as shard_batch, shard_parameters as shard_parameters

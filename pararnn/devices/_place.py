@@ -1,0 +1,133 @@
+"""Parameters and batches, laid out over a mesh."""
+
+import math
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from ..scan import TIME
+from ._mesh import AXES
+
+Tree = TypeVar("Tree")
+
+
+def shard_parameters(module: Tree, mesh: Mesh, *, min_size: int = 2**12) -> Tree:
+    """The module with its parameters divided over the axis `"fsdp"` of the mesh.
+
+    Fully sharded data parallelism: each array lies in pieces on the devices, and XLA
+    gathers it where it is used and sums its gradient in pieces. Also within `jit`,
+    where it keeps new parameters, or the state of an optimiser, in the same pieces.
+
+    **Arguments:**
+
+    - `module`: a pytree. Arrays are divided along the largest of their axes whose
+        length the axis of the mesh divides, whatever their dtype; what is no array
+        stays as it is.
+    - `mesh`: as from [`pararnn.make_mesh`][].
+    - `min_size`: arrays with fewer entries, and those that no axis of which can be
+        divided, are whole on every device.
+
+    **Returns:** the module, of arrays of the same shapes, dtypes and values.
+
+    **Raises:** `ValueError` for a mesh without the axes of `pararnn.make_mesh`.
+    """
+    _check_mesh("shard_parameters", mesh)
+    count = mesh.shape["fsdp"]
+
+    def place(leaf):
+        spec: list[str | None] = [None] * leaf.ndim
+        divisible = [i for i, size in enumerate(leaf.shape) if size % count == 0]
+        if count > 1 and leaf.size >= max(1, min_size) and divisible:
+            spec[max(divisible, key=lambda i: leaf.shape[i])] = "fsdp"
+        return _place(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return _map_arrays(place, module)
+
+
+def shard_batch(
+    batch: PyTree, mesh: Mesh, *, time_axis: int | None = 1
+) -> PyTree[jax.Array]:
+    """The batch, with its sequences over `"data"` and `"fsdp"`, and time over `"time"`.
+
+    **Arguments:**
+
+    - `batch`: a pytree of arrays, `[B, T, ...]` or, without time, `[B]`; of any dtype.
+        On several hosts every one passes the same whole batch, of which its devices
+        take their parts.
+    - `mesh`: as from [`pararnn.make_mesh`][].
+    - `time_axis`: which axis is time, in all leaves that have it; `None` for leaves
+        without time.
+
+    **Returns:** the same pytree, of `jax.Array`s on the mesh.
+
+    **Raises:** `ValueError` for a mesh without the axes of `pararnn.make_mesh`, a leaf
+    without a batch axis, and lengths that do not divide.
+    """
+    _check_mesh("shard_batch", mesh)
+    if time_axis is not None and time_axis < 1:
+        raise ValueError(
+            f"shard_batch: `time_axis` is {time_axis}, expected 1 or more, or None: "
+            "the batch comes first. Likely cause: sequences are [T, B, ...]; swap the "
+            "axes."
+        )
+
+    def place(path, leaf):
+        name = "batch" + jax.tree_util.keystr(path)
+        if not leaf.ndim:
+            raise ValueError(
+                f"shard_batch: `{name}` has no batch axis. Keep what all sequences "
+                "share out of the batch."
+            )
+        spec: list = [None] * leaf.ndim
+        spec[0] = ("data", "fsdp")
+        if time_axis is not None and time_axis < leaf.ndim:
+            spec[time_axis] = TIME
+        _check_divides(name, leaf.shape, spec, mesh)
+        return _place(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    arrays, rest = eqx.partition(batch, eqx.is_array)
+    arrays = jax.tree_util.tree_map_with_path(place, arrays)
+    return eqx.combine(arrays, rest)
+
+
+def _check_divides(name: str, shape, spec, mesh: Mesh) -> None:
+    for axis, over in enumerate(spec):
+        names = (over,) if isinstance(over, str) else over or ()
+        count = math.prod(mesh.shape[n] for n in names)
+        if shape[axis] % count:
+            raise ValueError(
+                f"shard_batch: axis {axis} of `{name}`, of shape {shape}, has length "
+                f"{shape[axis]}, which the {count} devices of {' and '.join(names)} do "
+                "not divide. Likely causes: (a) a last, smaller batch; drop it, (b) a "
+                "sequence that was cut for the next step's target; divide inputs and "
+                "targets of equal length, (c) an axis that is not time; see "
+                "`time_axis`."
+            )
+
+
+def _check_mesh(where: str, mesh) -> None:
+    if not isinstance(mesh, Mesh) or not set(AXES) <= set(mesh.axis_names):
+        raise ValueError(
+            f"{where}: `mesh` is {mesh!r:.200}, expected a mesh with the axes "
+            f"{', '.join(AXES)}. Make it by `pararnn.make_mesh`."
+        )
+
+
+def _map_arrays(fn, tree):
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.tree.map(fn, arrays), rest)
+
+
+def _place(leaf, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, Tracer) or sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    # Across hosts: each has the whole, and gives its devices their parts.
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda at: host[at])

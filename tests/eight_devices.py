@@ -1,0 +1,388 @@
+"""Time, batch and parameters over eight (virtual) devices; run by test_sharding.py.
+
+What is sharded is compared with a plain loop where there is one to write down, and else
+with the same function on one device, which the other tests compare with a loop.
+"""
+
+import functools as ft
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+import linear
+import pararnn
+
+MESHES = {
+    "time=8": {"data": 1, "time": 8},
+    "data=2,time=4": {"data": 2, "time": 4},
+    "data=2,fsdp=2,time=2": {"data": 2, "fsdp": 2, "time": 2},
+}
+BATCH, WIDTH = 4, 4
+
+
+class Case(NamedTuple):
+    """A function of parameters and a sequence, and the same by other means."""
+
+    make: object  # (key, T) -> parameters
+    run: object  # (parameters, xs [T, WIDTH], reset) -> states or outputs
+    reference: object = None
+    reset: bool = False
+    steps: int = 32
+
+
+def loop(step, h0, xs, reset, *, reverse=False):
+    def body(h, at_t):
+        x, reset = at_t
+        h = step(jnp.where(reset, jnp.zeros_like(h), h), x)
+        return h, h
+
+    return lax.scan(body, h0, (xs, reset), reverse=reverse)[1]
+
+
+def scanned(cls, *axes, dtype=float, constant=False, **options):
+    """`linear_scan` of one kind of transition, and a loop over its matrices."""
+
+    def make(key, steps):
+        one, two = jr.split(key)
+        a = jr.normal(one, (1 if constant else steps, *axes), dtype) * 0.4
+        return a, jr.normal(two, (WIDTH,), dtype)
+
+    def run(parameters, xs, reset):
+        a, h0 = parameters
+        return pararnn.linear_scan(cls(a), xs.astype(dtype), h0, reset=reset, **options)
+
+    def reference(parameters, xs, reset):
+        a, h0 = parameters
+        matrices = cls(a).as_matrix((WIDTH,))
+        matrices = jnp.broadcast_to(matrices, (len(xs), WIDTH, WIDTH))
+
+        def step(h, at_t):
+            return at_t[0] @ h + at_t[1]
+
+        reverse = options.get("reverse", False)
+        return loop(step, h0, (matrices, xs.astype(dtype)), reset, reverse=reverse)
+
+    return make, run, reference
+
+
+def solved(cell, gain=1.0, **options):
+    def make(key, steps):
+        del steps
+        made = cell(WIDTH, WIDTH, key=key)
+        scaled = jax.tree.map(
+            lambda v: gain * v if eqx.is_inexact_array(v) else v, made
+        )
+        return scaled, jr.normal(key, (WIDTH,)) * 0.1
+
+    def run(parameters, xs, reset):
+        cell, h0 = parameters
+        return pararnn.solve(cell, xs, h0, reset=reset, **options).states
+
+    def reference(parameters, xs, reset):
+        cell, h0 = parameters
+        return loop(cell, h0, xs, reset)
+
+    return make, run, reference
+
+
+def layered(build):
+    def make(key, steps):
+        del steps
+        return build(key)
+
+    def run(layer, xs, reset):
+        return layer(xs, reset=reset)[0]
+
+    return make, run
+
+
+def attend(parameters, xs, reset, **options):
+    q, k, v, d = jnp.split(xs @ parameters, 4, -1)
+    k = k / (1 + jnp.sum(k**2, -1, keepdims=True))
+    decay = jax.nn.sigmoid(d)
+    heads = (x.reshape(len(xs), 2, -1) for x in (q, k, v, decay))
+    q, k, v, decay = heads
+    return pararnn.matrix_scan(q, k, v, decay, read=k, reset=reset, **options)[0]
+
+
+def weights(key, steps):
+    del steps
+    return jr.normal(key, (WIDTH, 16)) * 0.3
+
+
+D, N = pararnn.Diagonal, pararnn.Newton
+CASES = {
+    "diagonal": Case(*scanned(D, WIDTH)),
+    "complex": Case(*scanned(D, WIDTH, dtype=complex)),
+    "constant": Case(*scanned(D, WIDTH, constant=True)),
+    "constant, padded": Case(*scanned(D, WIDTH, constant=True), steps=29),
+    "block, reverse": Case(*scanned(pararnn.BlockDiagonal, 2, 2, 2, reverse=True)),
+    "dense, reset": Case(*scanned(pararnn.Dense, 4, 4), reset=True),
+    "reverse, reset": Case(*scanned(D, WIDTH, reverse=True), reset=True),
+    "reverse, padded": Case(*scanned(D, WIDTH, reverse=True), steps=29),
+    "associative": Case(*scanned(D, WIDTH, backend="associative"), reset=True),
+    "chunked": Case(*scanned(pararnn.Dense, 4, 4, backend="chunked"), reset=True),
+    "matrix_scan": Case(weights, attend, reset=True),
+    "matrix_scan, before": Case(
+        weights, ft.partial(attend, emit="before", chunk=2), reset=True
+    ),
+    "Newton": Case(*solved(pararnn.GRUCell, solver=N(16))),
+    "Newton, every step": Case(*solved(pararnn.ParaGRUCell, solver=N()), reset=True),
+    "Newton, padded": Case(*solved(pararnn.GRUCell, solver=N(8)), steps=29),
+    "Auto": Case(*solved(pararnn.GRUCell), reset=True),
+    "Auto, chaotic": Case(*solved(pararnn.ElmanCell, gain=8.0)),
+    "Sequential": Case(*solved(pararnn.GRUCell, solver=pararnn.Sequential())),
+    "ELK": Case(*solved(pararnn.ParaGRUCell, solver=pararnn.ELK(16))),
+    "RNN": Case(*layered(lambda key: pararnn.RNN(pararnn.ParaGRUCell(WIDTH, key=key)))),
+    "LRU": Case(*layered(lambda key: linear.LRU(WIDTH, key=key)), reset=True),
+    "DeltaNet": Case(*layered(lambda key: linear.DeltaNet(WIDTH, heads=2, key=key))),
+    "MLSTM": Case(*layered(lambda key: linear.MLSTM(WIDTH, key=key)), reset=True),
+}
+# Every case on time and batch; a few on the other meshes too.
+ALSO = ("diagonal", "matrix_scan", "Auto", "RNN", "LRU")
+ROWS = [
+    (name, mesh)
+    for mesh in MESHES
+    for name in CASES
+    if mesh == "data=2,time=4" or name in ALSO
+]
+
+
+def prepare(case: Case, steps: int):
+    one, two, three = jr.split(jr.key(1), 3)
+    parameters, static = eqx.partition(case.make(one, steps), eqx.is_inexact_array)
+    xs = jr.normal(two, (BATCH, steps, WIDTH))
+    reset = jr.bernoulli(three, 0.15, (BATCH, steps))
+    return parameters, static, xs, reset
+
+
+def batched(run, static, with_reset):
+    def outputs(parameters, xs, reset):
+        def one(xs, reset):
+            return run(eqx.combine(parameters, static), xs, reset)
+
+        reset = reset if with_reset else None
+        return jax.vmap(one)(xs, reset)
+
+    def loss(parameters, xs, reset):
+        ys = outputs(parameters, xs, reset)
+        return jnp.sum(jnp.sin(ys.real) + ys.imag**2), ys
+
+    return loss
+
+
+def derive(loss):
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+@pytest.mark.parametrize("name, sizes", ROWS)
+def test_values_and_gradients(name, sizes):
+    case = CASES[name]
+    parameters, static, xs, reset = prepare(case, case.steps)
+    alone = case.reference or case.run
+    expected = derive(batched(alone, static, case.reset or case.reference))(
+        parameters, xs, reset & case.reset
+    )
+    mesh = pararnn.make_mesh(**MESHES[sizes])
+    sharded = derive(batched(case.run, static, case.reset))
+    with jax.set_mesh(mesh):
+        parameters = pararnn.shard_parameters(parameters, mesh, min_size=1)
+        if case.steps % mesh.shape["time"] == 0:
+            xs, reset = pararnn.shard_batch((xs, reset), mesh)
+        found = sharded(parameters, xs, reset)
+        if case.steps % mesh.shape["time"] == 0:
+            spec = found[0][1].sharding.spec
+            assert spec[1] == "time", "the outputs do not lie where the inputs do"
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # Chaos amplifies the rounding of a gradient, whoever computes it.
+        scale = np.max(np.abs(b), initial=1.0)
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11 * scale)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "matrix_scan", "Newton", "RNN"])
+def test_second_derivatives(name):
+    case = CASES[name]
+    parameters, static, xs, reset = prepare(case, 16)
+    tangent = jax.tree.map(jnp.cos, parameters)
+
+    def curvature(run, with_reset):
+        loss = batched(run, static, with_reset)
+
+        def gradient(parameters, xs, reset):
+            return jax.grad(loss, has_aux=True)(parameters, xs, reset)[0]
+
+        def along(parameters, xs, reset):
+            partial = ft.partial(gradient, xs=xs, reset=reset)
+            return jax.jvp(partial, (parameters,), (tangent,))[1]
+
+        return jax.jit(along)
+
+    alone = case.reference or case.run
+    expected = curvature(alone, case.reset or case.reference)(
+        parameters, xs, reset & case.reset
+    )
+    mesh = pararnn.make_mesh(data=2, time=4)
+    with jax.set_mesh(mesh):
+        placed = pararnn.shard_batch((xs, reset), mesh)
+        found = curvature(case.run, case.reset)(parameters, *placed)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["diagonal", "Newton", "Auto", "LRU", "DeltaNet"])
+def test_exchange_does_not_grow_with_time(name):
+    case, mesh = CASES[name], pararnn.make_mesh(data=2, time=4)
+
+    def exchange(steps):
+        parameters, static, xs, reset = prepare(case, steps)
+        gradient = derive(batched(case.run, static, case.reset))
+        with jax.set_mesh(mesh):
+            arguments = parameters, *pararnn.shard_batch((xs, reset), mesh)
+            return pararnn.communication(gradient.lower(*arguments).compile())
+
+    short, long = exchange(64), exchange(256)
+    assert short == long
+    assert sum(found.count for found in short.values()) > 0
+    # Not even one sequence of one number a step.
+    largest = max(found.largest for found in long.values())
+    assert largest < 8 * 256
+
+
+def test_communication_counts_bytes():
+    mesh = pararnn.make_mesh(time=8)
+    x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, PartitionSpec("time")))
+    compiled = jax.jit(lambda x: jnp.sum(x, 0)).lower(x).compile()
+    found = pararnn.communication(compiled)
+    assert found == {"all-reduce": pararnn.Exchange(1, 32, 32)}
+
+
+def test_parameters_lie_in_pieces():
+    mesh = pararnn.make_mesh(data=4, fsdp=2)
+    made = {"w": jnp.ones((3, 6, 4)), "b": jnp.ones(3), "f": jnp.tanh}
+    placed = pararnn.shard_parameters(made, mesh, min_size=1)
+    assert placed["w"].sharding.spec == PartitionSpec(None, "fsdp", None)
+    assert placed["b"].sharding.is_fully_replicated
+    assert placed["f"] is jnp.tanh
+    whole = pararnn.shard_parameters(made, mesh)
+    assert whole["w"].sharding.is_fully_replicated
+    again = jax.jit(
+        lambda w: pararnn.shard_parameters({"w": 2 * w}, mesh, min_size=1)["w"]
+    )
+    assert again(placed["w"]).sharding.spec == PartitionSpec(None, "fsdp", None)
+
+
+def test_a_failure_is_found_on_any_device():
+    xs = jnp.zeros((2, 32, WIDTH)).at[1, 19, 2].set(jnp.nan)
+    cell = pararnn.GRUCell(WIDTH, key=jr.key(0))
+
+    def run(xs, throw):
+        solution = pararnn.solve(cell, xs, cell.init_state(), throw=throw)
+        return solution.states, solution.stats["first_nonfinite"]
+
+    mesh = pararnn.make_mesh(data=2, time=4)
+    with jax.set_mesh(mesh):
+        xs = pararnn.shard_batch(xs, mesh)
+        reported = jax.jit(jax.vmap(ft.partial(run, throw=False)))
+        assert reported(xs)[1].tolist() == [32, 19]
+        with pytest.raises(Exception, match="inputs"):
+            jax.block_until_ready(jax.jit(jax.vmap(ft.partial(run, throw=True)))(xs))
+
+
+def test_decoding_is_not_divided():
+    layer = linear.Mamba2(WIDTH, 4, heads=2, key=jr.key(0))
+    x, state = jnp.ones(WIDTH), layer.init_state()
+    expected = layer.step(x, state)
+    with jax.set_mesh(pararnn.make_mesh(time=8)):
+        found = layer.step(x, state)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+@jax.custom_vjp
+def identity(x):
+    return x
+
+
+identity.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+def gradient_of_solve(f=None, **options):
+    f = (lambda h, x: jnp.tanh(h + x)) if f is None else f
+    xs, h0 = jnp.ones((32, WIDTH)), jnp.zeros(WIDTH)
+    return jax.grad(lambda xs: jnp.sum(pararnn.solve(f, xs, h0, **options).states))(xs)
+
+
+def recurrent():
+    x = jnp.ones((32, 1, 2))
+    return pararnn.matrix_scan(x, x, x, form="recurrent")
+
+
+ERRORS = {
+    "sweep": (lambda: gradient_of_solve(adjoint="sweep"), "'sweep'"),
+    "custom_vjp": (
+        lambda: gradient_of_solve(lambda h, x: identity(jnp.tanh(h + x))),
+        "custom_vjp",
+    ),
+    "windows": (lambda: gradient_of_solve(solver=pararnn.Windows(N(), 4)), "Windows"),
+    "recurrent": (recurrent, "'recurrent'"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_what_only_steps_is_refused(name):
+    call, match = ERRORS[name]
+    with jax.set_mesh(pararnn.make_mesh(time=8)):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_explicit_axes_are_refused():
+    mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="Explicit"):
+        gradient_of_solve()
+
+
+def test_manual_axes_are_left_alone():
+    """Inside of a `shard_map` over time, a sequence is one device's own."""
+    xs = jr.normal(jr.key(0), (64, WIDTH))
+    cell = pararnn.ParaGRUCell(WIDTH, key=jr.key(1))
+
+    def own(xs):
+        return pararnn.RNN(cell, solver=pararnn.Sequential())(xs)[0]
+
+    mesh = pararnn.make_mesh(time=8)
+    over = PartitionSpec("time")
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(own, in_specs=over, out_specs=over, check_vma=False)
+        found = jax.jit(mapped)(xs)
+    expected = jax.vmap(own)(xs.reshape(8, 8, WIDTH)).reshape(64, WIDTH)
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
+
+
+BAD = {
+    "batch": (lambda mesh: pararnn.shard_batch(jnp.ones((3, 8)), mesh), "data"),
+    "time": (lambda mesh: pararnn.shard_batch(jnp.ones((2, 7)), mesh), "axis 1"),
+    "scalar": (lambda mesh: pararnn.shard_batch(jnp.ones(()), mesh), "no batch axis"),
+    "axis": (
+        lambda mesh: pararnn.shard_batch(jnp.ones((2, 8)), mesh, time_axis=0),
+        "swap",
+    ),
+    "mesh": (lambda mesh: pararnn.shard_parameters({}, jax.make_mesh((8,), "x")), "x"),
+    "count": (lambda mesh: pararnn.make_mesh(data=2, time=2), "need 4 devices"),
+    "size": (lambda mesh: pararnn.make_mesh(time=2.0), "positive integer"),
+    "left": (lambda mesh: pararnn.make_mesh(time=3), "does not divide"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_layouts_are_refused(name):
+    call, match = BAD[name]
+    with pytest.raises(ValueError, match=match):
+        call(pararnn.make_mesh(data=2, time=4))

@@ -1,0 +1,68 @@
+"""One of two processes that train a small model together; run by test_sharding.py."""
+
+import json
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+import pararnn
+
+STEPS, RATE = 5, 0.5
+MESHES = ({"data": 1, "time": 4}, {"data": 1, "fsdp": 2, "time": 2})
+
+
+def problem():
+    """The model, a cell and a matrix behind it, and a batch."""
+    keys = jr.split(jr.key(0), 4)
+    cell = pararnn.ParaGRUCell(2, 8, key=keys[0])
+    model = cell, jr.normal(keys[1], (8, 1)) * 0.3
+    xs = jr.normal(keys[2], (4, 32, 2))
+    # To be told at each step: a running sum, which needs the past.
+    return model, (xs, jnp.cumsum(xs[..., :1], axis=1) / 4)
+
+
+def loss(model, batch):
+    cell, readout = model
+    xs, targets = batch
+    states = jax.vmap(lambda xs: pararnn.RNN(cell)(xs)[0])(xs)
+    return jnp.mean((states @ readout - targets) ** 2)
+
+
+def train(loss, model, batch, keep=lambda model: model) -> list[float]:
+    """The losses of some steps of gradient descent; `keep` says where it lies."""
+
+    @eqx.filter_jit
+    def step(model, batch):
+        value, gradient = eqx.filter_value_and_grad(loss)(model, batch)
+        moved = jax.tree.map(lambda g: -RATE * g, gradient)
+        return value, keep(eqx.apply_updates(model, moved))
+
+    losses = []
+    for _ in range(STEPS):
+        value, model = step(model, batch)
+        losses.append(float(value))
+    return losses
+
+
+def main(address: str, number: int) -> None:
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, num_processes=2, process_id=number)
+    for sizes in MESHES:
+        mesh = pararnn.make_mesh(**sizes)
+
+        def keep(model, mesh=mesh):
+            return pararnn.shard_parameters(model, mesh, min_size=16)
+
+        with jax.set_mesh(mesh):
+            model, batch = problem()
+            batch = pararnn.shard_batch(batch, mesh)
+            losses = train(loss, keep(model), batch, keep)
+        print(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
