@@ -78,7 +78,7 @@ def configure(name: str, steps: int, length: int = LENGTH) -> Config:
 
 
 def _measure_model(name: str, settings: Settings):
-    steps, length = (4, 256) if settings.quick else (500, LENGTH)
+    steps, length = (4, 256) if settings.quick else (300, LENGTH)
     folder = RUNS / f"{name.replace(', ', '-')}-{steps}"
     train(configure(name, steps, length), folder, resume=True)
     model, _ = load_model(folder, best=False)
