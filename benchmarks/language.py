@@ -25,7 +25,6 @@ from pararnn.training import (
     read_metrics,
     train,
 )
-from pararnn.training._data import in_microbatches
 from pararnn.training._run import Run
 
 from ._case import Case, Settings
@@ -142,7 +141,7 @@ def _measure_overhead(steps: int = 40):
 
 def _time_steps(run: Run, count: int) -> list[float]:
     """Seconds of the compiled step alone."""
-    batch, seconds = in_microbatches(next(run.batches), 1), []
+    batch, seconds = run._next_batch(), []
     for _ in range(count):
         start = time.perf_counter()
         run.state, metrics = run.train_step(run.state, batch)

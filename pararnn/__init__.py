@@ -30,6 +30,7 @@ from .devices import (
     Exchange as Exchange,
     communication as communication,
     make_mesh as make_mesh,
+    parameter_sharding as parameter_sharding,
     shard_batch as shard_batch,
     shard_parameters as shard_parameters,
 )

@@ -60,6 +60,7 @@ MAY_IMPORT = {
         "pararnn.training",
         "pararnn.training.data",
         "pararnn.models",
+        "pararnn.devices",
         "pararnn.solver",
         "pararnn._parameters",
     },

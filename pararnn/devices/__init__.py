@@ -2,4 +2,8 @@
 
 from ._communication import Exchange as Exchange, communication as communication
 from ._mesh import make_mesh as make_mesh
-from ._place import shard_batch as shard_batch, shard_parameters as shard_parameters
+from ._place import (
+    parameter_sharding as parameter_sharding,
+    shard_batch as shard_batch,
+    shard_parameters as shard_parameters,
+)

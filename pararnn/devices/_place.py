@@ -15,8 +15,11 @@ from ._mesh import AXES
 
 Tree = TypeVar("Tree")
 
+# Entries of an array below which gathering it costs more than keeping it whole.
+MIN_SIZE = 2**12
 
-def shard_parameters(module: Tree, mesh: Mesh, *, min_size: int = 2**12) -> Tree:
+
+def shard_parameters(module: Tree, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Tree:
     """The module with its parameters divided over the axis `"fsdp"` of the mesh.
 
     Fully sharded data parallelism: each array lies in pieces on the devices, and XLA
@@ -37,20 +40,34 @@ def shard_parameters(module: Tree, mesh: Mesh, *, min_size: int = 2**12) -> Tree
     **Raises:** `ValueError` for a mesh without the axes of `pararnn.make_mesh`.
     """
     _check_mesh("shard_parameters", mesh)
-    count = mesh.shape["fsdp"]
 
     def place(leaf):
-        spec: list[str | None] = [None] * leaf.ndim
-        divisible = [i for i, size in enumerate(leaf.shape) if size % count == 0]
-        if count > 1 and leaf.size >= max(1, min_size) and divisible:
-            spec[max(divisible, key=lambda i: leaf.shape[i])] = "fsdp"
-        return _place(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+        sharding = parameter_sharding(leaf.shape, mesh, min_size=min_size)
+        return _place(leaf, sharding)
 
     return _map_arrays(place, module)
 
 
+def parameter_sharding(
+    shape: tuple[int, ...], mesh: Mesh, *, min_size: int = MIN_SIZE
+) -> NamedSharding:
+    """Where [`pararnn.shard_parameters`][] puts an array of a shape.
+
+    **Arguments:** as there.
+
+    **Raises:** `ValueError` for a mesh without the axes of `pararnn.make_mesh`.
+    """
+    _check_mesh("parameter_sharding", mesh)
+    count = mesh.shape["fsdp"]
+    spec: list[str | None] = [None] * len(shape)
+    divisible = [i for i, size in enumerate(shape) if size % count == 0]
+    if count > 1 and math.prod(shape) >= max(1, min_size) and divisible:
+        spec[max(divisible, key=lambda i: shape[i])] = "fsdp"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def shard_batch(
-    batch: PyTree, mesh: Mesh, *, time_axis: int | None = 1
+    batch: PyTree, mesh: Mesh, *, batch_axis: int = 0, time_axis: int | None = 1
 ) -> PyTree[jax.Array]:
     """The batch, with its sequences over `"data"` and `"fsdp"`, and time over `"time"`.
 
@@ -60,6 +77,7 @@ def shard_batch(
         On several hosts every one passes the same whole batch, of which its devices
         take their parts.
     - `mesh`: as from [`pararnn.make_mesh`][].
+    - `batch_axis`: which axis counts sequences: 1 where microbatches come first.
     - `time_axis`: which axis is time, in all leaves that have it; `None` for leaves
         without time.
 
@@ -69,22 +87,22 @@ def shard_batch(
     without a batch axis, and lengths that do not divide.
     """
     _check_mesh("shard_batch", mesh)
-    if time_axis is not None and time_axis < 1:
+    if time_axis is not None and not 0 <= batch_axis < time_axis:
         raise ValueError(
-            f"shard_batch: `time_axis` is {time_axis}, expected 1 or more, or None: "
-            "the batch comes first. Likely cause: sequences are [T, B, ...]; swap the "
-            "axes."
+            f"shard_batch: `batch_axis` is {batch_axis} and `time_axis` {time_axis}; "
+            "expected the batch first, and then time, or None. Likely cause: sequences "
+            "are [T, B, ...]; swap the axes."
         )
 
     def place(path, leaf):
         name = "batch" + jax.tree_util.keystr(path)
-        if not leaf.ndim:
+        if leaf.ndim <= batch_axis:
             raise ValueError(
                 f"shard_batch: `{name}` has no batch axis. Keep what all sequences "
                 "share out of the batch."
             )
         spec: list = [None] * leaf.ndim
-        spec[0] = ("data", "fsdp")
+        spec[batch_axis] = ("data", "fsdp")
         if time_axis is not None and time_axis < leaf.ndim:
             spec[time_axis] = TIME
         _check_divides(name, leaf.shape, spec, mesh)

@@ -4,9 +4,6 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
-import numpy as np
-
 from ._config import Config
 from .data import (
     ByteTokenizer,
@@ -53,39 +50,23 @@ def open_data(config: Config) -> Data:
 
 
 def training_batches(config: Config, data: Data):
-    """An endless iterator of this host's windows `[microbatches * batch, T]`, whose
-    place can be saved."""
-    size = _on_this_host(config) * config.optimiser.accumulate
-    return iter(make_batches(data.training, size, seed=config.seed, shard=_this_host()))
+    """An endless iterator of windows `[microbatches * batch, T]`, whose place can be
+    saved.
+
+    Every host reads all of them and gives its devices their parts: reading is some
+    thousand times faster than training, and any division of batch and time will do.
+    """
+    size = config.data.batch * config.optimiser.accumulate
+    return iter(make_batches(data.training, size, seed=config.seed))
 
 
 def validation_batches(config: Config, data: Data) -> Iterator[Window]:
     """The same windows at every call, `[batch, T]`, at most `validation_batches`."""
     batches = make_batches(
         data.validation,
-        _on_this_host(config),
+        config.data.batch,
         seed=config.seed,
         epochs=1,
-        shard=_this_host(),
     )
     for _, batch in zip(range(config.data.validation_batches), batches, strict=False):
         yield batch
-
-
-def in_microbatches(window: Window, count: int) -> dict[str, np.ndarray]:
-    """Leaves `[microbatches, batch, T]`."""
-    return {k: v.reshape(count, -1, v.shape[-1]) for k, v in window.items()}  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _this_host() -> tuple[int, int]:
-    return jax.process_index(), jax.process_count()
-
-
-def _on_this_host(config: Config) -> int:
-    batch, hosts = config.data.batch, jax.process_count()
-    if batch % hosts:
-        raise ValueError(
-            f"Config: `data.batch` = {batch} sequences cannot be shared by {hosts} "
-            "hosts. Choose a multiple."
-        )
-    return batch // hosts

@@ -5,8 +5,9 @@ from pathlib import Path
 from ..models import LanguageModel
 from ._build import abstract_state
 from ._checkpoints import Checkpoints
-from ._config import Config
+from ._config import Config, MeshConfig
 from ._data import make_tokenizer
+from ._placement import Placement
 from ._run import CONFIG
 from .data import Tokenizer
 
@@ -36,6 +37,9 @@ def load_model(
             f"load_model: the run in {folder} has no checkpoint yet. Let it go on."
         )
     tokenizer = make_tokenizer(config)
-    state, _ = checkpoints.restore(step, abstract_state(config, tokenizer.vocab_size))
+    state, _ = checkpoints.restore(
+        step,
+        Placement(MeshConfig()).describe(abstract_state(config, tokenizer.vocab_size)),
+    )
     checkpoints.close()
     return state.model, tokenizer

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 from jaxtyping import Array
 
@@ -17,7 +16,6 @@ from ._curves import draw_curves
 from ._data import (
     Data,
     bits_per_nat,
-    in_microbatches,
     open_data,
     training_batches,
     validation_batches,
@@ -26,8 +24,9 @@ from ._evaluate import bits_per_byte
 from ._interrupts import Interrupts
 from ._metrics import MetricLog, read_metrics
 from ._optimiser import make_optimiser
+from ._placement import Placement, make_in_place
 from ._progress import Progress
-from ._step import TrainState, make_train_step, make_validation
+from ._step import Batch, TrainState, make_train_step, make_validation
 
 CONFIG = "config.json"
 
@@ -67,25 +66,32 @@ class Run:
         self.config, self.folder = config, folder
         # Before anything is written: most mistakes in a configuration show here.
         self.data: Data = open_data(config)
+        self.placement = Placement(config.mesh)
         folder.mkdir(parents=True, exist_ok=True)
         self.batches = training_batches(config, self.data)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         self.step, self.state = self._restore()
-        config.save(folder / CONFIG)
-        self.log = MetricLog(folder, self.step)
+        # Of several hosts one writes; checkpoints are written by all.
+        self.leads = jax.process_index() == 0
+        if self.leads:
+            config.save(folder / CONFIG)
+        self.log = MetricLog(folder, self.step) if self.leads else None
         self.seconds = _seconds_of(read_metrics(folder))
         self.bits_per_byte: float | None = None
         optimiser = make_optimiser(config.optimiser, config.steps)
-        self.train_step = make_train_step(optimiser, config.model.precision)
+        self.train_step = make_train_step(
+            optimiser, config.model.precision, self.placement.state
+        )
         self.validate_batch = make_validation(config.model.precision)
 
     def _restore(self) -> tuple[int, TrainState]:
         size = self.data.tokenizer.vocab_size
         step = self.checkpoints.latest()
         if step is None:
-            make = eqx.filter_jit(lambda: new_state(self.config, size))
-            return 0, make()
-        like = abstract_state(self.config, size)
+            return 0, make_in_place(
+                lambda: new_state(self.config, size), self.placement
+            )
+        like = self.placement.describe(abstract_state(self.config, size))
         state, place = self.checkpoints.restore(step, like)
         self.batches.set_state(place)
         return step, state
@@ -99,10 +105,12 @@ class Run:
 
     def go(self, interrupts: Interrupts, show_progress: bool) -> Outcome:
         """Train until the last step, or until a signal asks to stop."""
-        with Progress(self.config.steps, self.step, show_progress) as progress:
+        bar = Progress(self.config.steps, self.step, show_progress and self.leads)
+        with self.placement.context(), bar as progress:
             self._loop(interrupts, progress)
         self.checkpoints.wait()
-        draw_curves(self.folder)
+        if self.leads:
+            draw_curves(self.folder)
         newest = self.checkpoints.latest()
         return Outcome(
             step=self.step,
@@ -115,9 +123,7 @@ class Run:
     def _loop(self, interrupts: Interrupts, progress: Progress) -> None:
         pending, started = None, time.perf_counter()
         while self.step < self.config.steps and not interrupts.asked:
-            batch = in_microbatches(
-                next(self.batches), self.config.optimiser.accumulate
-            )
+            batch = self._next_batch()
             self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
             validating = self._is_due(self.config.validate_every)
@@ -137,6 +143,13 @@ class Run:
             # A signal that came after the last look at it.
             self._record(pending, progress)
             self._save(progress, validate=False)
+
+    def _next_batch(self) -> Batch:
+        """Leaves `[microbatches, batch, T]`."""
+        count = self.config.optimiser.accumulate
+        window: dict[str, Any] = dict(next(self.batches))
+        cut = {k: v.reshape(count, -1, v.shape[-1]) for k, v in window.items()}
+        return self.placement.batch(cut, batch_axis=1)
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -162,7 +175,8 @@ class Run:
             "tokens_per_second": tokens / taken.seconds,
             "seconds": self.seconds,
         }
-        self.log.write(taken.step, values)
+        if self.log is not None:
+            self.log.write(taken.step, values)
         progress.show_step(taken.step, values)
 
     def _save(self, progress: Progress, *, validate: bool) -> None:
@@ -170,19 +184,24 @@ class Run:
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), score)
         if score is not None:
             self.bits_per_byte = score
-            self.log.write(self.step, {"validation_bits_per_byte": score})
             progress.show_validation(self.step, score)
+        if score is not None and self.log is not None:
+            self.log.write(self.step, {"validation_bits_per_byte": score})
             draw_curves(self.folder)
 
     def _validate(self) -> float:
-        batches = validation_batches(self.config, self.data)
+        batches = (
+            self.placement.batch(dict(batch), batch_axis=0)
+            for batch in validation_batches(self.config, self.data)
+        )
         return bits_per_byte(
             self.validate_batch, self.state.model, batches, self.data.validation
         )
 
     def close(self) -> None:
         """Let go of the files."""
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
         self.checkpoints.close()
 
 

@@ -76,9 +76,13 @@ def _summarise(stats: tuple[dict[str, Array], ...]) -> dict[str, Array]:
 
 
 def make_train_step(
-    optimiser: optax.GradientTransformation, precision: DTypeLike
+    optimiser: optax.GradientTransformation,
+    precision: DTypeLike,
+    place: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """A compiled `(state, batch) -> (state, metrics)`; it consumes its arguments.
+
+    `place` says where the new state lies.
 
     The gradient is that of the mean loss over all scored tokens of all microbatches,
     which are taken one after the other.
@@ -107,7 +111,7 @@ def make_train_step(
         metrics = {"loss": loss / count, "gradient_norm": optax.tree.norm(grads)}
         metrics |= {name: OVER_SOLVES[name][1](value) for name, value in stats.items()}
         model = eqx.apply_updates(model, updates)
-        return TrainState(model, moments, state.step + 1), metrics
+        return place(TrainState(model, moments, state.step + 1)), metrics
 
     return train_step
 
