@@ -4,7 +4,9 @@ What is sharded is compared with a plain loop where there is one to write down, 
 with the same function on one device, which the other tests compare with a loop.
 """
 
+import dataclasses
 import functools as ft
+import shutil
 from typing import NamedTuple
 
 import equinox as eqx
@@ -18,6 +20,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import linear
 import pararnn
+from pararnn import training
 
 MESHES = {
     "time=8": {"data": 1, "time": 8},
@@ -386,3 +389,40 @@ def test_bad_layouts_are_refused(name):
     call, match = BAD[name]
     with pytest.raises(ValueError, match=match):
         call(pararnn.make_mesh(data=2, time=4))
+
+
+LOGGED = ("loss", "validation_bits_per_byte")
+
+
+def test_a_training_run_and_its_checkpoint(tmp_path):
+    """The losses of one device, and a checkpoint that goes on with another mesh."""
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        text = "".join(rng.choice(["alpha ", "beta ", "gamma\n"], 60))
+        (tmp_path / f"{i}.txt").write_text(text)
+    config = training.Config(
+        model=training.ModelConfig(d_model=64, d_hidden=64),
+        data=training.DataConfig(
+            corpus=str(tmp_path / "*.txt"), length=32, batch=4, validation=0.3
+        ),
+        optimiser=training.OptimiserConfig(warmup=1, accumulate=2),
+        steps=4,
+        validate_every=2,
+        checkpoint_every=2,
+    )
+    divided = training.MeshConfig(data=2, fsdp=2, time=2)
+
+    def curve(name, config):
+        training.train(config, tmp_path / name, resume=True, show_progress=False)
+        lines = training.read_metrics(tmp_path / name)
+        return [
+            line.get("loss", line.get("validation_bits_per_byte")) for line in lines
+        ]
+
+    expected = curve("one", config)
+    assert len(expected) == 6
+    # The model computes in float32.
+    shared = dataclasses.replace(config, mesh=divided)
+    np.testing.assert_allclose(curve("all", shared), expected, rtol=1e-5)
+    shutil.rmtree(tmp_path / "all" / "checkpoints" / "4")
+    np.testing.assert_allclose(curve("all", config), expected, rtol=1e-5)
