@@ -18,7 +18,7 @@ import optimistix as optx
 import pytest
 
 from pararnn import RESULTS, Auto, Newton, Sequential, integrate
-from tests.problems import assert_close
+from tests.helpers import assert_close
 
 T = 33
 SOLVERS = {

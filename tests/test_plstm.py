@@ -7,26 +7,18 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from jax import lax
 from jax.test_util import check_grads
 
 from linear.matrix._plstm import PLSTM
 from linear.matrix._plstm_grid import PLSTMGrid
 from pararnn import grid_scan, matrix_scan
 from tests import linear_reference
+from tests.helpers import assert_close, decoded, in_two_parts, whole
 from tests.numpy_reference import parameters, sigmoid
 
 D_MODEL, T, HEADS, K, V = 6, 11, 2, 3, 2
 SIZES = {"heads": HEADS, "d_key": K, "d_value": V}
 MODES = ("P", "D")
-
-
-def assert_close(got, wanted, rtol=1e-10):
-    def check(got, wanted):
-        scale = np.max(np.abs(wanted), initial=1e-300)
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=rtol * scale)
-
-    jax.tree.map(check, got, wanted)
 
 
 def awake(module):
@@ -55,35 +47,7 @@ def sequence_problem():
     return rng.normal(size=(T, D_MODEL)), rng.normal(size=(HEADS, K, V))
 
 
-@eqx.filter_jit
-def parallel(layer, xs, state=None, reset=None):
-    return layer(xs, state, reset=reset)
-
-
-@eqx.filter_jit
-def steps(layer, xs, state=None, reset=None):
-    fresh = layer.init_state()
-    reset = jnp.zeros(xs.shape[0], bool) if reset is None else reset
-
-    def step(state, at_t):
-        x, reset = at_t
-        y, state = layer.step(x, jnp.where(reset, fresh, state))
-        return state, y
-
-    state, ys = lax.scan(step, fresh if state is None else state, (xs, reset))
-    return ys, state
-
-
-@eqx.filter_jit
-def in_two_parts(layer, xs, state=None, reset=None):
-    cut = T // 3
-    first, second = (None, None) if reset is None else (reset[:cut], reset[cut:])
-    ys, state = layer(xs[:cut], state, reset=first)
-    rest, state = layer(xs[cut:], state, reset=second)
-    return jnp.concatenate([ys, rest]), state
-
-
-@pytest.mark.parametrize("runner", [parallel, steps, in_two_parts])
+@pytest.mark.parametrize("runner", [whole, decoded, in_two_parts])
 @pytest.mark.parametrize("start", ["fresh", "state", "reset"])
 def test_equals_the_equations(runner, start):
     layer, (xs, state) = sequence_layer(), sequence_problem()
@@ -111,14 +75,14 @@ def test_long_sequence():
         ys, state = runner(layer, xs)
         return jnp.sum(ys**2) + jnp.sum(state**2)
 
-    by_scan, by_steps = (grad(layer, runner) for runner in (parallel, steps))
+    by_scan, by_steps = (grad(layer, runner) for runner in (whole, decoded))
     for path, v in jax.tree.leaves_with_path(by_scan):
         assert np.all(np.isfinite(v)) and np.any(v), jax.tree_util.keystr(path)
     assert_close(by_scan, by_steps, 1e-9)
     wanted = linear_reference.plstm(
         parameters(layer), np.asarray(xs), np.zeros((HEADS, K, V))
     )
-    assert_close(parallel(layer, xs), wanted)
+    assert_close(whole(layer, xs), wanted)
 
 
 def test_a_step_reads_its_past_and_itself():
@@ -140,7 +104,7 @@ def test_a_step_reads_its_past_and_itself():
     np.testing.assert_array_equal(reached, np.eye(T, dtype=bool))
     reached = np.any(jacobian(closed), (1, 3))
     np.testing.assert_array_equal(reached[1:], np.tri(T, dtype=bool)[1:])
-    assert not np.any(parallel(closed, jnp.asarray(xs))[0][0])
+    assert not np.any(whole(closed, jnp.asarray(xs))[0][0])
 
 
 def test_sequence_start():
@@ -153,7 +117,7 @@ def test_sequence_start():
 
 def test_no_steps():
     layer, (xs, state) = sequence_layer(), sequence_problem()
-    ys, last = parallel(layer, jnp.asarray(xs[:0]), jnp.asarray(state))
+    ys, last = whole(layer, jnp.asarray(xs[:0]), jnp.asarray(state))
     assert ys.shape == (0, D_MODEL)
     np.testing.assert_array_equal(last, state)
 
@@ -174,7 +138,7 @@ def test_sequence_dtypes(parameters_dtype, inputs, state):
     layer = sequence_layer(dtype=jnp.dtype(parameters_dtype))
     xs = jnp.ones((T, D_MODEL), inputs)
     assert layer.init_state().dtype == jnp.dtype(state)
-    for runner in (parallel, steps):
+    for runner in (whole, decoded):
         ys, last = eqx.filter_eval_shape(runner, layer, xs)
         assert (ys.dtype, last.dtype) == (jnp.dtype(inputs), jnp.dtype(state))
 
@@ -607,6 +571,7 @@ BAD_ARGUMENTS = {
 BAD_IMAGE_ARGUMENTS = {
     "mode": ({"mode": "p"}, "unknown `mode` 'p'; there are P, D"),
     "directions": ({"directions": 2}, "`directions` must be 1 or 4, got 2"),
+    "bool directions": ({"directions": True}, "`directions` must be .* got True"),
 }
 
 
