@@ -1,3 +1,4 @@
+import functools
 import re
 
 import equinox as eqx
@@ -45,6 +46,7 @@ D_INPUT, D_STATE, T = 4, 6, 9
 each_cell = pytest.mark.parametrize("name", CELLS)
 
 
+@functools.cache
 def make(name, dtype=None, seed=0):
     cls, arguments, *_ = CELLS[name]
     return cls(D_INPUT, D_STATE, **arguments, dtype=dtype, key=jr.key(seed))

@@ -1,5 +1,6 @@
 """Every layer against its equations, and what all layers promise."""
 
+import functools
 import re
 
 import equinox as eqx
@@ -20,6 +21,7 @@ RESETS = np.isin(np.arange(T), [0, 4, 5, 20, T - 2])
 each_layer = pytest.mark.parametrize("name", ROWS)
 
 
+@functools.cache
 def problem(name):
     layer = disturbed(make(name))
     xs = np.random.default_rng(2).normal(size=(T, D_MODEL))
@@ -316,11 +318,16 @@ BAD_CALLS = {
 }
 
 
+@functools.cache
+def by_default(layer):
+    return linear.make_layer(layer, D_MODEL, key=jr.key(0))
+
+
 @pytest.mark.parametrize("layer", sorted(linear.LAYERS))
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_refuses_calls(layer, case):
     call, error, message = BAD_CALLS[case]
-    made = linear.make_layer(layer, D_MODEL, key=jr.key(0))
+    made = by_default(layer)
     with pytest.raises(error, match=re.escape(message)) as raised:
         call(made)
     assert type(made).__name__ in str(raised.value)
