@@ -1,6 +1,7 @@
 """What every cell does with its parameters: check, draw, cast and multiply them."""
 
 import math
+import numbers
 from collections.abc import Iterable
 
 import jax
@@ -24,6 +25,29 @@ def check_size(where: str, name: str, value, least: int = 1) -> int:
             f"another order. Pass {wanted} for `{name}`."
         )
     return int(value)
+
+
+def check_number(where: str, name: str, value) -> float:
+    """`value` as a float, or a `ValueError` if it is no real number."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(
+            f"{where}: `{name}` must be a real number, got {value!r}. Likely causes: "
+            "(a) text, as read from a file or a command line, (b) an array; pass "
+            f"`float(...)` of it, (c) the value of another argument. Pass a float for "
+            f"`{name}`."
+        )
+    return float(value)
+
+
+def check_flag(where: str, name: str, value) -> bool:
+    """`value` as a bool, or a `ValueError` if it is none."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(
+            f"{where}: `{name}` must be True or False, got {value!r}. Likely causes: "
+            "(a) text, as read from a file or a command line, of which any is true, "
+            f"(b) the value of another argument. Pass a bool for `{name}`."
+        )
+    return bool(value)
 
 
 def check_sizes(where: str, d_input, d_state) -> tuple[int, int]:
@@ -50,7 +74,9 @@ def check_heads(where: str, heads, matrices: str = "the", **sizes: int) -> int:
 
 def check_choice(where: str, name: str, value, choices: Iterable[str]) -> None:
     """A `ValueError` that lists the choices if `value` is not among them."""
-    if value not in (choices := tuple(choices)):
+    choices = tuple(choices)
+    # An array is compared entry by entry.
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(
             f"{where}: unknown `{name}` {value!r}; there are {', '.join(choices)}."
         )
@@ -74,24 +100,33 @@ def check_positive(where: str, name: str, value) -> float:
 
 
 def check_key(where: str, key) -> None:
-    """A `ValueError` if `key` is not a key of `jax.random`."""
-    if not isinstance(key, jax.Array | np.ndarray):
+    """A `ValueError` if `key` is not one key of `jax.random`, of new or old style."""
+    one = False
+    if isinstance(key, jax.Array | np.ndarray):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        one = key.ndim == 0 if typed else key.ndim == 1 and key.dtype == np.uint32
+    if not one:
         raise ValueError(
             f"{where}: `key` must be a key of `jax.random`, got {key!r}. Likely "
-            "causes: (a) it was left out, (b) a bare integer seed. Pass "
+            "causes: (a) it was left out, (b) a bare integer seed, (c) several keys, "
+            "as of `jax.random.split`; use `jax.vmap` over them. Pass "
             "`key=jax.random.key(0)`."
         )
 
 
 def check_dtype(where: str, dtype: DTypeLike | None) -> np.dtype:
     """The dtype of the parameters: JAX's default floating point if `None`."""
-    dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        found = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
         raise ValueError(
-            f"{where}: `dtype` must be real floating point, got {dtype}. Pass for "
-            "instance `jnp.float32`, or leave it out."
+            f"{where}: `dtype` must be real floating point, got "
+            f"{dtype if found is None else found}. Pass for instance `jnp.float32`, or "
+            "leave it out."
         )
-    return dtype
+    return found
 
 
 def check_input(where: str, x, d_input: int) -> Array:

@@ -1,5 +1,6 @@
 """Every linear layer of the tests: how it is made, and its reference."""
 
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -83,6 +84,7 @@ ROWS = {
 }
 
 
+@functools.cache
 def make(name: str, dtype=None):
     row = ROWS[name]
     return linear.make_layer(

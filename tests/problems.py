@@ -317,14 +317,3 @@ def residual_of(f, xs, h0, states, reset=None, reset_state=None):
         return max(np.abs(d.real).max(), np.abs(d.imag).max())
 
     return max(jax.tree.leaves(jax.tree.map(gap, after, states)))
-
-
-def assert_close(got, wanted, rtol):
-    """Leaf by leaf, relative to the leaf's largest number; NaN and inf as they are."""
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
-    for a, b in pairs:
-        assert jnp.shape(a) == jnp.shape(b) and a.dtype == b.dtype
-        a, b = (np.asarray(v, complex) for v in (a, b))
-        scale = np.abs(b[np.isfinite(b)]).max(initial=0.0)
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale)

@@ -107,8 +107,9 @@ def test_every_import_is_a_declared_dependency(module):
     needed = list(metadata["dependencies"])
     if extra := EXTRAS.get(layer_of(module)):
         needed += metadata["optional-dependencies"][extra]
-    # A distribution is imported by the first part of its name (orbax-checkpoint).
-    declared = {re.split(r"\W", name)[0] for name in needed}
+    names = {re.split(r"[^\w-]", name)[0].replace("-", "_") for name in needed}
+    # A distribution is imported by its name, or by the first part (orbax-checkpoint).
+    declared = names | {name.split("_")[0] for name in names}
     known = declared | set(PACKAGES) | sys.stdlib_module_names
     used = {name.split(".")[0] for name in imports_of(module)}
     assert used <= known

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import pararnn
 from pararnn import RNN, Newton
-from tests.problems import assert_close
+from tests.helpers import assert_close
 
 D_INPUT, D_STATE, T = 3, 4, 200
 # Beside the registry: forms of a cell with another Jacobian, or another guess.

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pararnn import Newton, Sequential, jacobian_structure, solve
-from tests.problems import CELLS, assert_close, instance, scan, some_resets
+from tests.helpers import assert_close
+from tests.problems import CELLS, instance, scan, some_resets
 
 # Primes, so that chunks of time have a remainder.
 T = 97

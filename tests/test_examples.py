@@ -1,4 +1,4 @@
-"""The examples that train: that they run from end to end, at the smallest scale."""
+"""The examples: that they run from end to end, at the smallest scale."""
 
 import json
 import pathlib
@@ -37,3 +37,16 @@ def test_track_state_names_what_there_is():
         timeout=300,
     )
     assert done.returncode and "DeltaProduct" in done.stderr
+
+
+@pytest.mark.slow
+def test_train_neural_ode(tmp_path):
+    figure = tmp_path / "figure.png"
+    script = EXAMPLES / "train_neural_ode.py"
+    done = subprocess.run(
+        [sys.executable, script, "--quick", "--output", figure],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Newton steps" in done.stdout and figure.stat().st_size > 10_000

@@ -1,12 +1,6 @@
-"""Implicit recurrences against loops in NumPy.
-
-The loops solve each step by Newton's method with Jacobians from complex steps, and
-differentiate it by the implicit function theorem: no JAX takes part in either.
-"""
+"""Implicit recurrences against loops in NumPy."""
 
 import functools as ft
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,223 +11,31 @@ import scipy.integrate
 
 from pararnn import RESULTS, RNN, Auto, Newton, Sequential, jacobian_structure, solve
 from pararnn._implicit import Implicit
+from tests.implicit_equations import (
+    EQUATIONS,
+    Equation,
+    T,
+    diagonal,
+    directions,
+    normal,
+    numpy_curvature,
+    numpy_loop,
+    numpy_slope,
+    numpy_step,
+    pendulum,
+    pendulum_at,
+    singular,
+    stiff_matrix,
+    weights,
+)
 from tests.problems import some_resets
 
-T = 23
 SOLVERS = {
     "newton": Newton(),
     "newton-7": Newton(7),
     "sequential": Sequential(),
     "auto": Auto(),
 }
-
-
-class Equation(NamedTuple):
-    F: Callable  # (numpy or jax.numpy, parameters, h_new, h, x) -> residual
-    parameters: Any
-    xs: Any
-    h0: Any
-    structure: str
-
-    def cell(self, parameters=None, **options):
-        p = self.parameters if parameters is None else parameters
-        return Implicit(lambda z, h, x: self.F(jnp, p, z, h, x), **options)
-
-    @property
-    def point(self):
-        return self.parameters, self.xs, self.h0
-
-
-# Backward Euler of h' = L h + x.
-
-
-def linear(m, p, z, h, x):
-    return z - h - 0.1 * (p["L"] @ z + x)
-
-
-def stiff_matrix():
-    """Rates from 1 to 1e5, in directions that are far from orthogonal."""
-    basis = np.array([[1.0, 0.9, 0.2], [0.0, 1.0, 0.7], [0.1, 0.0, 1.0]])
-    return basis @ np.diag([-1.0, -1e2, -1e5]) @ np.linalg.inv(basis)
-
-
-# Backward Euler of driven Van der Pol oscillators, the state split by kind.
-
-
-def van_der_pol(m, p, z, h, x):
-    force = p["mu"] * (1 - z["q"] ** 2) * z["v"] - z["q"] + x
-    return {"q": z["q"] - h["q"] - 0.1 * z["v"], "v": z["v"] - h["v"] - 0.1 * force}
-
-
-# Backward Euler of a pendulum with a cart's acceleration x, in Cartesian coordinates:
-#   p' = v,   v' = -λ p - (x, g),   0 = d²/dt² |p|²/2 = |v|² + p·v'.
-
-
-def pendulum(m, c, z, h, x, dt=0.05):
-    p, v, tension = z
-    gravity = m.stack([x, c["g"]])
-    acceleration = -tension * p - gravity
-    return (
-        p - h[0] - dt * v,
-        v - h[1] - dt * acceleration,
-        v @ v + p @ acceleration,
-    )
-
-
-def pendulum_at(angle, g=9.81):
-    """At rest, with the tension that the constraint asks for."""
-    p = np.array([np.sin(angle), -np.cos(angle)])
-    return p, np.zeros(2), np.array(g * np.cos(angle))
-
-
-# Layers.
-
-
-def implicit_rnn(m, p, z, h, x):
-    return z - m.tanh(p["W"] @ z + p["U"] @ h + p["V"] @ x)
-
-
-def diagonal(m, p, z, h, x):
-    return z + p["a"] * z**3 - 0.9 * m.tanh(h) - x
-
-
-def blocks_out_of_order(m, p, z, h, x):
-    """Blocks of the entries (0, 3), (1, 4, 5) and (2,), each with its equations."""
-    shuffled = m.stack([z[3], z[4], z[2], z[0], z[5], z[1]])
-    return 2 * z + p["a"] * m.sin(shuffled) - m.tanh(h) - x
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-EQUATIONS = {
-    "stiff": Equation(
-        linear, {"L": stiff_matrix()}, normal(0, T, 3), normal(1, 3), "Dense"
-    ),
-    "van-der-pol": Equation(
-        van_der_pol,
-        {"mu": np.array([1.0, 5.0])},
-        normal(2, T, 2),
-        {"q": np.array([2.0, -1.5]), "v": np.array([0.0, 0.3])},
-        "BlockDiagonal(2)",
-    ),
-    "pendulum": Equation(
-        pendulum, {"g": np.array(9.81)}, normal(3, T), pendulum_at(1.0), "Dense"
-    ),
-    "implicit-rnn": Equation(
-        implicit_rnn,
-        {
-            # Of norm 0.6, so that the fixed point is unique.
-            "W": 0.6 * np.linalg.qr(normal(4, 4, 4))[0],
-            "U": 0.5 * normal(5, 4, 4),
-            "V": normal(6, 4, 2),
-        },
-        normal(7, T, 2),
-        normal(8, 4),
-        "Dense",
-    ),
-    "diagonal": Equation(
-        diagonal,
-        {"a": np.linspace(0.1, 2, 5)},
-        normal(9, T, 5),
-        normal(10, 5),
-        "Diagonal",
-    ),
-    "blocks": Equation(
-        blocks_out_of_order,
-        {"a": np.linspace(0.2, 1, 6)},
-        normal(11, T, 6),
-        normal(12, 6),
-        "BlockDiagonal(3)",
-    ),
-}
-
-
-# The loops in NumPy.
-
-
-def flat(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
-
-
-def like(tree, v):
-    leaves, definition = jax.tree.flatten(tree)
-    ends = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
-    parts = np.split(v, ends)
-    parts = [p.reshape(np.shape(leaf)) for p, leaf in zip(parts, leaves, strict=True)]
-    return jax.tree.unflatten(definition, parts)
-
-
-def numpy_step(F, p, h, x):
-    """The solution as a vector, and the Jacobian there."""
-    z, last = flat(h), np.inf
-    unit = 1e-30j * np.eye(z.size)
-    for _ in range(50):
-        value = flat(F(np, p, like(h, z), h, x))
-        columns = [flat(F(np, p, like(h, z + e), h, x)).imag for e in unit]
-        jacobian = np.stack(columns, axis=1) / 1e-30
-        change = np.linalg.solve(jacobian, value)
-        z, size = z - change, np.abs(change).max()
-        if (last < 1e-6 and size >= 0.1 * last) or size == 0:
-            return z, jacobian
-        last = size
-    raise AssertionError("the reference does not converge")
-
-
-def at(xs, t):
-    return jax.tree.map(lambda x: x[t], xs)
-
-
-def numpy_loop(equation, point=None, tangents=None, reset=None, fresh=None):
-    """States `[T, width]`, and their tangents."""
-    p, xs, h = equation.point if point is None else point
-    states, pushed = [], []
-    for t in range(T):
-        x = at(xs, t)
-        if reset is not None and reset[t]:
-            h = fresh
-        z, jacobian = numpy_step(equation.F, p, h, x)
-        if tangents is not None:
-            dp, dxs, dh = tangents
-            here, there = (p, h, x), (dp, dh, at(dxs, t))
-            p_, h_, x_ = jax.tree.map(lambda a, d: a + 1e-30j * d, here, there)
-            moved = flat(equation.F(np, p_, like(h, z + 0j), h_, x_)).imag / 1e-30
-            dz = -np.linalg.solve(jacobian, moved)
-            pushed.append(dz)
-            tangents = dp, dxs, like(h, dz)
-        h = like(h, z)
-        states.append(z)
-    return np.stack(states), np.stack(pushed) if pushed else None
-
-
-def directions(tree, seed):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda v: rng.standard_normal(np.shape(v)), tree)
-
-
-def weights(width):
-    return np.cos(np.arange(T * width)).reshape(T, width)
-
-
-def numpy_slope(equation, u, moved=0.0, v=None):
-    """The derivative of the loss along u, at a point moved along v."""
-    point = equation.point
-    if v is not None:
-        point = jax.tree.map(lambda a, d: a + moved * d, point, v)
-    _, pushed = numpy_loop(equation, point, u)
-    return np.sum(weights(pushed.shape[1]) * pushed)
-
-
-def numpy_curvature(equation, u, v):
-    """The second derivative along u and v: a central difference of order 4."""
-
-    def central(e):
-        slopes = [numpy_slope(equation, u, s * e, v) for s in (1, -1)]
-        return (slopes[0] - slopes[1]) / (2 * e)
-
-    e = 2e-4
-    return (4 * central(e) - central(2 * e)) / 3
 
 
 def vectors(states):
@@ -434,11 +236,6 @@ def test_few_steps_are_needed():
 def no_root_from(t):
     """z² = x, which has no solution once the input is negative."""
     return lambda z, h, x: z**2 - x, jnp.where(jnp.arange(T) < t, 4.0, -1.0)[:, None]
-
-
-def singular(z, h, x):
-    both = z[0] - z[1]
-    return jnp.stack([both - h[0], both - x])
 
 
 @pytest.mark.parametrize("solver", ["newton", "sequential"])
@@ -664,109 +461,3 @@ def test_as_a_layer_with_parameters():
     np.testing.assert_allclose(
         np.vdot(found, u[0]["a"]), numpy_slope(equation, u), rtol=1e-9
     )
-
-
-# Bad input.
-
-
-@jax.custom_vjp
-def reverse_only(x):
-    return x
-
-
-reverse_only.defvjp(lambda x: (x, None), lambda _, g: (g,))
-H, X = jnp.ones(3), jnp.ones(2)
-
-
-def called(F, h=H, x=X, **options):
-    return lambda: jax.eval_shape(Implicit(F, **options), h, x)
-
-
-# name: (call, exception, parts of the message)
-WRONG = {
-    "no function": (lambda: Implicit(H), TypeError, ["`F`", "called", "F(h_new"]),
-    "a guess that is a state": (
-        called(lambda z, h, x: z, guess=H),
-        TypeError,
-        ["`guess`", "lambda h, x"],
-    ),
-    "a negative rtol": (
-        lambda: Implicit(singular, rtol=-1.0),
-        ValueError,
-        ["`rtol`", "-1.0"],
-    ),
-    "a NaN atol": (
-        lambda: Implicit(singular, atol=float("nan")),
-        ValueError,
-        ["`atol`", "nan"],
-    ),
-    "a tolerance that is no number": (
-        lambda: Implicit(singular, rtol="1e-3"),
-        ValueError,
-        ["`rtol`", "'1e-3'"],
-    ),
-    "no steps": (
-        lambda: Implicit(singular, max_steps=0),
-        ValueError,
-        ["`max_steps`", "0"],
-    ),
-    "half a step": (
-        lambda: Implicit(singular, max_steps=2.5),
-        ValueError,
-        ["`max_steps`", "2.5"],
-    ),
-    "two arguments": (
-        called(lambda z, h: z - h),
-        TypeError,
-        ["`F(h_new, h, x)`", "order", "float64[3]"],
-    ),
-    "sizes that do not fit": (
-        called(lambda z, h, x: z - h - x),
-        TypeError,
-        ["sizes", "float64[2]"],
-    ),
-    "an equation too few": (
-        called(lambda z, h, x: (z - h)[:2]),
-        ValueError,
-        ["float64[2]", "float64[3]", "an equation is missing"],
-    ),
-    "another structure": (
-        called(lambda z, h, x: (z - h, x)),
-        ValueError,
-        ["(float64[3], float64[2])", "same structure"],
-    ),
-    "another dtype": (
-        called(lambda z, h, x: (z - h).astype(jnp.float32)),
-        ValueError,
-        ["float32[3]", "float64[3]", "dtype"],
-    ),
-    "an integer state": (
-        called(lambda z, h, x: z - h, h={"n": jnp.ones(3, int)}),
-        TypeError,
-        ["`h['n']`", "floating-point"],
-    ),
-    "a guess of another shape": (
-        called(lambda z, h, x: z - h, guess=lambda h, x: x),
-        ValueError,
-        ["guess(h, x)", "float64[2]", "float64[3]"],
-    ),
-    "no forward derivative": (
-        called(lambda z, h, x: reverse_only(z) - h),
-        TypeError,
-        ["custom_vjp", "custom_jvp"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_calls(name):
-    wrong, exception, parts = WRONG[name]
-    with pytest.raises(exception, match="Implicit: ") as caught:
-        wrong()
-    for part in parts:
-        assert part in str(caught.value)
-
-
-def test_wrong_equations_are_named_by_solve():
-    with pytest.raises(ValueError, match="an equation is missing"):
-        solve(Implicit(lambda z, h, x: z[:2]), jnp.ones((T, 2)), H)

@@ -19,7 +19,7 @@ from pararnn.interop import (
     state_to_torch,
     to_torch,
 )
-from tests.problems import assert_close
+from tests.helpers import assert_close, whole
 
 IN, WIDTH, T = 3, 4, 11
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
@@ -61,11 +61,6 @@ def nonlinearity_of(name):
 
 def inputs(steps=T, seed=1):
     return np.random.default_rng(seed).normal(size=(steps, IN))
-
-
-@eqx.filter_jit
-def run(layer, xs, state=None, reset=None):
-    return layer(xs, state, reset=reset)
 
 
 def sigmoid(x):
@@ -118,7 +113,7 @@ def test_equals_torchs_equations(name):
     state_dict, xs = random_state_dict(name), inputs()
     layer = from_torch(state_dict, **nonlinearity_of(name))
     ys, h, c = numpy_network(name, state_dict, xs)
-    got, state = run(layer, jnp.asarray(xs))
+    got, state = whole(layer, jnp.asarray(xs))
     np.testing.assert_allclose(got, ys, rtol=0, atol=1e-12)
     last = state_to_torch(layer, state)
     assert isinstance(last, tuple) == (NETWORKS[name][0] == "LSTM")
@@ -483,7 +478,7 @@ def test_a_packed_batch_is_one_sequence_with_resets(name):
 
     starts = np.cumsum([0, *lengths[:-1]])
     reset = jnp.zeros(sum(lengths), bool).at[starts].set(True)
-    ys, _ = run(from_torch(module), jnp.concatenate(sequences), None, reset)
+    ys, _ = whole(from_torch(module), jnp.concatenate(sequences), None, reset)
     np.testing.assert_allclose(ys, np.concatenate(wanted), rtol=0, atol=1e-12)
 
 
@@ -495,7 +490,7 @@ def test_continues_from_a_state_of_torch(name):
     wanted, _ = module(torch.from_numpy(inputs()), between)
     layer = from_torch(module)
     numpy = jax.tree.map(lambda s: s.detach().numpy(), between)
-    ys, _ = run(layer, jnp.asarray(inputs()), state_from_torch(layer, numpy))
+    ys, _ = whole(layer, jnp.asarray(inputs()), state_from_torch(layer, numpy))
     np.testing.assert_allclose(ys, wanted.detach().numpy(), rtol=0, atol=1e-12)
 
 
@@ -513,5 +508,5 @@ def test_dropout_of_a_module_in_training():
     with pytest.warns(UserWarning, match="dropout=0.5"):
         layer = from_torch(module)
     wanted, _ = module.eval()(torch.from_numpy(inputs()))
-    ys, _ = run(layer, jnp.asarray(inputs()))
+    ys, _ = whole(layer, jnp.asarray(inputs()))
     np.testing.assert_allclose(ys, wanted.detach().numpy(), rtol=0, atol=1e-12)

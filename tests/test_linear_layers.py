@@ -1,5 +1,6 @@
 """Every layer against its equations, and what all layers promise."""
 
+import functools
 import re
 
 import equinox as eqx
@@ -12,6 +13,7 @@ from jax import lax
 
 import linear
 import tests.numpy_reference as reference
+from tests.helpers import assert_close, decoded, in_two_parts
 from tests.layers import D_MODEL, ROWS, disturbed, make, random_state
 
 T = 40  # long enough for derivatives to be chunkwise
@@ -19,19 +21,11 @@ RESETS = np.isin(np.arange(T), [0, 4, 5, 20, T - 2])
 each_layer = pytest.mark.parametrize("name", ROWS)
 
 
+@functools.cache
 def problem(name):
     layer = disturbed(make(name))
     xs = np.random.default_rng(2).normal(size=(T, D_MODEL))
     return layer, jnp.asarray(xs), random_state(layer)
-
-
-def assert_close(got, wanted, rtol=1e-10):
-    def check(got, wanted):
-        scale = np.max(np.abs(wanted), initial=1e-300)
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=rtol * scale)
-
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    jax.tree.map(check, got, wanted)
 
 
 def in_steps(layer, xs, state, reset):
@@ -41,18 +35,6 @@ def in_steps(layer, xs, state, reset):
         return state, ys[0]
 
     state, ys = lax.scan(step, state, (xs, reset))
-    return ys, state
-
-
-def in_two_parts(layer, xs, state, reset):
-    cut = T // 3
-    ys, state = layer(xs[:cut], state, reset=reset[:cut])
-    rest, state = layer(xs[cut:], state, reset=reset[cut:])
-    return jnp.concatenate([ys, rest]), state
-
-
-def decoded(layer, xs, state):
-    state, ys = lax.scan(lambda s, x: layer.step(x, s)[::-1], state, xs)
     return ys, state
 
 
@@ -336,11 +318,16 @@ BAD_CALLS = {
 }
 
 
+@functools.cache
+def by_default(layer):
+    return linear.make_layer(layer, D_MODEL, key=jr.key(0))
+
+
 @pytest.mark.parametrize("layer", sorted(linear.LAYERS))
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_refuses_calls(layer, case):
     call, error, message = BAD_CALLS[case]
-    made = linear.make_layer(layer, D_MODEL, key=jr.key(0))
+    made = by_default(layer)
     with pytest.raises(error, match=re.escape(message)) as raised:
         call(made)
     assert type(made).__name__ in str(raised.value)
@@ -352,12 +339,17 @@ HEADED = (
     *("deltanet", "gated_deltanet", "deltaproduct", "gated_deltaproduct"),
     *("gla", "mlstm", "plstm", "rwkv7"),
 )
+RINGED = ("lru", "rg_lru")
 STEPPED = ("s4d", "s5", "lssl", "mamba", "mamba2")
 BAD_ARGUMENTS = {
     "zero model": (EVERY, {"d_model": 0}, "`d_model` must be a positive integer, got"),
+    "no model": (EVERY, {"d_model": None}, "`d_model` must be a positive integer, got"),
     "bool model": (EVERY, {"d_model": True}, "got True"),
     "no key": (EVERY, {"key": None}, "`key` must be .* got None"),
     "seed as key": (EVERY, {"key": 0}, "Pass `key=jax.random.key"),
+    "two keys": (EVERY, {"key": jr.split(jr.key(0))}, "several keys"),
+    "floats as key": (EVERY, {"key": np.zeros(2)}, "`key` must be a key of"),
+    "unknown dtype": (EVERY, {"dtype": "no"}, "`dtype` must be .* got no"),
     "integer dtype": (EVERY, {"dtype": jnp.int32}, "`dtype` must be .* got int32"),
     "complex dtype": (EVERY, {"dtype": jnp.complex64}, "real floating point"),
     "heads": (HEADED, {"heads": 4}, "6 is not divisible by `heads` = 4"),
@@ -381,9 +373,9 @@ BAD_ARGUMENTS = {
     "odd state": (("s4d",), {"d_state": 7}, "`d_state` must be even, got 7"),
     "odd complex": (("mamba",), {"d_state": 7, "eigenvalues": "complex"}, "even"),
     "blocks of s5": (("s5",), {"blocks": 3, "d_state": 8}, "not divisible by 2"),
-    "blocks": (("rg_lru", "block_lrnn"), {"blocks": 4}, "not divisible"),
+    "blocks": (("rg_lru", "block_lrnn"), {"blocks": 4}, "not divisible by `blocks`"),
     "norm": (("block_lrnn",), {"p": 0.5}, "from 1 to 16, got 0.5"),
-    "radii swapped": (("lru", "rg_lru"), {"r_min": 0.9, "r_max": 0.5}, "swapped"),
+    "radii swapped": (RINGED, {"r_min": 0.9, "r_max": 0.5}, "swapped"),
     "radius above 1": (("lru",), {"r_max": 1.5}, "`r_max` = 1.5"),
     "no phase": (("lru",), {"max_phase": 0}, "`max_phase` must be positive"),
     "no reflections": (
@@ -396,6 +388,32 @@ BAD_ARGUMENTS = {
         {"initialisation": "ptd", "perturbation": 2.0},
         r"in \[0.01, 0.78\]",
     ),
+    "text as step": (
+        STEPPED,
+        {"dt_min": "a"},
+        "`dt_min` must be a real number, got 'a'",
+    ),
+    "no step": (STEPPED, {"dt_max": None}, "`dt_max` must be a real number, got None"),
+    "text as radius": (RINGED, {"r_min": "a"}, "`r_min` must be a real number"),
+    "array as radius": (RINGED, {"r_max": np.ones(2)}, "`r_max` must be a real number"),
+    "bool as phase": (("lru",), {"max_phase": True}, "`max_phase` must be a real"),
+    "text as perturbation": (
+        ("s4d", "s5"),
+        {"perturbation": "a"},
+        "`perturbation` must",
+    ),
+    "text as norm": (("block_lrnn",), {"p": "a"}, "`p` must be a real number"),
+    "text as spectral radius": (
+        ("lrnn",),
+        {"spectral_radius": "a"},
+        "`spectral_radius` must be a real number",
+    ),
+    "text as flag": (
+        ("lssl",),
+        {"train_hippo": "no"},
+        "`train_hippo` must be True or False, got 'no'",
+    ),
+    "array as choice": (("lru",), {"eigenvalues": np.ones(2)}, "unknown `eigenvalues`"),
 }
 
 

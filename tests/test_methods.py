@@ -28,7 +28,8 @@ from pararnn import (
 )
 from pararnn.scan import invert_matrices, prefix
 from pararnn.solver.methods import _elk
-from tests.problems import CELLS, T, assert_close, instance, scan, some_resets
+from tests.helpers import assert_close
+from tests.problems import CELLS, T, instance, scan, some_resets
 
 METHODS = {
     "newton": Newton(),
@@ -395,11 +396,32 @@ def test_windows_bound_the_memory():
     assert long - short < 64 * (16384 - 1024) // 256 * 8
 
 
+PRINTED = {
+    "Newton()": Newton(),
+    "Newton(segments=64)": Newton(64),
+    "Newton(rtol=0.001, history=4)": Newton(rtol=1e-3, history=4),
+    "QuasiNewton(segments=7, probes=3)": QuasiNewton(7, probes=3),
+    "DampedNewton()": DampedNewton(damping=1 / 2),
+    "DampedNewton(damping=0)": DampedNewton(damping=0),
+    "ELK(diagonal=True)": ELK(diagonal=True),
+    "Picard(atol=0)": Picard(atol=0),
+    "Jacobi(segments=1)": Jacobi(1),
+    "Ladder(methods=(Jacobi(segments=4), Newton()))": Ladder((Jacobi(4), Newton())),
+    "Windows(solver=ELK(segments=2), length=9)": Windows(ELK(2), 9),
+}
+
+
+@pytest.mark.parametrize("text", PRINTED)
+def test_a_method_prints_what_is_not_the_default(text):
+    assert repr(PRINTED[text]) == text
+
+
 def test_a_solution_prints_what_happened():
     xs = jnp.zeros(64)
     sol = run_jitted(lambda h, x: 0.5 * jnp.cos(h) + x, xs, 0.3, solver=Newton(8))
     text = repr(sol)
-    for part in ("successful", "float64[64]", "Newton(segments=8", "steps, residual"):
+    parts = "successful", "float64[64]", "by Newton(segments=8)\n", "steps, residual"
+    for part in parts:
         assert part in text
     sol = run_jitted(logistic, xs, 0.37, solver=Newton(), max_steps=2, throw=False)
     assert "did not bring the residual below the tolerance" in repr(sol)

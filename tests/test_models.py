@@ -12,6 +12,7 @@ import pytest
 import pararnn
 import tests.numpy_reference as reference
 from pararnn.models._mixers import parse_mixer
+from tests.helpers import assert_close, whole
 
 VOCAB, D, T = 11, 8, 13
 
@@ -35,18 +36,6 @@ def make(name, **options):
 
 def some_tokens(seed=1, length=T):
     return jr.randint(jr.key(seed), (length,), 0, VOCAB)
-
-
-def assert_close(got, wanted, rtol=1e-10):
-    def check(got, wanted):
-        np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol)
-
-    jax.tree.map(check, got, wanted)
-
-
-@eqx.filter_jit
-def run(model, tokens, state=None, reset=None):
-    return model(tokens, state, reset=reset)
 
 
 def numpy_model(model, tokens):
@@ -76,39 +65,39 @@ def numpy_model(model, tokens):
 
 def test_equals_the_equations():
     model, tokens = make("paragru"), some_tokens()
-    assert_close(run(model, tokens)[0], numpy_model(model, tokens))
+    assert_close(whole(model, tokens)[0], numpy_model(model, tokens), 1e-12)
 
 
 @each_model
 def test_steps_are_the_sequence(name):
     model, tokens = make(name), some_tokens()
     step = eqx.filter_jit(lambda model, token, state: model.step(token, state))
-    wanted, last = run(model, tokens)
+    wanted, last = whole(model, tokens)
     state, logits = model.init_state(), []
     for token in tokens:
         out, state = step(model, token, state)
         logits.append(out)
-    assert_close(jnp.stack(logits), wanted)
-    assert_close(state, last)
+    assert_close(jnp.stack(logits), wanted, 1e-12)
+    assert_close(state, last, 1e-12)
 
 
 @each_model
 def test_a_document_does_not_see_the_one_before(name):
     model, tokens = make(name), some_tokens()
     reset = jnp.zeros(T, bool).at[5].set(True)
-    both, last = run(model, tokens, reset=reset)
-    first, _ = run(model, tokens[:5])
-    second, end = run(model, tokens[5:])
-    assert_close(both, jnp.concatenate([first, second]))
-    assert_close(last, end)
+    both, last = whole(model, tokens, reset=reset)
+    first, _ = whole(model, tokens[:5])
+    second, end = whole(model, tokens[5:])
+    assert_close(both, jnp.concatenate([first, second]), 1e-12)
+    assert_close(last, end, 1e-12)
 
 
 @each_model
 def test_a_sequence_may_be_continued(name):
     model, tokens = make(name), some_tokens()
-    first, state = run(model, tokens[:4])
-    second, last = run(model, tokens[4:], state)
-    assert_close((jnp.concatenate([first, second]), last), run(model, tokens))
+    first, state = whole(model, tokens[:4])
+    second, last = whole(model, tokens[4:], state)
+    assert_close((jnp.concatenate([first, second]), last), whole(model, tokens), 1e-12)
 
 
 def test_statistics_are_of_the_nonlinear_mixers():
@@ -130,7 +119,9 @@ def test_gradient_reaches_every_parameter(option):
     grads = gradient(make("hybrid", **option))
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
     if "rematerialise" in option:
-        assert_close(jax.tree.leaves(grads), jax.tree.leaves(gradient(make("hybrid"))))
+        assert_close(
+            jax.tree.leaves(grads), jax.tree.leaves(gradient(make("hybrid"))), 1e-12
+        )
 
 
 @pytest.mark.parametrize("name", ["paragru", "hybrid"])
@@ -140,7 +131,7 @@ def test_mixed_precision(name):
     assert {
         leaf.dtype for leaf in jax.tree.leaves(eqx.filter(lower, eqx.is_array))
     } == {jnp.dtype("bfloat16")}
-    (logits, state), (wanted, _) = run(lower, tokens), run(model, tokens)
+    (logits, state), (wanted, _) = whole(lower, tokens), whole(model, tokens)
     assert logits.dtype == wanted.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
     # Activations have eight bits: some parts in a hundred after a few layers.
@@ -159,7 +150,7 @@ def test_depth_does_not_lengthen_the_program():
 @pytest.mark.parametrize("token", [-1, VOCAB])
 def test_an_unknown_token_is_not_taken_for_another(token):
     with pytest.raises(Exception, match=r"a token is not in \[0, vocab_size\)"):
-        run(make("mamba2"), some_tokens().at[4].set(token))
+        whole(make("mamba2"), some_tokens().at[4].set(token))
 
 
 @pytest.mark.parametrize("name", pararnn.list_mixers())
@@ -291,7 +282,7 @@ def test_stops_and_goes_on():
     assert sample(model, jnp.zeros(1, int), stop={1}) == []
     assert sample(model, jnp.zeros(1, int), max_tokens=0) == []
     hybrid, tokens = make("hybrid"), some_tokens()
-    _, state = run(hybrid, tokens[:5])
+    _, state = whole(hybrid, tokens[:5])
     continued = sample(hybrid, tokens[5:], state=state)
     assert continued == sample(hybrid, tokens)
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from linear._monoid import CommutativeMonoid
 from pararnn.scan._tree import tree_prefix, tree_reduce, tree_state
+from tests.helpers import decoded, in_two_parts, whole
 from tests.linear_reference import monoid_prefix
 from tests.numpy_reference import parameters, sigmoid
 
@@ -209,36 +209,7 @@ def wanted_outputs(layer, xs, reset):
     return by_segments(op, elements, reset) @ p.W_out.T
 
 
-@eqx.filter_jit
-def parallel(layer, xs, state=None, reset=None):
-    return layer(xs, state, reset=reset)
-
-
-@eqx.filter_jit
-def steps(layer, xs, state=None, reset=None):
-    fresh = layer.init_state()
-    reset = jnp.zeros(xs.shape[0], bool) if reset is None else reset
-
-    def step(state, at_t):
-        x, reset = at_t
-        state = jax.tree.map(lambda f, s: jnp.where(reset, f, s), fresh, state)
-        y, state = layer.step(x, state)
-        return state, y
-
-    state, ys = lax.scan(step, fresh if state is None else state, (xs, reset))
-    return ys, state
-
-
-@eqx.filter_jit
-def in_two_parts(layer, xs, state=None, reset=None):
-    cut = T // 3
-    first, second = (None, None) if reset is None else (reset[:cut], reset[cut:])
-    ys, state = layer(xs[:cut], state, reset=first)
-    rest, state = layer(xs[cut:], state, reset=second)
-    return jnp.concatenate([ys, rest]), state
-
-
-each_runner = pytest.mark.parametrize("runner", [parallel, steps, in_two_parts])
+each_runner = pytest.mark.parametrize("runner", [whole, decoded, in_two_parts])
 
 
 @each_runner
@@ -251,20 +222,20 @@ def test_equals_the_equations(runner, at, before):
     reset = np.concatenate([np.zeros(before, bool), resets(*at)])
     state = None
     if before:
-        _, state = parallel(layer, jnp.asarray(xs[:before]))
+        _, state = whole(layer, jnp.asarray(xs[:before]))
     given = jnp.asarray(reset[before:]) if at else None
     ys, (blocks, count) = runner(layer, jnp.asarray(xs[before:]), state, given)
     np.testing.assert_allclose(
         ys, wanted_outputs(layer, xs, reset)[before:], atol=1e-12
     )
-    _, (all_blocks, all_count) = parallel(layer, jnp.asarray(xs), None, reset)
+    _, (all_blocks, all_count) = whole(layer, jnp.asarray(xs), None, reset)
     assert count == all_count and count.dtype == jnp.int32
     np.testing.assert_allclose(blocks, all_blocks, atol=1e-13)
 
 
 def test_a_set_at_once():
     layer, xs = make(), jr.normal(jr.key(1), (T, D))
-    ys, _ = parallel(layer, xs)
+    ys, _ = whole(layer, xs)
     reduce = eqx.filter_jit(lambda layer, xs: layer.reduce(xs))
     for n in (1, 2, 5, 16, T):
         np.testing.assert_allclose(reduce(layer, xs[:n]), ys[n - 1], atol=1e-14)
@@ -305,7 +276,7 @@ def test_siblings_may_be_swapped_and_others_not():
     for order in siblings:
         got = reduce(layer, xs[jnp.array(order)])
         np.testing.assert_allclose(got, wanted, atol=1e-15)
-        prefix = parallel(layer, xs[jnp.array(order)])[0][-1]
+        prefix = whole(layer, xs[jnp.array(order)])[0][-1]
         np.testing.assert_allclose(prefix, wanted, atol=1e-15)
     for order in ([0, 2, 1, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 0]):
         assert np.max(np.abs(reduce(layer, xs[jnp.array(order)]) - wanted)) > 1e-4
@@ -320,7 +291,7 @@ def test_every_parameter_has_a_derivative():
     def grad(layer, runner):
         return jnp.sum(runner(layer, xs, None, reset)[0] ** 2)
 
-    by_tree, by_steps = grad(layer, parallel), grad(layer, steps)
+    by_tree, by_steps = grad(layer, whole), grad(layer, decoded)
     for (path, a), b in zip(
         jax.tree.leaves_with_path(by_tree), jax.tree.leaves(by_steps), strict=True
     ):
@@ -352,7 +323,7 @@ def test_batch():
     layer, xs = make(), jr.normal(jr.key(3), (2, T, D))
     ys, state = jax.jit(jax.vmap(layer))(xs)
     for i in range(2):
-        one, last = parallel(layer, xs[i])
+        one, last = whole(layer, xs[i])
         np.testing.assert_allclose(ys[i], one, atol=1e-14)
         np.testing.assert_allclose(state[0][i], last[0], atol=1e-14)
 
@@ -366,12 +337,12 @@ def test_reversed():
 
 def test_dtypes():
     layer = make(dtype=jnp.bfloat16)
-    ys, (blocks, count) = parallel(layer, jnp.ones((T, D), jnp.bfloat16))
+    ys, (blocks, count) = whole(layer, jnp.ones((T, D), jnp.bfloat16))
     assert ys.dtype == jnp.bfloat16
     assert (blocks.dtype, count.dtype) == (jnp.float32, jnp.int32)
     layer = make(dtype=jnp.float32)
     xs = jr.normal(jr.key(3), (T, D), jnp.float32)
-    ys, _ = parallel(layer, xs)
+    ys, _ = whole(layer, xs)
     np.testing.assert_allclose(ys, wanted_outputs(layer, xs, resets()), atol=2e-6)
 
 
@@ -387,8 +358,8 @@ def test_without_64_bits():
 def test_a_longer_sequence_than_planned_for_is_an_error():
     layer, xs = make(max_length=10), jnp.ones((11, D))
     assert layer.init_state()[0].shape == (4, D)
-    _, state = parallel(layer, xs[:10])
-    for runner in (parallel, steps):
+    _, state = whole(layer, xs[:10])
+    for runner in (whole, decoded):
         with pytest.raises(Exception, match="more than `max_length` = 10 elements"):
             jax.block_until_ready(runner(layer, xs))
         with pytest.raises(Exception, match="more than `max_length` = 10 elements"):

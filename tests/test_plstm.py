@@ -1,3 +1,5 @@
+"""pLSTM on sequences and on images."""
+
 import functools as ft
 import re
 
@@ -7,26 +9,17 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from jax import lax
 from jax.test_util import check_grads
 
 from linear.matrix._plstm import PLSTM
 from linear.matrix._plstm_grid import PLSTMGrid
-from pararnn import grid_scan, matrix_scan
 from tests import linear_reference
+from tests.helpers import assert_close, decoded, in_two_parts, whole
 from tests.numpy_reference import parameters, sigmoid
 
 D_MODEL, T, HEADS, K, V = 6, 11, 2, 3, 2
 SIZES = {"heads": HEADS, "d_key": K, "d_value": V}
 MODES = ("P", "D")
-
-
-def assert_close(got, wanted, rtol=1e-10):
-    def check(got, wanted):
-        scale = np.max(np.abs(wanted), initial=1e-300)
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=rtol * scale)
-
-    jax.tree.map(check, got, wanted)
 
 
 def awake(module):
@@ -55,35 +48,7 @@ def sequence_problem():
     return rng.normal(size=(T, D_MODEL)), rng.normal(size=(HEADS, K, V))
 
 
-@eqx.filter_jit
-def parallel(layer, xs, state=None, reset=None):
-    return layer(xs, state, reset=reset)
-
-
-@eqx.filter_jit
-def steps(layer, xs, state=None, reset=None):
-    fresh = layer.init_state()
-    reset = jnp.zeros(xs.shape[0], bool) if reset is None else reset
-
-    def step(state, at_t):
-        x, reset = at_t
-        y, state = layer.step(x, jnp.where(reset, fresh, state))
-        return state, y
-
-    state, ys = lax.scan(step, fresh if state is None else state, (xs, reset))
-    return ys, state
-
-
-@eqx.filter_jit
-def in_two_parts(layer, xs, state=None, reset=None):
-    cut = T // 3
-    first, second = (None, None) if reset is None else (reset[:cut], reset[cut:])
-    ys, state = layer(xs[:cut], state, reset=first)
-    rest, state = layer(xs[cut:], state, reset=second)
-    return jnp.concatenate([ys, rest]), state
-
-
-@pytest.mark.parametrize("runner", [parallel, steps, in_two_parts])
+@pytest.mark.parametrize("runner", [whole, decoded, in_two_parts])
 @pytest.mark.parametrize("start", ["fresh", "state", "reset"])
 def test_equals_the_equations(runner, start):
     layer, (xs, state) = sequence_layer(), sequence_problem()
@@ -111,14 +76,14 @@ def test_long_sequence():
         ys, state = runner(layer, xs)
         return jnp.sum(ys**2) + jnp.sum(state**2)
 
-    by_scan, by_steps = (grad(layer, runner) for runner in (parallel, steps))
+    by_scan, by_steps = (grad(layer, runner) for runner in (whole, decoded))
     for path, v in jax.tree.leaves_with_path(by_scan):
         assert np.all(np.isfinite(v)) and np.any(v), jax.tree_util.keystr(path)
     assert_close(by_scan, by_steps, 1e-9)
     wanted = linear_reference.plstm(
         parameters(layer), np.asarray(xs), np.zeros((HEADS, K, V))
     )
-    assert_close(parallel(layer, xs), wanted)
+    assert_close(whole(layer, xs), wanted)
 
 
 def test_a_step_reads_its_past_and_itself():
@@ -140,7 +105,7 @@ def test_a_step_reads_its_past_and_itself():
     np.testing.assert_array_equal(reached, np.eye(T, dtype=bool))
     reached = np.any(jacobian(closed), (1, 3))
     np.testing.assert_array_equal(reached[1:], np.tri(T, dtype=bool)[1:])
-    assert not np.any(parallel(closed, jnp.asarray(xs))[0][0])
+    assert not np.any(whole(closed, jnp.asarray(xs))[0][0])
 
 
 def test_sequence_start():
@@ -153,7 +118,7 @@ def test_sequence_start():
 
 def test_no_steps():
     layer, (xs, state) = sequence_layer(), sequence_problem()
-    ys, last = parallel(layer, jnp.asarray(xs[:0]), jnp.asarray(state))
+    ys, last = whole(layer, jnp.asarray(xs[:0]), jnp.asarray(state))
     assert ys.shape == (0, D_MODEL)
     np.testing.assert_array_equal(last, state)
 
@@ -174,231 +139,9 @@ def test_sequence_dtypes(parameters_dtype, inputs, state):
     layer = sequence_layer(dtype=jnp.dtype(parameters_dtype))
     xs = jnp.ones((T, D_MODEL), inputs)
     assert layer.init_state().dtype == jnp.dtype(state)
-    for runner in (parallel, steps):
+    for runner in (whole, decoded):
         ys, last = eqx.filter_eval_shape(runner, layer, xs)
         assert (ys.dtype, last.dtype) == (jnp.dtype(inputs), jnp.dtype(state))
-
-
-# The recurrence on a grid.
-
-NAMES = (
-    *("queries", "keys", "values", "source", "mark", "direct"),
-    *("T_rl", "T_ru", "T_dl", "T_du"),
-)
-
-
-def grid_problem(height, width, seed=0, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-    cells = (height, width, HEADS)
-    shapes = [(*cells, K), (*cells, K), (*cells, V), (2, *cells), (2, *cells)]
-    shapes += [cells] * 5
-    return {
-        name: rng.normal(size=shape).astype(dtype)
-        for name, shape in zip(NAMES, shapes, strict=True)
-    }
-
-
-def device(given):
-    return {name: jnp.asarray(v) for name, v in given.items()}
-
-
-scan = jax.jit(lambda given: grid_scan(**given))
-
-
-def unrolled(given):
-    """The equations cell by cell, differentiated by JAX."""
-    q, k, v, source, mark, direct, T_rl, T_ru, T_dl, T_du = (given[n] for n in NAMES)
-    height, width, heads, size = k.shape
-    zeros = jnp.zeros((heads, size, v.shape[-1]))
-    right, down, rows = {}, {}, []
-
-    def times(factor, state):
-        return factor[:, None, None] * state
-
-    for i in range(height):
-        row = []
-        for j in range(width):
-            left, above = right.get((i, j - 1), zeros), down.get((i - 1, j), zeros)
-            kv = k[i, j][:, :, None] * v[i, j][:, None, :]
-            own = direct[i, j] * jnp.einsum("hk,hk->h", k[i, j], q[i, j])
-            seen = times(mark[0, i, j], left) + times(mark[1, i, j], above)
-            row.append(jnp.einsum("hkv,hk->hv", seen, q[i, j]) + own[:, None] * v[i, j])
-            right[i, j] = times(T_rl[i, j], left) + times(T_ru[i, j], above)
-            right[i, j] += times(source[0, i, j], kv)
-            down[i, j] = times(T_dl[i, j], left) + times(T_du[i, j], above)
-            down[i, j] += times(source[1, i, j], kv)
-        rows.append(jnp.stack(row))
-    return jnp.stack(rows)
-
-
-GRIDS = [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4), (7, 5)]
-
-
-@pytest.mark.parametrize("height, width", GRIDS)
-def test_grid_equals_the_equations(height, width):
-    given = grid_problem(height, width)
-    wanted = linear_reference.plstm_grid(*(given[name] for name in NAMES))
-    assert_close(scan(device(given)), wanted * np.sqrt(K))
-
-
-@pytest.mark.parametrize("height, width", [(0, 0), (0, 3), (3, 0)])
-def test_empty_grid(height, width):
-    out = scan(device(grid_problem(height, width)))
-    assert out.shape == (height, width, HEADS, V) and out.dtype == jnp.float64
-
-
-@pytest.mark.parametrize("height, width", [(1, 3), (3, 1), (3, 4)])
-def test_grid_gradients(height, width):
-    given = device(grid_problem(height, width))
-
-    def gradient(f):
-        return jax.jit(jax.grad(lambda given: jnp.sum(jnp.sin(f(given)))))(given)
-
-    got, wanted = gradient(lambda given: grid_scan(**given)), gradient(unrolled)
-    assert_close(got, wanted)
-    unused = [name for name in NAMES if not np.any(got[name])]
-    crossing = {"T_ru", "T_dl"} | {"T_rl" if width == 1 else "T_du"}
-    assert set(unused) == (crossing if 1 in (height, width) else set())
-
-
-def test_grid_derivatives_by_differences():
-    given = device(grid_problem(2, 2))
-    check_grads(scan, (given,), order=1, modes=("fwd",), rtol=1e-6, atol=1e-6)
-    check_grads(scan, (given,), order=2, modes=("rev",), rtol=1e-5, atol=1e-5)
-
-
-def test_grid_batch():
-    problems = [device(grid_problem(3, 4, seed)) for seed in range(2)]
-    batch = jax.tree.map(lambda *v: jnp.stack(v), *problems)
-    out = jax.jit(jax.vmap(lambda given: grid_scan(**given)))(batch)
-    for got, given in zip(out, problems, strict=True):
-        assert_close(got, scan(given), 1e-14)
-
-
-@pytest.mark.parametrize("along", ["row", "column"])
-def test_a_line_is_a_sequence(along):
-    given = grid_problem(*((1, T) if along == "row" else (T, 1)))
-    edge, transition = (0, "T_rl") if along == "row" else (1, "T_du")
-    source, mark = (given[name][edge].reshape(T, HEADS) for name in ("source", "mark"))
-    direct, decay = (given[name].reshape(T, HEADS) for name in ("direct", transition))
-    q, k, v = (given[name].reshape(T, HEADS, -1) for name in NAMES[:3])
-    past, _ = jax.jit(ft.partial(matrix_scan, emit="before"))(
-        *map(jnp.asarray, (q, k * source[..., None], v, decay))
-    )
-    own = direct * np.sum(q * k, axis=-1)
-    wanted = mark[..., None] * past + own[..., None] * v
-    assert_close(scan(device(given)).reshape(T, HEADS, V), wanted)
-
-
-def critical(mode, height, width):
-    """One source in the corner, at transitions of size 1: what each cell receives."""
-    ones = jnp.ones((height, width, 1))
-    source = jnp.zeros((2, height, width, 1)).at[:, 0, 0].set(1.0)
-    alpha = 0.3 * ones
-    transitions = {
-        "P": (alpha, alpha, 1 - alpha, 1 - alpha),
-        "D": (ones, ones, 0 * ones, ones),
-    }[mode]
-    gates = (source, jnp.ones_like(source), 0 * ones, *transitions)
-    return grid_scan(*[ones[..., None]] * 3, *gates)[..., 0, 0]
-
-
-def test_propagation_conserves():
-    """The sum over each diagonal is that of the source, its mean on a line."""
-    got = np.asarray(jax.jit(lambda: critical("P", 12, 12))())
-    for diagonal in range(1, 12):
-        row = np.arange(diagonal + 1)
-        received = got[row, diagonal - row]
-        np.testing.assert_allclose(received.sum(), 2)
-        # S is 1 to the right and 1 down, then 0.3 of all goes right.
-        np.testing.assert_allclose(
-            received @ (diagonal - row) / 2, 0.5 + 0.3 * (diagonal - 1)
-        )
-
-
-def test_distribution_reaches_everything():
-    got = np.array(jax.jit(lambda: critical("D", 5, 7))())
-    assert got[0, 0] == 0
-    got[0, 0] = 1
-    np.testing.assert_array_equal(got, np.ones((5, 7)))
-
-
-@pytest.mark.parametrize(
-    "dtypes, wanted",
-    [
-        (("float32", "float32"), "float32"),
-        (("bfloat16", "bfloat16"), "bfloat16"),
-        (("bfloat16", "float32"), "float32"),
-        (("float16", "bfloat16"), "float32"),
-        (("float32", "float64"), "float64"),
-    ],
-)
-def test_grid_dtypes(dtypes, wanted):
-    given = {
-        name: v.astype(dtypes[name.startswith("T_")])
-        for name, v in device(grid_problem(3, 4)).items()
-    }
-    assert jax.eval_shape(scan, given).dtype == jnp.dtype(wanted)
-
-
-def test_grid_sums_in_32_bits():
-    given = device(grid_problem(4, 5))
-    narrow = jax.tree.map(lambda v: v.astype(jnp.bfloat16), given)
-    wide = jax.tree.map(lambda v: v.astype(jnp.float64), narrow)
-    got, wanted = scan(narrow), scan(wide)
-    # Nothing but the result is rounded to bfloat16.
-    np.testing.assert_allclose(got.astype(float), wanted, rtol=2**-8, atol=1e-4)
-
-
-def test_gradient_stores_a_row_a_row():
-    def bytes_for(height):
-        width, heads, size = 16, 2, 16
-        cells = (height, width, heads)
-        shapes = [(*cells, size)] * 3 + [(2, *cells)] * 2 + [cells] * 5
-        given = {
-            name: jax.ShapeDtypeStruct(shape, jnp.float32)
-            for name, shape in zip(NAMES, shapes, strict=True)
-        }
-        loss = jax.grad(lambda given: jnp.sum(grid_scan(**given)))
-        memory = jax.jit(loss).lower(given).compile().memory_analysis()
-        return memory.temp_size_in_bytes, 4 * width * heads * size * size
-
-    (few, row), (many, _) = bytes_for(16), bytes_for(48)
-    assert (many - few) / 32 < 1.2 * row
-
-
-def changed(**new):
-    given = device(grid_problem(3, 4))
-    return lambda: grid_scan(**given | {n: f(given[n]) for n, f in new.items()})
-
-
-BAD_GRIDS = {
-    "batch": (changed(keys=lambda v: v[None]), ValueError, "use `jax.vmap`"),
-    "sequence": (changed(values=lambda v: v[0]), ValueError, "pararnn.matrix_scan"),
-    "queries": (changed(queries=lambda v: v[..., 1:]), ValueError, "`queries` has"),
-    "values": (changed(values=lambda v: v[1:]), ValueError, "(3, 4, 2, 2), as `keys`"),
-    "one gate": (changed(mark=lambda v: v[0]), ValueError, "`mark` has shape"),
-    "gates last": (
-        changed(source=lambda v: jnp.moveaxis(v, 0, -1)),
-        ValueError,
-        "they come in front",
-    ),
-    "constant": (changed(T_ru=lambda v: v[0, 0]), ValueError, "`jnp.broadcast_to`"),
-    "swapped": (
-        changed(direct=lambda v: jnp.swapaxes(v, 0, 1)),
-        ValueError,
-        "rows come first",
-    ),
-    "number": (changed(T_dl=lambda v: 0.5), TypeError, "`T_dl` must be an array"),
-    "integers": (changed(keys=lambda v: v.astype(int)), TypeError, "got int64"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_GRIDS)
-def test_grid_refuses(case):
-    call, error, message = BAD_GRIDS[case]
-    with pytest.raises(error, match=re.escape(message)):
-        call()
 
 
 # On images.
@@ -607,6 +350,7 @@ BAD_ARGUMENTS = {
 BAD_IMAGE_ARGUMENTS = {
     "mode": ({"mode": "p"}, "unknown `mode` 'p'; there are P, D"),
     "directions": ({"directions": 2}, "`directions` must be 1 or 4, got 2"),
+    "bool directions": ({"directions": True}, "`directions` must be .* got True"),
 }
 
 

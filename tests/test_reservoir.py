@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from jax import lax
 
 from linear.dense._reservoir import LRNN, _radius
+from tests.helpers import decoded, in_two_parts, whole
 from tests.numpy_reference import parameters
 
 D_MODEL, D_STATE, T = 2, 6, 12
@@ -41,35 +41,7 @@ def by_loop(p, us, x, reset=None):
     return np.stack(ys), x
 
 
-@eqx.filter_jit
-def parallel(layer, xs, state=None, reset=None):
-    return layer(xs, state, reset=reset)
-
-
-@eqx.filter_jit
-def steps(layer, xs, state=None, reset=None):
-    fresh = layer.init_state()
-    reset = jnp.zeros(xs.shape[0], bool) if reset is None else reset
-
-    def step(state, at_t):
-        x, reset = at_t
-        y, state = layer.step(x, jnp.where(reset, fresh, state))
-        return state, y
-
-    state, ys = lax.scan(step, fresh if state is None else state, (xs, reset))
-    return ys, state
-
-
-@eqx.filter_jit
-def in_two_parts(layer, xs, state=None, reset=None):
-    cut = T // 3
-    first, second = (None, None) if reset is None else (reset[:cut], reset[cut:])
-    ys, state = layer(xs[:cut], state, reset=first)
-    rest, state = layer(xs[cut:], state, reset=second)
-    return jnp.concatenate([ys, rest]), state
-
-
-@pytest.mark.parametrize("runner", [parallel, steps, in_two_parts])
+@pytest.mark.parametrize("runner", [whole, decoded, in_two_parts])
 @pytest.mark.parametrize("start", ["fresh", "state", "reset"])
 def test_equals_the_equations(runner, start):
     layer, rng = with_output(make()), np.random.default_rng(0)
@@ -97,7 +69,7 @@ def test_every_parameter_has_a_derivative():
         return jnp.sum(runner(layer, xs)[0] ** 2)
 
     for name in ("W_in", "W_res", "W_out"):
-        a, b = (getattr(grad(layer, runner), name) for runner in (parallel, steps))
+        a, b = (getattr(grad(layer, runner), name) for runner in (whole, decoded))
         assert np.all(np.isfinite(a)) and np.any(a)
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
@@ -185,7 +157,7 @@ def test_generates_what_its_outputs_fed_back_are():
         u = ys[-1]
     np.testing.assert_allclose(got, np.stack(wanted), atol=1e-12)
     # The same by the matrix of the closed network.
-    state = np.concatenate([np.asarray(xs[-1]), parallel(layer, xs)[1]])
+    state = np.concatenate([np.asarray(xs[-1]), whole(layer, xs)[1]])
     for y in got:
         state = np.asarray(layer.closed()) @ state
         np.testing.assert_allclose(y, state[:D_MODEL], atol=1e-12)
@@ -300,7 +272,7 @@ def test_without_64_bits():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtypes(dtype):
     layer = make(dtype=jnp.dtype(dtype))
-    ys, state = parallel(layer, jnp.ones((T, D_MODEL), dtype))
+    ys, state = whole(layer, jnp.ones((T, D_MODEL), dtype))
     assert (ys.dtype, state.dtype) == (jnp.dtype(dtype), jnp.float32)
     layer = layer.fit(jnp.ones((T, D_MODEL), dtype), washout=2, ridge=1e-3)
     assert layer.W_out.dtype == jnp.dtype(dtype)
@@ -324,6 +296,11 @@ BAD_CALLS = {
     "washout": (lambda f: f.fit(XS, washout=-1), "got -1"),
     "share": (lambda f: f.fit(XS, washout=0.5), "got 0.5"),
     "ridge": (lambda f: f.fit(XS, ridge=-1.0), "`ridge` must be at least 0"),
+    "text as ridge": (lambda f: f.fit(XS, ridge="a"), "`ridge` must be a real number"),
+    "text as tolerance": (
+        lambda f: f.fit(XS).reduced(XS, tolerance="a"),
+        "`tolerance` must be a real number",
+    ),
     "traced": (
         lambda f: jax.jit(lambda xs: f.fit(xs).W_out)(XS),
         "outside of `jax.jit`",

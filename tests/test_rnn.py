@@ -12,7 +12,7 @@ import pytest
 import linear
 import pararnn
 from pararnn import RNN, Bidirectional, Newton, Sequential
-from tests.problems import assert_close
+from tests.helpers import assert_close, decoded, whole
 
 IN, WIDTH, T = 3, 4, 19
 
@@ -65,23 +65,6 @@ def layer_of(name, solver=Newton(5)):
 
 def inputs(steps=T, seed=1):
     return jr.normal(jr.key(seed), (steps, IN))
-
-
-@eqx.filter_jit
-def whole(layer, xs, state=None, reset=None):
-    return layer(xs, state, reset=reset)
-
-
-@eqx.filter_jit
-def decoded(layer, xs, state):
-    """The layer's own `step`, one input after the other."""
-
-    def step(state, x):
-        y, state = layer.step(x, state)
-        return state, y
-
-    state, ys = jax.lax.scan(step, state, xs)
-    return ys, state
 
 
 @each_cell

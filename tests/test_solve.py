@@ -13,12 +13,12 @@ import pytest
 
 import pararnn
 from pararnn import RESULTS, Auto, Newton, Sequential, solve
+from tests.helpers import assert_close
 from tests.problems import (
     CELLS,
     SOLVERS,
     TOLERANCE,
     T,
-    assert_close,
     instance,
     residual_of,
     scan,

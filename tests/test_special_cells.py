@@ -11,7 +11,7 @@ from jax import lax
 import pararnn
 from pararnn import RNN, ALRNNCell, ICLRNNCell, Newton, PLRNNCell, QKANLSTMCell
 from pararnn.cells._iclrnn import spectral_norm
-from tests.problems import assert_close
+from tests.helpers import assert_close
 
 IN, WIDTH, T = 3, 5, 40
 

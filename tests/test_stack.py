@@ -10,7 +10,7 @@ import pytest
 import linear
 import pararnn
 from pararnn import RNN, Bidirectional, Stack
-from tests.problems import assert_close
+from tests.helpers import assert_close, decoded, whole
 
 IN, WIDTH, T = 3, 4, 13
 
@@ -39,21 +39,6 @@ each_stack = pytest.mark.parametrize("name", STACKS)
 
 def inputs(steps=T):
     return jr.normal(jr.key(3), (steps, IN))
-
-
-@eqx.filter_jit
-def whole(layer, xs, state=None, reset=None):
-    return layer(xs, state, reset=reset)
-
-
-@eqx.filter_jit
-def decoded(layer, xs, state):
-    def step(state, x):
-        y, state = layer.step(x, state)
-        return state, y
-
-    state, ys = jax.lax.scan(step, state, xs)
-    return ys, state
 
 
 @each_stack

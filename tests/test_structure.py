@@ -12,7 +12,8 @@ import pytest
 import pararnn
 from pararnn import Newton, Structure, jacobian_structure, solve
 from pararnn.solver import _structure
-from tests.problems import CELLS, assert_close, instance, scan
+from tests.helpers import assert_close
+from tests.problems import CELLS, instance, scan
 
 each_cell = pytest.mark.parametrize("name", CELLS)
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from jax import lax
 from jax.flatten_util import ravel_pytree
 from scipy.linalg import expm
 
 import tests.linear_reference as reference
 from linear.dense._unitary import UnitaryRNN
 from linear.parts._orthogonal import orthogonal, skew_symmetric
+from tests.helpers import decoded, in_two_parts, whole
 from tests.numpy_reference import parameters
 
 exponential = jax.jit(orthogonal)
@@ -112,35 +112,7 @@ def problem():
     return rng.normal(size=(T, D_MODEL)), rng.normal(size=D_STATE)
 
 
-@eqx.filter_jit
-def parallel(layer, xs, state=None, reset=None):
-    return layer(xs, state, reset=reset)
-
-
-@eqx.filter_jit
-def steps(layer, xs, state=None, reset=None):
-    fresh = layer.init_state()
-    reset = jnp.zeros(xs.shape[0], bool) if reset is None else reset
-
-    def step(state, at_t):
-        x, reset = at_t
-        y, state = layer.step(x, jnp.where(reset, fresh, state))
-        return state, y
-
-    state, ys = lax.scan(step, fresh if state is None else state, (xs, reset))
-    return ys, state
-
-
-@eqx.filter_jit
-def in_two_parts(layer, xs, state=None, reset=None):
-    cut = T // 3
-    first, second = (None, None) if reset is None else (reset[:cut], reset[cut:])
-    ys, state = layer(xs[:cut], state, reset=first)
-    rest, state = layer(xs[cut:], state, reset=second)
-    return jnp.concatenate([ys, rest]), state
-
-
-each_runner = pytest.mark.parametrize("runner", [parallel, steps, in_two_parts])
+each_runner = pytest.mark.parametrize("runner", [whole, decoded, in_two_parts])
 
 
 @each_runner
@@ -168,7 +140,7 @@ def test_keeps_the_norm_of_its_state(dtype, slack):
     """Over 10000 steps: rounding of each of them, and no more."""
     layer = make(8, 16, dtype=dtype)
     xs = jr.normal(jr.key(1), (10000, 8), dtype)
-    _, state = parallel(layer, xs)
+    _, state = whole(layer, xs)
     size = np.linalg.norm(np.asarray(state, np.float64))
     np.testing.assert_allclose(size, 1, rtol=0, atol=slack)
 
@@ -190,7 +162,7 @@ def test_every_parameter_has_a_derivative():
         return jnp.sum(runner(layer, jnp.asarray(xs), None, reset)[0] ** 2)
 
     for name in ("W_skew", "initial", "W_out"):
-        by_scan, by_steps = (getattr(grad(layer, r), name) for r in (parallel, steps))
+        by_scan, by_steps = (getattr(grad(layer, r), name) for r in (whole, decoded))
         assert np.all(np.isfinite(by_scan)) and np.all(np.asarray(by_scan) != 0)
         np.testing.assert_allclose(by_scan, by_steps, rtol=1e-9, atol=1e-12)
 
@@ -217,7 +189,7 @@ def test_batch(runner):
     xs = jr.normal(jr.key(3), (2, T, D_MODEL))
     ys, state = jax.jit(jax.vmap(ft.partial(runner, layer)))(xs)
     for i in range(2):
-        wanted = parallel(layer, xs[i])
+        wanted = whole(layer, xs[i])
         np.testing.assert_allclose(ys[i], wanted[0], atol=1e-13)
         np.testing.assert_allclose(state[i], wanted[1], atol=1e-13)
 
@@ -227,7 +199,7 @@ def test_batch(runner):
 )
 def test_dtypes(dtype, state):
     layer = make(dtype=dtype)
-    ys, last = parallel(layer, jnp.ones((T, D_MODEL), dtype))
+    ys, last = whole(layer, jnp.ones((T, D_MODEL), dtype))
     assert (ys.dtype, last.dtype) == (jnp.dtype(dtype), jnp.dtype(state))
     np.testing.assert_allclose(np.linalg.norm(last), 1, rtol=1e-5)
 
@@ -247,7 +219,7 @@ def test_without_64_bits():
 
 def test_one_number_stays_as_it_is():
     layer = make(d_state=1)
-    ys, state = parallel(layer, jnp.asarray(problem()[0]))
+    ys, state = whole(layer, jnp.asarray(problem()[0]))
     assert abs(state[0]) == 1
     np.testing.assert_array_equal(ys, np.tile(layer.W_out[:, 0] * state, (T, 1)))
 

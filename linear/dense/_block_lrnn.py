@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_heads, check_size, linear
+from pararnn._parameters import check_number, linear
 from pararnn.scan import BlockDiagonal, linear_scan
 
 from .._layer import AbstractLayer
-from ..parts import Draw
+from ..parts import Draw, check_divisor, check_sizes
 
 
 class BlockLRNN(AbstractLayer):
@@ -57,11 +57,10 @@ class BlockLRNN(AbstractLayer):
         point.
         """
         draw = Draw("BlockLRNN", dtype, key)
-        self.d_model = check_size("BlockLRNN", "d_model", d_model)
-        d_state = d_model if d_state is None else d_state
-        self.d_state = check_size("BlockLRNN", "d_state", d_state)
-        check_heads("BlockLRNN", blocks, d_state=d_state)
-        if not isinstance(p, int | float) or not 1 <= p <= 16:
+        d_model, d_state = check_sizes("BlockLRNN", d_model, d_state)
+        self.d_model, self.d_state = d_model, d_state
+        check_divisor("BlockLRNN", "blocks", blocks, "d_state", d_state)
+        if not 1 <= check_number("BlockLRNN", "p", p) <= 16:
             raise ValueError(
                 f"BlockLRNN: `p` must be a number from 1 to 16, got {p!r}: the norm of "
                 "a column below 1 is none, and high powers overflow."

@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, widen
+from pararnn._parameters import affine, check_flag, check_size, widen
 from pararnn.scan import BlockDiagonal, invert_matrices, linear_scan
 
 from .._layer import AbstractLayer
@@ -74,9 +74,10 @@ class LSSL(AbstractLayer):
         self.d_model = check_size("LSSL", "d_model", d_model)
         self.d_state = check_size("LSSL", "d_state", d_state)
         check_size("LSSL", "channels", channels)
+        self.train_hippo = check_flag("LSSL", "train_hippo", train_hippo)
         check_range("LSSL", "dt_min", "dt_max", (dt_min, dt_max))
         A, B = legs(d_state)
-        self.A, self.B, self.train_hippo = draw.full(A), draw.full(B), train_hippo
+        self.A, self.B = draw.full(A), draw.full(B)
         self.C = draw.normal((d_model, channels, d_state))
         self.D = draw.normal((d_model, channels))
         self.log_dt = draw.log_uniform((d_model,), dt_min, dt_max)

@@ -9,7 +9,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, linear, widen
+from pararnn._parameters import check_number, check_size, linear, widen
 from pararnn.scan import Dense, Diagonal, linear_scan
 
 from .._layer import AbstractLayer
@@ -72,6 +72,7 @@ class LRNN(AbstractLayer):
         draw = Draw("LRNN", dtype, key)
         self.d_model = check_size("LRNN", "d_model", d_model)
         self.d_state = n = check_size("LRNN", "d_state", d_state)
+        spectral_radius = check_number("LRNN", "spectral_radius", spectral_radius)
         if not 0 < spectral_radius < math.inf:
             raise ValueError(
                 "LRNN: `spectral_radius` must be positive and finite, got "
@@ -145,6 +146,7 @@ class LRNN(AbstractLayer):
                 "leave `targets` out for that."
             )
         _check_washout("fit", washout, given.shape[0], 1)
+        ridge = check_number("LRNN.fit", "ridge", ridge)
         if not 0 <= ridge < math.inf:
             raise ValueError(
                 f"LRNN.fit: `ridge` must be at least 0 and finite, got {ridge!r}. It "
@@ -252,6 +254,7 @@ class LRNN(AbstractLayer):
         self._check_fitted("reduced")
         series = _series(self, "reduced", "xs", xs)
         _check_washout("reduced", washout, series.shape[0], 2)
+        tolerance = check_number("LRNN.reduced", "tolerance", tolerance)
         if not 0 < tolerance < 1:
             raise ValueError(
                 f"LRNN.reduced: `tolerance` must be between 0 and 1, got {tolerance!r}."

@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, linear, widen
+from pararnn._parameters import linear, widen
 from pararnn.scan import Dense, linear_scan
 
 from .._layer import AbstractLayer
-from ..parts import Draw
+from ..parts import Draw, check_sizes
 from ..parts._orthogonal import orthogonal, skew_symmetric
 
 
@@ -59,9 +59,8 @@ class UnitaryRNN(AbstractLayer):
         not one, or a dtype that is not floating point.
         """
         draw = Draw("UnitaryRNN", dtype, key)
-        self.d_model = check_size("UnitaryRNN", "d_model", d_model)
-        d_state = d_model if d_state is None else d_state
-        self.d_state = n = check_size("UnitaryRNN", "d_state", d_state)
+        self.d_model, n = check_sizes("UnitaryRNN", d_model, d_state)
+        self.d_state = n
         self.W_skew = draw.weight(n * (n - 1) // 2, self.d_model)
         self.initial = draw.normal((n,))
         self.W_out = draw.weight(self.d_model, n)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Inexact, PRNGKeyArray
 
-from pararnn._parameters import check_size, widen
+from pararnn._parameters import check_number, widen
 
 from ..parts import (
     Draw,
     check_choice,
+    check_sizes,
     complex_zeros,
     full_product,
     leading,
@@ -87,13 +88,15 @@ class LRU(AbstractConstantDiagonal):
         is not floating point.
         """
         draw = Draw("LRU", dtype, key)
-        self.d_model = check_size("LRU", "d_model", d_model)
-        d_state = d_model if d_state is None else d_state
-        self.d_state = check_size("LRU", "d_state", d_state)
+        d_model, d_state = check_sizes("LRU", d_model, d_state)
+        self.d_model, self.d_state = d_model, d_state
         check_choice(
             "LRU", "eigenvalues", eigenvalues, ("positive", "signed", "complex")
         )
         self.eigenvalues = eigenvalues
+        r_min = check_number("LRU", "r_min", r_min)
+        r_max = check_number("LRU", "r_max", r_max)
+        max_phase = check_number("LRU", "max_phase", max_phase)
         if not 0 <= r_min < r_max <= 1:
             raise ValueError(
                 f"LRU: `r_min` = {r_min!r} and `r_max` = {r_max!r} must satisfy 0 <= "

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear
+from pararnn._parameters import affine, linear
 from pararnn.scan import Diagonal, linear_scan
 
 from .._layer import AbstractLayer
-from ..parts import Draw
+from ..parts import Draw, check_sizes
 
 
 def positive(x: Array) -> Array:
@@ -59,9 +59,8 @@ class MinGRU(AbstractLayer):
         not one, or a dtype that is not floating point.
         """
         draw = Draw("MinGRU", dtype, key)
-        self.d_model = check_size("MinGRU", "d_model", d_model)
-        d_state = d_model if d_state is None else d_state
-        self.d_state = check_size("MinGRU", "d_state", d_state)
+        d_model, d_state = check_sizes("MinGRU", d_model, d_state)
+        self.d_model, self.d_state = d_model, d_state
         self.W_z, self.W_h = (draw.weight(d_state, d_model) for _ in range(2))
         self.b_z, self.b_h = (draw.full(jnp.zeros(d_state)) for _ in range(2))
         self.W_out = draw.weight(d_model, d_state)
@@ -117,9 +116,8 @@ class MinLSTM(AbstractLayer):
     ):
         """As [`linear.MinGRU`][]."""
         draw = Draw("MinLSTM", dtype, key)
-        self.d_model = check_size("MinLSTM", "d_model", d_model)
-        d_state = d_model if d_state is None else d_state
-        self.d_state = check_size("MinLSTM", "d_state", d_state)
+        d_model, d_state = check_sizes("MinLSTM", d_model, d_state)
+        self.d_model, self.d_state = d_model, d_state
         self.W_f, self.W_i, self.W_h = (draw.weight(d_state, d_model) for _ in range(3))
         self.b_f, self.b_i, self.b_h = (draw.full(jnp.zeros(d_state)) for _ in range(3))
         self.W_out = draw.weight(d_model, d_state)

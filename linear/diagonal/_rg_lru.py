@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_heads, check_size, widen
+from pararnn._parameters import affine, check_number, check_size, widen
 from pararnn.scan import Diagonal, linear_scan
 
 from .._layer import AbstractLayer
-from ..parts import Draw, leading
+from ..parts import Draw, check_divisor, leading
 
 
 class RGLRU(AbstractLayer):
@@ -63,7 +63,9 @@ class RGLRU(AbstractLayer):
         """
         draw = Draw("RGLRU", dtype, key)
         self.d_model = check_size("RGLRU", "d_model", d_model)
-        check_heads("RGLRU", blocks, d_model=d_model)
+        check_divisor("RGLRU", "blocks", blocks, "d_model", d_model)
+        r_min = check_number("RGLRU", "r_min", r_min)
+        r_max = check_number("RGLRU", "r_max", r_max)
         if not 0 < r_min < r_max < 1:
             raise ValueError(
                 f"RGLRU: `r_min` = {r_min!r} and `r_max` = {r_max!r} must satisfy "

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, widen
+from pararnn._parameters import check_number, check_size, widen
 from pararnn.scan import time_shards
 
 from ..parts import (
@@ -148,6 +148,7 @@ class S4D(AbstractConstantDiagonal):
         check_choice("S4D", "initialisation", initialisation, _INITIALISATIONS)
         check_choice("S4D", "discretisation", discretisation, DISCRETISATIONS)
         check_choice("S4D", "form", form, ("auto", "scan", "convolution"))
+        perturbation = check_number("S4D", "perturbation", perturbation)
         check_range("S4D", "dt_min", "dt_max", (dt_min, dt_max))
         self.discretisation, self.form = discretisation, form
         shape = (self.d_model, self.d_state // 2)

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, widen
+from pararnn._parameters import check_number, check_size, widen
 
 from ..parts import (
     DISCRETISATIONS,
@@ -99,6 +99,7 @@ class S5(AbstractConstantDiagonal):
             )
         check_choice("S5", "initialisation", initialisation, ("legs", "ptd"))
         check_choice("S5", "discretisation", discretisation, DISCRETISATIONS)
+        perturbation = check_number("S5", "perturbation", perturbation)
         check_range("S5", "dt_min", "dt_max", (dt_min, dt_max))
         self.discretisation = discretisation
         size = d_state // blocks

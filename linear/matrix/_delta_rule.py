@@ -233,6 +233,7 @@ class GatedDeltaNet(AbstractDeltaRule):
         not given. At the start $\exp(A^{\log})$ is uniform up to 16, and the softplus
         of `dt_bias` log-uniform in [0.001, 0.1]."""
         if d_value is None:
+            d_model = check_size("GatedDeltaNet", "d_model", d_model)
             heads = check_size("GatedDeltaNet", "heads", heads)
             d_value = 2 * head_size("GatedDeltaNet", "d_value", None, d_model, heads)
         self._make(d_model, heads, d_key, d_value, 1, eigenvalues, dtype, key)

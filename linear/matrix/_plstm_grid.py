@@ -121,7 +121,7 @@ class PLSTMGrid(eqx.Module):
         self.d_model = check_size("PLSTMGrid", "d_model", d_model)
         self.heads = check_size("PLSTMGrid", "heads", heads)
         check_choice("PLSTMGrid", "mode", mode, ("P", "D"))
-        if directions not in (1, 4):
+        if check_size("PLSTMGrid", "directions", directions) not in (1, 4):
             raise ValueError(
                 f"PLSTMGrid: `directions` must be 1 or 4, got {directions!r}. Pass 4 "
                 "for recurrences from all corners of the image, 1 for one from the "

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_heads, check_size, linear, widen
+from pararnn._parameters import check_size, linear, widen
 from pararnn.scan import matrix_scan
 
 from .._layer import AbstractLayer
 from ..parts import (
     Draw,
+    check_divisor,
     group_norm,
     leading,
     merge_heads,
@@ -89,8 +90,7 @@ class RWKV7(AbstractLayer):
         """
         draw = Draw("RWKV7", dtype, key)
         self.d_model = d = check_size("RWKV7", "d_model", d_model)
-        self.heads = check_size("RWKV7", "heads", heads)
-        check_heads("RWKV7", heads, d_model=d)
+        self.heads = check_divisor("RWKV7", "heads", heads, "d_model", d)
         size = d // heads
         rank = check_size("RWKV7", "rank", max(1, d // 4) if rank is None else rank)
         self.mu = draw.uniform((6, d), 0, 1)

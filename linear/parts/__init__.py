@@ -5,7 +5,9 @@ from pararnn._parameters import leading as leading, rms_norm as rms_norm
 from ._arguments import (
     Draw as Draw,
     check_choice as check_choice,
+    check_divisor as check_divisor,
     check_range as check_range,
+    check_sizes as check_sizes,
     head_size as head_size,
 )
 from ._complex import (

@@ -10,6 +10,7 @@ from pararnn._parameters import (
     check_choice as check_choice,
     check_dtype,
     check_key,
+    check_number,
     check_size,
     wide_dtype,
 )
@@ -17,12 +18,33 @@ from pararnn._parameters import (
 
 def check_range(where: str, low: str, high: str, values: tuple) -> None:
     """A `ValueError` unless 0 < low <= high < infinity."""
+    for name, value in zip((low, high), values, strict=True):
+        check_number(where, name, value)
     if not 0 < values[0] <= values[1] < math.inf:
         raise ValueError(
             f"{where}: `{low}` = {values[0]!r} and `{high}` = {values[1]!r} must "
             f"satisfy 0 < {low} <= {high}. Likely causes: (a) the two are swapped, "
             "(b) their logarithms were given."
         )
+
+
+def check_sizes(where: str, d_model, d_state) -> tuple[int, int]:
+    """Both sizes; `d_state` is `d_model` if it is `None`."""
+    d_model = check_size(where, "d_model", d_model)
+    if d_state is None:
+        return d_model, d_model
+    return d_model, check_size(where, "d_state", d_state)
+
+
+def check_divisor(where: str, name: str, value, of: str, size: int) -> int:
+    """`value` as an int, or a `ValueError` unless it divides `size`, named `of`."""
+    value = check_size(where, name, value)
+    if size % value:
+        raise ValueError(
+            f"{where}: `{of}` = {size} is not divisible by `{name}` = {value}, but the "
+            f"parts have equal sizes. Choose a divisor of {size}."
+        )
+    return value
 
 
 def head_size(where: str, name: str, value, d_model: int, heads: int) -> int:

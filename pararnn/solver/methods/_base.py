@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
+import wadler_lindig as wl
 from equinox import AbstractClassVar, AbstractVar
 from jaxtyping import Array, Float, PyTree
 
@@ -16,6 +17,7 @@ from .._blocks import from_blocks, to_blocks, transition_factors
 from .._root_finding import RootState, finish_root, init_root, step_root
 from .._segments import Linearization, largest
 from .._structure import Structure
+from ._options import chosen_options
 
 
 class AbstractMethod(optx.AbstractRootFinder):
@@ -67,6 +69,17 @@ class AbstractMethod(optx.AbstractRootFinder):
         zero for the first two starts; `progress` is the last relative correction, 1 at
         the beginning.
         """
+
+    def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
+        """How Equinox prints it, by itself or within another module: without the
+        arguments that are the default."""
+        return wl.bracketed(
+            begin=wl.TextDoc(f"{type(self).__name__}("),
+            docs=wl.named_objs(list(chosen_options(self).items()), **kwargs),
+            sep=wl.comma,
+            end=wl.TextDoc(")"),
+            indent=kwargs["indent"],
+        )
 
     # The interface of Optimistix. It wants the whole trajectory as the iterate, and
     # one step at a time; `pararnn.solve` runs the same steps without either.
