@@ -401,11 +401,15 @@ def test_a_training_run_and_its_checkpoint(tmp_path):
         text = "".join(rng.choice(["alpha ", "beta ", "gamma\n"], 60))
         (tmp_path / f"{i}.txt").write_text(text)
     config = training.Config(
-        model=training.ModelConfig(d_model=64, d_hidden=64),
+        model=training.ModelConfig(d_model=64, d_hidden=0, depth=1),
         data=training.DataConfig(
-            corpus=str(tmp_path / "*.txt"), length=32, batch=4, validation=0.3
+            corpus=str(tmp_path / "*.txt"),
+            length=16,
+            batch=4,
+            validation=0.3,
+            validation_batches=2,
         ),
-        optimiser=training.OptimiserConfig(warmup=1, accumulate=2),
+        optimiser=training.OptimiserConfig(warmup=1),
         steps=4,
         validate_every=2,
         checkpoint_every=2,

@@ -143,8 +143,9 @@ class LanguageModel(eqx.Module):
         **Returns:** `(logits, state)`, `[T, vocab_size]` in at least float32.
 
         **Raises:** `ValueError`, `TypeError` on tokens that are not integers `[T]` or a
-        `reset` that does not fit, and what the mixers raise; a runtime error on a
-        token outside of the vocabulary.
+        `reset` that does not fit, and what the mixers raise. A token outside of the
+        vocabulary is a NaN: linear layers pass it on to the logits from there to the
+        end of the document, a solve of a nonlinear one raises.
         """
         logits, state, _ = self.run(tokens, state, reset=reset)
         return logits, state
@@ -204,14 +205,9 @@ class LanguageModel(eqx.Module):
 
     def _embed(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T d_model"]:
         # JAX would clamp a token that is too large, and count a negative one backwards.
-        tokens = eqx.error_if(
-            tokens,
-            jnp.any((tokens < 0) | (tokens >= self.vocab_size)),
-            "LanguageModel: a token is not in [0, vocab_size). Likely causes: (a) "
-            "another tokeniser than the model was made for, (b) a `vocab_size` without "
-            "the special tokens.",
-        )
-        return self.embedding[tokens]
+        # An error raised here would gather all tokens on one device of a mesh.
+        known = (tokens >= 0) & (tokens < self.vocab_size)
+        return jnp.where(known[..., None], self.embedding[tokens], jnp.nan)
 
     def _read_out(self, xs: Float[Array, "*T d_model"]) -> Float[Array, "*T vocab"]:
         weight = self.embedding if self.head is None else self.head
