@@ -4,6 +4,7 @@ from ._compare import compare as compare
 from ._layers import expand_layer as expand_layer
 from ._protocol import BUDGETS as BUDGETS, Protocol as Protocol
 from ._records import read_records as read_records
+from ._report import write_report as write_report
 from .tasks import (
     Example as Example,
     Lengths as Lengths,

@@ -19,7 +19,7 @@ REPEATS, SECONDS = 5, 1.0
 def measure_costs(layer: str, d_model: int, protocol: Protocol) -> dict[str, Any]:
     """Seconds and bytes of a layer alone, at every length of the protocol.
 
-    **Arguments:** `layer`, as for [`pararnn.make_mixer`][]; `d_model`; `protocol`, for
+    **Arguments:** `layer`, as for `pararnn.make_mixer`; `d_model`; `protocol`, for
     its lengths and batch.
 
     **Returns:** `lengths`, and for each of `forward_seconds`, `backward_seconds` (the

@@ -24,12 +24,12 @@ TRIAL = 48
 def expand_layer(layer: str) -> str:
     """A layer's name with its options, the short forms written out.
 
-    **Arguments:** `layer`, as for [`pararnn.make_mixer`][]; beside `option=value` there
+    **Arguments:** `layer`, as for `pararnn.make_mixer`; beside `option=value` there
     are `neg` (`eigenvalues=signed`), `pos` and `real` (`eigenvalues=positive`),
     `complex` (`eigenvalues=complex`), `nh=2` (`householders=2`) and `n=16`
     (`d_state=16`): `"deltanet:neg"`, `"deltaproduct:nh=3"`, `"lru:real"`.
 
-    **Returns:** what [`pararnn.make_mixer`][] takes.
+    **Returns:** what `pararnn.make_mixer` takes.
 
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
     what the layer's constructor raises.

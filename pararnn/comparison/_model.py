@@ -44,7 +44,7 @@ class SequenceModel(eqx.Module):
         key: PRNGKeyArray,
     ):
         """**Arguments:** `task`, for the kinds of inputs and outputs; `layer`, as for
-        [`pararnn.make_mixer`][]; `d_model`, `d_hidden` and `depth`, width, width of the
+        `pararnn.make_mixer`; `d_model`, `d_hidden` and `depth`, width, width of the
         MLPs and number of blocks; `solver`, of nonlinear layers; `key`, of
         `jax.random`. Embeddings are drawn from $\\mathcal{N}(0, 1)$, maps uniformly
         within $\\pm 1 / \\sqrt{\\text{fan-in}}$.

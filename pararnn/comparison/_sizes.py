@@ -30,7 +30,7 @@ def fit_size(task: Task, layer: str, depth: int, parameters: int) -> Size:
     The widest model whose MLPs are twice as wide and that has no more parameters, by
     bisection; then the width of the MLPs that comes nearest to the number.
 
-    **Arguments:** `task`; `layer`, as for [`pararnn.make_mixer`][]; `depth`, number of
+    **Arguments:** `task`; `layer`, as for `pararnn.make_mixer`; `depth`, number of
     blocks; `parameters`, the number to reach.
 
     **Raises:** `ValueError` if the narrowest model has more parameters.

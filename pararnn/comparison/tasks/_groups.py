@@ -40,7 +40,7 @@ GROUPS = {
     "z60": lambda: _cyclic(60),
 }
 
-LONG = (128, 192, 256, 384, 512)
+TRAIN, LONG = 128, (128, 192, 256, 384, 512)
 
 # By how many points an element moves: a swap is what moves two, a cycle three.
 MOVED = {"all": None, "swaps": 2, "cycles": 3}
@@ -100,6 +100,11 @@ def _words(table: np.ndarray, generators: np.ndarray, tokens: int) -> Sampler:
     return sample
 
 
+def _lengths(tokens: int, shorter: int) -> Lengths:
+    train, *test = (tokens * n // shorter for n in (TRAIN, *LONG))
+    return Lengths((train, train), tuple(test))
+
+
 def word_problem(group: str, generators: Generators = "all", tokens: int = 1) -> Task:
     """The product so far of random elements of a group."""
     elements = GROUPS[group]()
@@ -119,7 +124,7 @@ def word_problem(group: str, generators: Generators = "all", tokens: int = 1) ->
         vocabulary=len(chosen) + (tokens > 1),
         outputs=len(elements),
         metric=Metric("scaled accuracy", 1 / _reached(table, chosen)),
-        lengths=Lengths((128 * tokens,) * 2, tuple(tokens * n for n in LONG)),
-        short=Lengths((32 * tokens,) * 2, tuple(tokens * n // 4 for n in LONG)),
+        lengths=_lengths(tokens, 1),
+        short=_lengths(tokens, 4),
         train=_words(table, chosen, tokens),
     )
