@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 
 from ..models import make_mixer
+from ._once import run_once
 from ._protocol import Protocol
 from ._seeds import key_of
 
@@ -27,11 +28,12 @@ def measure_costs(layer: str, d_model: int, protocol: Protocol) -> dict[str, Any
     `backward_bytes` (what the compiled program allocates beside its arguments) a list
     along them. Bytes are `None` where the platform does not tell.
     """
-    model = make_mixer(layer, d_model, key=key_of(protocol.seed, "costs"))
+    key = key_of(protocol.seed, "costs")
+    model = run_once(lambda key: make_mixer(layer, d_model, key=key), key)
     found: dict[str, list] = {f"{n}_{unit}": [] for n in PROGRAMS for unit in UNITS}
     for length in protocol.cost_lengths:
         shape = (protocol.cost_batch, length, d_model)
-        xs = jr.normal(key_of(protocol.seed, "inputs"), shape, float)
+        xs = run_once(lambda key, shape=shape: jr.normal(key, shape, float), key)
         for name, program in PROGRAMS.items():
             compiled = eqx.filter_jit(program).lower(model, xs).compile()
             found[f"{name}_seconds"].append(_time(compiled, model, xs))

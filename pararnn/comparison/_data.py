@@ -6,8 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
+from ._once import run_once
 from ._protocol import Protocol
 from ._seeds import key_of
 from .tasks import Example, Task, draw_batch
@@ -32,7 +33,8 @@ class Data:
         keys = jax.vmap(lambda k: jax.vmap(lambda n: jr.fold_in(k, n))(steps))(
             self._keys
         )
-        return self._batches(self.task.train, keys, self.lengths.train)
+        limits, size = _limits(self.lengths.train), self.lengths.train[1]
+        return self._draw(self.task.train, keys, limits, self.protocol.batch, size)
 
     @functools.cached_property
     def watched(self) -> Example:
@@ -64,8 +66,12 @@ class Data:
         return self._batches(sampler, jr.split(key, count), lengths)
 
     def _batches(self, sampler, keys, lengths: tuple[int, int]) -> Example:
-        limits = jnp.asarray([lengths[0], lengths[1] + 1], jnp.int32)
-        return self._draw(sampler, keys, limits, self.protocol.batch, lengths[1])
+        inputs = sampler, keys, _limits(lengths)
+        return run_once(_draw, *inputs, self.protocol.batch, lengths[1])
+
+
+def _limits(lengths: tuple[int, int]) -> Int[Array, "2"]:
+    return jnp.asarray([lengths[0], lengths[1] + 1], jnp.int32)
 
 
 def _draw(sampler, keys, limits, batch: int, size: int) -> Example:

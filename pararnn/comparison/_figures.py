@@ -29,6 +29,9 @@ def draw_task(results: Results, task: str) -> str:
         losses = _median_losses(record)
         middle.plot(record["steps"], losses, **style)
         right.plot(record["seconds"], losses, **style)
+    if about["metric"].endswith("accuracy"):
+        # All of it, so that noise about guessing looks small.
+        left.set_ylim(-0.05, 1.05)
     left.axvspan(*about["train"], color="0.9", lw=0)
     left.axhline(about["guessing"], color="0.6", lw=0.8)
     left.set(xlabel="steps read (shaded: lengths in training)", ylabel=about["metric"])

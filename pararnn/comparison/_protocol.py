@@ -21,7 +21,7 @@ class Protocol:
     """Of a model, maps in and out included."""
     depth: int = 1
     """Blocks."""
-    steps: int = 600
+    steps: int = 1_000
     """Of the optimiser."""
     batch: int = 32
     """Sequences of a step."""

@@ -18,6 +18,7 @@ from ..training import OptimiserConfig
 from ..training._optimiser import make_optimiser
 from ._data import Data
 from ._model import SequenceModel, has_solver, with_solver
+from ._once import run_once
 from ._seeds import key_of, over_seeds
 from ._sizes import Size
 from .tasks import Example, Metric
@@ -69,7 +70,7 @@ class Trainer:
                 self.task, layer, size.d_model, size.d_hidden, depth, key=key
             )
 
-        self.models = eqx.filter_jit(make)(jr.split(key, self.protocol.seeds))
+        self.models = run_once(make, jr.split(key, self.protocol.seeds))
         # The schedule is proportional to the rate, and so is the step: with a rate of
         # one, one program serves them all.
         self._optimiser = make_optimiser(
@@ -132,9 +133,8 @@ class Trainer:
 
     def _fresh(self) -> _State:
         zeros = jnp.zeros(self.protocol.seeds, jnp.int32)
-        moments = eqx.filter_jit(eqx.filter_vmap(self._optimiser.init))(
-            eqx.filter(self.models, eqx.is_inexact_array)
-        )
+        parameters = eqx.filter(self.models, eqx.is_inexact_array)
+        moments = run_once(eqx.filter_vmap(self._optimiser.init), parameters)
         return _State(self.models, moments, zeros, zeros - 1)
 
     def _program(self, state: _State, batches: Example) -> tuple[Any, float]:
