@@ -27,6 +27,8 @@ def draw_task(results: Results, task: str) -> str:
         rows = [results.scores(record, task, row) for row in record["curve"]]
         left.plot(record["curve_lengths"], np.median(rows, 1), **style)
         losses = _median_losses(record)
+        # A loss of zero has no place on a logarithmic axis.
+        losses = np.where(losses > 0, losses, np.nan)
         middle.plot(record["steps"], losses, **style)
         right.plot(record["seconds"], losses, **style)
     if about["metric"].endswith("accuracy"):
@@ -37,6 +39,9 @@ def draw_task(results: Results, task: str) -> str:
     left.set(xlabel="steps read (shaded: lengths in training)", ylabel=about["metric"])
     middle.set(xlabel="step of the optimiser", ylabel="training loss")
     right.set(xlabel="seconds, without compiling", ylabel="training loss")
+    for axes in (middle, right):
+        if any(np.any(np.asarray(line.get_ydata()) > 0) for line in axes.lines):
+            axes.set_yscale("log")
     _add_legend(figure, left)
     return _as_svg(figure)
 
@@ -55,6 +60,9 @@ def draw_costs(results: Results) -> str:
                 axes.plot(record["lengths"], values, marker="o", ms=3, **style)
         if axes.has_data():
             axes.set(xscale="log", yscale="log")
+            lengths = results.header["protocol"]["cost_lengths"]
+            axes.set_xticks(lengths, list(map(str, lengths)))
+            axes.set_xticks([], minor=True)
         axes.set(title=title, xlabel="T", ylabel=unit)
     _add_legend(figure, figure.axes[0])
     return _as_svg(figure)

@@ -50,7 +50,7 @@ class Task:
 
     **Arguments:**
 
-    - `name`: as it was asked for.
+    - `name`: without options.
     - `summary`: what has to be answered, in a sentence or two.
     - `source`: where the task comes from.
     - `differs`: how it differs from the source; empty if it does not.
