@@ -64,9 +64,22 @@ MAY_IMPORT = {
         "pararnn.solver",
         "pararnn._parameters",
     },
+    "pararnn.comparison": {
+        "pararnn.comparison",
+        "pararnn.training",
+        "pararnn.training.data",
+        "pararnn.models",
+        "pararnn.solver",
+        "pararnn._parameters",
+    },
 }
 # What a layer may import beside the dependencies of every installation.
-EXTRAS = {"pararnn.training": "train", "pararnn.training.data": "train"}
+EXTRAS = {
+    "pararnn.training": "train",
+    "pararnn.training.data": "train",
+    # The extra of the comparison is this and scikit-learn.
+    "pararnn.comparison": "train",
+}
 
 
 def layer_of(module: str) -> str:

@@ -1,0 +1,92 @@
+"""Which recurrence does a problem need? Layers on tasks, under one protocol.
+
+    python examples/compare_recurrences.py --layers lru,deltanet:neg,gru \
+        --tasks parity,s3,mqar --seeds 3 --budget small --out runs/comparison
+    python examples/compare_recurrences.py --list
+
+Every layer gets the same number of parameters, the same data and optimiser, and each of
+the same learning rates; seeds are trained side by side. Results go to results.jsonl in
+the folder as they come: run the same command again after an interruption, or with more
+layers, and only what is missing is run. Then report.html and report.md are written.
+"""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+from typing import Literal
+
+import tyro
+
+import pararnn
+from pararnn.comparison import BUDGETS, Protocol, compare, list_tasks, write_report
+
+# Options that replace those of the budget.
+REPLACED = ("seeds", "parameters", "depth", "steps", "batch", "learning_rates", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """A comparison."""
+
+    layers: str = "lru,deltanet,deltanet:neg,deltaproduct:nh=2,mamba,gru"
+    """Names, with options behind colons: `deltaproduct:nh=2:heads=2`, `lru:real`."""
+    tasks: str = "parity,s3,mqar"
+    """Names, with options behind colons: `s5:swaps`, `sum_modulo:modulus=5`."""
+    budget: Literal["small", "medium", "full"] = "small"
+    """How large and how long: what the options below are if not given."""
+    out: pathlib.Path = pathlib.Path("runs/comparison")
+    """Folder of the results and the report."""
+    seeds: int | None = None
+    """Independent runs."""
+    parameters: int | None = None
+    """Of a model."""
+    depth: int | None = None
+    """Blocks of a model."""
+    steps: int | None = None
+    """Of the optimiser."""
+    batch: int | None = None
+    """Sequences of a step."""
+    learning_rates: tuple[float, ...] | None = None
+    """All of them are tried."""
+    seed: int | None = None
+    """Of everything that is drawn."""
+    report_only: bool = False
+    """Write the report again, of what the folder has."""
+    list: bool = False
+    """List layers and tasks, and do nothing."""
+
+
+def make_protocol(arguments: Arguments) -> Protocol:
+    """That of the budget, with the options that were given."""
+    given = {name: getattr(arguments, name) for name in REPLACED}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(BUDGETS[arguments.budget], **given)
+
+
+def split(names: str) -> list[str]:
+    """The names between commas."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if arguments.list:
+        print(f"layers: {', '.join(pararnn.list_mixers())}")
+        print(f"tasks: {', '.join(list_tasks())}")
+        return 0
+    try:
+        if not arguments.report_only:
+            layers, tasks = split(arguments.layers), split(arguments.tasks)
+            protocol = make_protocol(arguments)
+            command = shlex.join(["python", *sys.argv])
+            compare(layers, tasks, arguments.out, protocol, command=command)
+        print(write_report(arguments.out))
+    except (ValueError, ImportError, OSError) as error:
+        print(f"compare_recurrences.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,16 @@
+"""Comparing recurrences; needs `pip install 'pararnn[compare]'`."""
+
+from ._compare import compare as compare
+from ._layers import expand_layer as expand_layer
+from ._protocol import BUDGETS as BUDGETS, Protocol as Protocol
+from ._records import read_records as read_records
+from ._report import write_report as write_report
+from .tasks import (
+    Example as Example,
+    Lengths as Lengths,
+    Metric as Metric,
+    Task as Task,
+    draw_batch as draw_batch,
+    list_tasks as list_tasks,
+    make_task as make_task,
+)

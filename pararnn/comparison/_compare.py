@@ -1,0 +1,199 @@
+"""The comparison: every layer on every task, with every learning rate."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ._costs import measure_costs
+from ._data import Data
+from ._evaluate import Evaluator
+from ._layers import expand_layer
+from ._machine import describe_machine
+from ._progress import Progress
+from ._protocol import Protocol
+from ._records import Record, Records
+from ._sizes import Size, fit_size
+from ._train import Trainer
+from .tasks import Task, make_task
+
+RESULTS_FILE = "results.jsonl"
+
+
+def compare(
+    layers: Sequence[str],
+    tasks: Sequence[str],
+    folder: str | os.PathLike[str],
+    protocol: Protocol = Protocol(),
+    *,
+    command: str = "",
+    visible: bool = True,
+) -> Path:
+    """Train every layer on every task, and write down how it went.
+
+    A line goes to `results.jsonl` in the folder after every layer, task and learning
+    rate; what the file has from an earlier call, under the same protocol, on the same
+    kind of device and version of JAX, is not run again. The same seed gives the same
+    scores. A layer that diverges, or whose solver gives up, has a line that says so.
+
+    **Arguments:**
+
+    - `layers`: names with options, as for [`pararnn.comparison.expand_layer`][].
+    - `tasks`: names with options, as for [`pararnn.comparison.make_task`][].
+    - `folder`: made if it does not exist.
+    - `protocol`: what is the same for all of them.
+    - `command`: how this was called, for the report.
+    - `visible`: show a progress bar, and a line for each result.
+
+    **Returns:** the path of the results, for
+    [`pararnn.comparison.write_report`][].
+
+    **Raises:** `ValueError` on unknown layers, tasks or options, listing those that
+    exist, or a model that cannot be as small as the protocol asks, before anything is
+    trained; `OSError` if results cannot be written.
+    """
+    _check_given("layers", layers)
+    _check_given("tasks", tasks)
+    specs = {layer: expand_layer(layer) for layer in layers}
+    made = {task: make_task(task) for task in tasks}
+    sizes = {
+        (layer, task): fit_size(
+            made[task], specs[layer], protocol.depth, protocol.parameters
+        )
+        for task in made
+        for layer in specs
+    }
+    records = Records(Path(folder) / RESULTS_FILE)
+    records.append(_header(specs, made, protocol, command))
+    runs = len(specs) * (len(made) * len(protocol.learning_rates) + 1)
+    with Progress(runs, visible) as progress:
+        for layer, spec in specs.items():
+            _add_costs(records, layer, spec, sizes[layer, tasks[0]], protocol, progress)
+        for name, task in made.items():
+            data = Data(task, protocol)
+            for layer, spec in specs.items():
+                run = _Run(records, layer, spec, name, data, sizes[layer, name])
+                run.add_trainings(protocol, progress)
+    return records.path
+
+
+def _check_given(name: str, values: Sequence[str]) -> None:
+    if isinstance(values, str) or not values:
+        raise ValueError(
+            f"compare: `{name}` is {values!r}, expected a sequence of at least one "
+            'name, such as ["lru", "gru"].'
+        )
+    twice = sorted({value for value in values if list(values).count(value) > 1})
+    if twice:
+        raise ValueError(f"compare: `{name}` has {', '.join(twice)} more than once.")
+
+
+def _header(specs, tasks, protocol: Protocol, command: str) -> Record:
+    return {
+        "kind": "run",
+        "command": command,
+        "layers": list(specs),
+        "tasks": list(tasks),
+        "learning_rates": list(protocol.learning_rates),
+        "fingerprints": {name: protocol.fingerprint(t) for name, t in tasks.items()},
+        "cost_fingerprint": protocol.fingerprint(),
+        "protocol": vars(protocol),
+        "descriptions": {
+            name: _describe(task, protocol) for name, task in tasks.items()
+        },
+        "machine": describe_machine(),
+    }
+
+
+def _describe(task: Task, protocol: Protocol) -> dict[str, Any]:
+    lengths = protocol.lengths(task)
+    return {
+        "summary": task.summary,
+        "source": task.source,
+        "differs": task.differs,
+        "metric": task.metric.kind,
+        "higher_is_better": task.metric.higher_is_better,
+        "guessing": task.metric.guessing,
+        "train": list(lengths.train),
+        "test": list(lengths.test),
+        "published_lengths": lengths == task.lengths,
+    }
+
+
+def _add_costs(
+    records: Records, layer: str, spec: str, size: Size, protocol, progress
+) -> None:
+    what = f"{layer}: time and memory"
+    fields = {
+        "kind": "cost",
+        "layer": layer,
+        "d_model": size.d_model,
+        "fingerprint": protocol.fingerprint(),
+    }
+    if records.find(**fields):
+        progress.finish(f"{what}: there already")
+        return
+    progress.begin(what, 1)
+    try:
+        found = {"status": "finished", **measure_costs(spec, size.d_model, protocol)}
+    except RuntimeError as error:
+        found = {"status": "failed", "error": _first_line(error)}
+    records.append(fields | found)
+    progress.finish(what)
+
+
+class _Run:
+    """A layer on a task; compiled only if a result is missing."""
+
+    def __init__(self, records, layer: str, spec: str, name: str, data: Data, size):
+        self.records, self.layer, self.spec = records, layer, spec
+        self.name, self.data, self.size = name, data, size
+
+    def add_trainings(self, protocol: Protocol, progress: Progress) -> None:
+        """Train with the learning rates that are missing."""
+        programs = None
+        for rate in protocol.learning_rates:
+            what = f"{self.layer} on {self.name}, rate {rate:g}"
+            fields = {
+                "kind": "training",
+                "layer": self.layer,
+                "task": self.name,
+                "learning_rate": rate,
+                "fingerprint": protocol.fingerprint(self.data.task),
+            }
+            if self.records.find(**fields):
+                progress.finish(f"{what}: there already")
+                continue
+            if programs is None:
+                trainer = Trainer(self.data, self.spec, self.size)
+                programs = trainer, Evaluator(self.data)
+            progress.begin(what, protocol.steps)
+            found = self._train(*programs, rate, what, progress)
+            self.records.append(fields | found)
+            progress.finish(f"{what}: {_outcome(found)}")
+
+    def _train(self, trainer, evaluator, rate: float, what, progress) -> Record:
+        record: Record = {"spec": self.spec, **self.size._asdict()}
+        try:
+            training = trainer.run(
+                rate, lambda step, loss: progress.show_step(what, step, loss)
+            )
+            evaluation = evaluator.run(training.models, training.diverged)
+        except RuntimeError as error:
+            # A solver refuses states that are not finite, for all seeds at once.
+            return record | {"status": "failed", "error": _first_line(error)}
+        curves = training._asdict()
+        del curves["models"]
+        return record | {"status": "finished", **curves, **evaluation._asdict()}
+
+
+def _outcome(record: Record) -> str:
+    if record["status"] == "failed":
+        return f"failed, {record['error']}"
+    scores = ["-" if s is None else f"{s:.3f}" for s in record["score"]]
+    return f"scores {' '.join(scores)} in {record['seconds'][-1]:.0f} s"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,94 @@
+"""What all layers are trained and tested on, drawn once for a task."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, Int
+
+from ._once import run_once
+from ._protocol import Protocol
+from ._seeds import key_of
+from .tasks import Example, Task, draw_batch
+
+
+class Data:
+    """The examples of a task; a seed has its own, and every layer the same.
+
+    Drawing is a program of its own, so that it is compiled once for all layers.
+    """
+
+    def __init__(self, task: Task, protocol: Protocol):
+        self.task, self.protocol = task, protocol
+        self.lengths = protocol.lengths(task)
+        self._draw = eqx.filter_jit(_draw)
+        keys = key_of(protocol.seed, task.name, "train")
+        self._keys = jr.split(keys, protocol.seeds)
+
+    def training(self, start: int, count: int) -> Example:
+        """The batches of `count` steps from `start` on, `[seeds, count, batch, T]`."""
+        steps = jnp.arange(start, start + count, dtype=jnp.uint32)
+        keys = jax.vmap(lambda k: jax.vmap(lambda n: jr.fold_in(k, n))(steps))(
+            self._keys
+        )
+        limits, size = _limits(self.lengths.train), self.lengths.train[1]
+        return self._draw(self.task.train, keys, limits, self.protocol.batch, size)
+
+    @functools.cached_property
+    def watched(self) -> Example:
+        """A batch as in training, `[batch, T]`."""
+        key = key_of(self.protocol.seed, self.task.name, "watched")
+        return self._batches(self.task.train, key, self.lengths.train)
+
+    @functools.cached_property
+    def validation(self) -> Example:
+        """Batches of the lengths of training, `[n, batch, T]`."""
+        sampler = self.task.validation or self.task.train
+        return self._several(sampler, "validation", self.lengths.train)
+
+    @functools.cached_property
+    def tests(self) -> tuple[Example, ...]:
+        """For each length of the test batches `[n, batch, T]`; only for the greatest if
+        every prefix is an instance of the task."""
+        sampler, lengths = self.task.test or self.task.train, self.lengths.test
+        if not self.task.scored_alone():
+            lengths = lengths[-1:]
+        drawn = [self._several(sampler, f"test {n}", (n, n)) for n in lengths]
+        if self.task.scored == "last":
+            drawn = [d._replace(mask=_only_last(d.mask)) for d in drawn]
+        return tuple(drawn)
+
+    def _several(self, sampler, purpose: str, lengths: tuple[int, int]) -> Example:
+        count = -(-self.protocol.test_sequences // self.protocol.batch)
+        key = key_of(self.protocol.seed, self.task.name, purpose)
+        return self._batches(sampler, jr.split(key, count), lengths)
+
+    def _batches(self, sampler, keys, lengths: tuple[int, int]) -> Example:
+        inputs = sampler, keys, _limits(lengths)
+        return run_once(_draw, *inputs, self.protocol.batch, lengths[1])
+
+
+def _limits(lengths: tuple[int, int]) -> Int[Array, "2"]:
+    return jnp.asarray([lengths[0], lengths[1] + 1], jnp.int32)
+
+
+def _draw(sampler, keys, limits, batch: int, size: int) -> Example:
+    """A batch for each key, behind the axes of the keys."""
+
+    def one(key):
+        lengths, examples = jr.split(key)
+        each = jr.randint(lengths, (batch,), limits[0], limits[1], jnp.int32)
+        return draw_batch(sampler, examples, batch, size, each)
+
+    draw = one
+    for _ in range(keys.ndim):
+        draw = jax.vmap(draw)
+    return draw(keys)
+
+
+def _only_last(mask: Bool[Array, "*batch T"]) -> Bool[Array, "*batch T"]:
+    """Of every sequence only the last step that is asked for."""
+    behind = jnp.cumsum(mask[..., ::-1].astype(jnp.int32), -1)[..., ::-1]
+    return mask & (behind == 1)

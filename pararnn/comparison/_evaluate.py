@@ -1,0 +1,127 @@
+"""Scores of trained models, by length."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from ._data import Data
+from ._seeds import over_seeds
+from .tasks import Example, Metric
+
+# Points of a curve over lengths.
+BINS = 64
+
+Scores = list[float | None]
+
+
+class Evaluation(NamedTuple):
+    """Scores of every seed; `None` where a seed diverged or nothing was asked.
+
+    **Attributes:** `validation`, mean losses at the lengths of training; `score`, over
+    the lengths beyond training (the last length, if there is none); `lengths` and
+    `by_length`, those of the test, and `[lengths][seeds]`; `curve_lengths` and `curve`,
+    finer, where every prefix of a sequence is an instance of the task.
+    """
+
+    validation: Scores
+    score: Scores
+    lengths: list[int]
+    by_length: list[Scores]
+    curve_lengths: list[float]
+    curve: list[Scores]
+
+
+class _Sums(NamedTuple):
+    """Over sequences, for every step: of `Metric.values`, of losses, and answers."""
+
+    values: Float[np.ndarray, "seeds size"]
+    losses: Float[np.ndarray, "seeds size"]
+    answers: Float[np.ndarray, " size"]
+
+
+class Evaluator:
+    """Compiled once for a layer and a task."""
+
+    def __init__(self, data: Data):
+        self.data, self.metric = data, data.task.metric
+        self._sum = eqx.filter_jit(_sum)
+
+    def run(self, models: PyTree, diverged: list[int | None]) -> Evaluation:
+        """The scores of models whose arrays are stacked over the seeds."""
+        lost = np.array([step is not None for step in diverged])
+        sums = self._collect(models, self.data.validation)
+        validation = sums.losses.sum(1) / max(sums.answers.sum(), 1)
+        tests = [self._collect(models, test) for test in self.data.tests]
+        find = self._alone if self.data.task.scored_alone() else self._prefixes
+        score, by_length, curve_lengths, curve = find(tests)
+        return Evaluation(
+            _known(validation, lost),
+            _known(score, lost),
+            list(self.data.lengths.test),
+            [_known(row, lost) for row in by_length],
+            curve_lengths,
+            [_known(row, lost) for row in curve],
+        )
+
+    def _alone(self, tests: list[_Sums]):
+        """Of sequences for every length; the score is the mean of the longer ones."""
+        lengths = self.data.lengths.test
+        rows = [self._score(sums, slice(None)) for sums in tests]
+        beyond = [
+            row for n, row in zip(lengths, rows, strict=True) if self._is_beyond(n)
+        ]
+        return np.mean(beyond or rows[-1:], 0), rows, [float(n) for n in lengths], rows
+
+    def _prefixes(self, tests: list[_Sums]):
+        """Of sequences of the greatest length, whose prefixes have all lengths."""
+        lengths, (sums,) = self.data.lengths, tests
+        size, edges = lengths.test[-1], [0, *lengths.test]
+        rows = [self._score(sums, slice(*pair)) for pair in itertools.pairwise(edges)]
+        first = lengths.train[1] if self._is_beyond(size) else edges[-2]
+        parts = np.array_split(np.arange(size), min(BINS, size))
+        curve = [self._score(sums, slice(p[0], p[-1] + 1)) for p in parts]
+        middles = [float(np.mean(p) + 1) for p in parts]
+        return self._score(sums, slice(first, None)), rows, middles, curve
+
+    def _is_beyond(self, length: int) -> bool:
+        return length > self.data.lengths.train[1]
+
+    def _score(self, sums: _Sums, where: slice) -> Float[np.ndarray, " seeds"]:
+        answers = sums.answers[where].sum()
+        if not answers:
+            return np.full(len(sums.values), np.nan)
+        means = sums.values[:, where].sum(1) / answers
+        return np.array([self.metric.score(float(mean)) for mean in means])
+
+    def _collect(self, models: PyTree, batches: Example) -> _Sums:
+        values, losses = self._sum(models, self.metric, batches)
+        answers = np.asarray(batches.mask).sum((0, 1))
+        return _Sums(*(np.asarray(a, np.float64) for a in (values, losses, answers)))
+
+
+def _sum(models: PyTree, metric: Metric, batches: Example) -> tuple[Array, Array]:
+    """Over all sequences, `[seeds, T]`: values and losses."""
+
+    def of_seed(model):
+        def of_batch(batch):
+            inputs, targets, mask = batch
+            outputs, _ = jax.vmap(model)(inputs)
+            found = metric.values(outputs, targets), metric.losses(outputs, targets)
+            return tuple(jnp.sum(jnp.where(mask, f, 0), 0) for f in found)
+
+        return tuple(jnp.sum(f, 0) for f in lax.map(of_batch, batches))
+
+    # One seed after the other: a test is a small part of the time, and its long
+    # sequences would need the memory of all seeds at once.
+    return over_seeds(of_seed, models, False)
+
+
+def _known(values: Any, lost: np.ndarray) -> Scores:
+    values = np.where(lost, np.nan, np.asarray(values, np.float64))
+    return [v if np.isfinite(v) else None for v in values.tolist()]

@@ -1,0 +1,156 @@
+"""The report of a comparison: a page of HTML, and Markdown."""
+
+import json
+import os
+from pathlib import Path
+
+from . import _figures as figures, _tables as tables
+from ._compare import RESULTS_FILE
+from ._document import Code, Heading, Part, Picture, Text, to_html, to_markdown
+from ._published import compare_with_published
+from ._results import Results, load_results
+from ._train import NEWTON_LIMIT
+
+PICTURES = "figures"
+
+
+def write_report(folder: str | os.PathLike[str]) -> Path:
+    """Write what the last call of `compare` in a folder found.
+
+    **Arguments:** `folder`, that of [`pararnn.comparison.compare`][]. A comparison that
+    was interrupted is reported as far as it came.
+
+    **Returns:** the path of `report.html`, which needs no other file; `report.md` and
+    its pictures in `figures/` are beside it. The same results make the same files.
+
+    **Raises:** `ValueError` if the folder has no results, or a line is broken.
+    """
+    folder = Path(folder)
+    parts = _parts(load_results(folder / RESULTS_FILE))
+    pictures = folder / PICTURES
+    pictures.mkdir(exist_ok=True)
+    for part in parts:
+        if isinstance(part, Picture):
+            (pictures / f"{part.name}.svg").write_text(part.svg, "utf-8")
+    (folder / "report.md").write_text(to_markdown(parts, PICTURES), "utf-8")
+    page = folder / "report.html"
+    page.write_text(to_html(parts), "utf-8")
+    return page
+
+
+def _parts(results: Results) -> list[Part]:
+    return [
+        Heading("Recurrences compared", 1),
+        *_scores(results),
+        *(part for task in results.tasks for part in _task(results, task)),
+        *_costs(results),
+        *_newton(results),
+        *_published(results),
+        *_conditions(results),
+    ]
+
+
+def _scores(results: Results) -> list[Part]:
+    return [
+        Text(
+            "Median over the seeds, the best seed in brackets, at lengths beyond those "
+            "of training where the task has such. Scaled accuracy is zero for guessing "
+            "and one for never wrong. The learning rate is the one whose loss in "
+            "validation, at the lengths of training, has the lowest median. A seed "
+            "that diverged counts as guessing."
+        ),
+        tables.overview(results),
+    ]
+
+
+def _task(results: Results, task: str) -> list[Part]:
+    about = results.describe(task)
+    low, high = about["train"]
+    lengths = f"{low}" if low == high else f"{low} to {high}"
+    trained = f"Trained on lengths {lengths}, tested on {_listed(about['test'])}. "
+    if not about["published_lengths"]:
+        trained += "These lengths are shorter than the source's. "
+    differs = f" Different from it: {about['differs']}" if about["differs"] else ""
+    return [
+        Heading(task),
+        Text(
+            f"{about['summary']} {trained}Score: {about['metric']}, "
+            f"{tables.number(about['guessing'])} for guessing. Source: "
+            f"{about['source']}.{differs}"
+        ),
+        tables.by_length(results, task),
+        Picture(
+            "".join(c if c.isalnum() else "-" for c in task),
+            figures.draw_task(results, task),
+            f"{task}: score against length, loss against steps and seconds",
+        ),
+    ]
+
+
+def _costs(results: Results) -> list[Part]:
+    batch = results.header["protocol"]["cost_batch"]
+    return [
+        Heading("Time and memory against length"),
+        Text(
+            f"The layer alone, without norm and MLP, on {batch} sequences: the least "
+            "of several calls, and what the compiled program allocates beside its "
+            "arguments. The gradient is that of the parameters."
+        ),
+        Picture("costs", figures.draw_costs(results), "time and memory against length"),
+        tables.costs(results),
+    ]
+
+
+def _newton(results: Results) -> list[Part]:
+    drawing = figures.draw_newton(results)
+    if drawing is None:
+        return []
+    return [
+        Heading("Newton's steps over training"),
+        Text(
+            "How many steps Newton's method needs, with every step of time a segment "
+            f"of its own, on a batch of training; {NEWTON_LIMIT} stands for that many "
+            "or more. Training itself leaves the choice of a solver to the library."
+        ),
+        Picture("newton", drawing, "Newton's steps over training"),
+    ]
+
+
+def _published(results: Results) -> list[Part]:
+    table = compare_with_published(results)
+    if not table.rows:
+        return []
+    return [
+        Heading("Beside published numbers"),
+        Text(
+            "The published models differ from ours in size and in training, which is "
+            "written below; so may their scores."
+        ),
+        table,
+    ]
+
+
+def _conditions(results: Results) -> list[Part]:
+    header = results.header
+    return [
+        Heading("Protocol"),
+        Text(
+            "AdamW behind clipping, a linear warm-up, then a cosine to a tenth; the "
+            "same data, in the same order, for every layer. Blocks are a layer and a "
+            "gated MLP, each behind a norm. The width is the greatest at which the "
+            "model, with MLPs of twice the width, stays within the parameters; the "
+            "MLPs take up the rest."
+        ),
+        Code(json.dumps(header["protocol"], indent=1)),
+        Heading("Sizes", 3),
+        tables.sizes(results),
+        Heading("All runs", 3),
+        tables.sweep(results),
+        Heading("Command and machine"),
+        Code(header["command"] or "called from Python"),
+        Code(json.dumps(header["machine"], indent=1)),
+    ]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

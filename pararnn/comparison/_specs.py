@@ -1,0 +1,44 @@
+"""Names with options, as they are written on a command line."""
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+
+def parse_spec(
+    where: str,
+    spec: str,
+    flags: Mapping[str, tuple[str, Any]],
+    short: Mapping[str, str],
+) -> tuple[str, dict[str, Any]]:
+    """`"name:option=value:flag"` as a name and its options.
+
+    **Arguments:** `where`, the caller's name for errors; `flags`, what a part without a
+    value stands for; `short`, short names of options and the long ones.
+
+    **Raises:** `ValueError` on a part that is neither, listing the flags.
+    """
+    name, *parts = spec.split(":")
+    options = {}
+    for part in parts:
+        option, equals, text = part.partition("=")
+        if not equals and option in flags:
+            option, value = flags[option]
+        elif option.isidentifier() and equals and text:
+            option, value = short.get(option, option), _read(text)
+        else:
+            raise ValueError(
+                f"{where}: {part!r} in {spec!r} is neither of the form option=value "
+                f"nor one of {', '.join(flags)}."
+            )
+        if option in options:
+            raise ValueError(f"{where}: {option!r} is given twice in {spec!r}.")
+        options[option] = value
+    return name, options
+
+
+def _read(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

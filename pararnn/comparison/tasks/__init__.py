@@ -1,0 +1,12 @@
+"""Problems that tell recurrences apart, generated or from real bytes and images."""
+
+from ._metric import Metric as Metric
+from ._registry import list_tasks as list_tasks, make_task as make_task
+from ._task import (
+    Example as Example,
+    Lengths as Lengths,
+    Sampler as Sampler,
+    Scored as Scored,
+    Task as Task,
+    draw_batch as draw_batch,
+)

@@ -1,0 +1,137 @@
+"""Arithmetic modulo a number, without and with brackets."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+
+from ..._parameters import check_size
+from ._counting import CHOMSKY, FORMAL
+from ._draw import within
+from ._metric import Metric
+from ._task import Example, Sampler, Task
+
+# Tokens are the digits, and these behind them.
+SYMBOLS = "+-*()"
+PLUS, MINUS, _, OPEN, CLOSE = range(len(SYMBOLS))
+
+# How often a bracket opens, or closes, where both that and something else may stand.
+BRACKET = 0.3
+
+
+def _write(modulus: int, brackets: bool, key, size: int, length):
+    """The tokens of an expression of `length`, an odd number of tokens.
+
+    From left to right; a bracket opens only if what is left suffices to close it. With
+    d brackets open, an operand needs d + 1 tokens at least up to the end, and every
+    choice leaves a number of tokens that is d, or d + 1, and a multiple of 2.
+    """
+
+    def write(carry, inputs):
+        operand, depth = carry
+        step, digit, operator, chance = inputs
+        left = length - step
+        may_open = operand & (left >= depth + 3) & brackets
+        may_close = ~operand & (depth > 0)
+        must_close = ~operand & (left <= depth)
+        opens = may_open & (chance < BRACKET)
+        closes = (may_close & (chance < BRACKET)) | must_close
+        token = jnp.where(operand, digit, modulus + operator)
+        token = jnp.where(opens, modulus + OPEN, token)
+        token = jnp.where(closes, modulus + CLOSE, token)
+        depth = depth + opens.astype(jnp.int32) - closes.astype(jnp.int32)
+        # After a digit or a closed bracket comes an operator, else an operand.
+        return (jnp.where(operand, opens, ~closes), depth), token
+
+    digits, operators, chances = jr.split(key, 3)
+    inputs = (
+        jnp.arange(size, dtype=jnp.int32),
+        jr.randint(digits, (size,), 0, modulus, jnp.int32),
+        jr.randint(operators, (size,), 0, 3, jnp.int32),
+        jr.uniform(chances, (size,), jnp.float32),
+    )
+    start = (jnp.asarray(True), jnp.zeros((), jnp.int32))
+    return lax.scan(write, start, inputs)[1]
+
+
+def _evaluate(modulus: int, tokens, depths: int):
+    """The value after every token, and whether the expression is complete there.
+
+    A bracket's value is `total + term` of what is inside: `term` is the product that
+    is being read, with its sign, and `total` the sum of those before it.
+    """
+
+    def read(carry, token):
+        total, term, depth = carry
+        symbol = token - modulus
+        inner = (total[depth] + term[depth]) % modulus
+        opens, closes = symbol == OPEN, symbol == CLOSE
+        adds = (symbol == PLUS) | (symbol == MINUS)
+        is_value = (symbol < 0) | closes
+        value = jnp.where(closes, inner, token)
+        depth = depth + opens.astype(jnp.int32) - closes.astype(jnp.int32)
+        sign = jnp.where(symbol == MINUS, -1, 1)
+        new_total = jnp.where(adds, inner, jnp.where(opens, 0, total[depth]))
+        new_term = jnp.where(adds, sign, jnp.where(opens, 1, term[depth]))
+        new_term = jnp.where(is_value, new_term * value % modulus, new_term)
+        total, term = total.at[depth].set(new_total), term.at[depth].set(new_term)
+        value = (new_total + new_term) % modulus
+        return (total, term, depth), (value, is_value & (depth == 0))
+
+    zeros = jnp.zeros(depths, jnp.int32)
+    start = (zeros, zeros.at[0].set(1), jnp.zeros((), jnp.int32))
+    return lax.scan(read, start, tokens)[1]
+
+
+def _expressions(modulus: int, brackets: bool) -> Sampler:
+    def sample(key: jax.Array, size, length):
+        length = length.astype(jnp.int32)
+        length = length - (1 - length % 2)
+        tokens = _write(modulus, brackets, key, size, length)
+        inside = within(size, length)
+        # Behind the end the rules may close more than was opened.
+        tokens = jnp.where(inside, tokens, 0)
+        values, complete = _evaluate(modulus, tokens, size // 2 + 1)
+        return Example(tokens, values, complete & inside)
+
+    return sample
+
+
+def _task(name: str, modulus, brackets: bool, summary: str, differs: str) -> Task:
+    modulus = check_size(name, "modulus", modulus, 2)
+    return Task(
+        name=name,
+        summary=f"The value modulo {modulus} of {summary}.",
+        source=CHOMSKY,
+        differs=f"{differs} Expressions have an odd number of tokens: even lengths are "
+        "one less.",
+        vocabulary=modulus + len(SYMBOLS) - (0 if brackets else 2),
+        outputs=modulus,
+        metric=Metric("scaled accuracy", 1 / modulus),
+        lengths=FORMAL,
+        scored="last" if brackets else "prefixes",
+        train=_expressions(modulus, brackets),
+    )
+
+
+def modular_arithmetic(*, modulus: int = 5) -> Task:
+    """The value of digits with +, - and * between them; products come first."""
+    return _task(
+        "modular_arithmetic",
+        modulus,
+        False,
+        "an expression of digits, +, - and *; products come first",
+        "The value is asked for after every digit.",
+    )
+
+
+def modular_arithmetic_brackets(*, modulus: int = 5) -> Task:
+    """As `modular_arithmetic`, with brackets, which no finite state suffices for."""
+    return _task(
+        "modular_arithmetic_brackets",
+        modulus,
+        True,
+        "an expression of digits, +, -, * and brackets",
+        "In training the value is asked for wherever the expression could end; the "
+        "test counts the end only. There is no sign in front of a number.",
+    )
