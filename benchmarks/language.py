@@ -33,7 +33,8 @@ TABLES = {
     "language": "Two blocks of width 192 (mixer and MLP, byte tokens), windows of 4096 "
     "bytes of the standard library's source, 2 a step, float32, seed 0. Bits per byte: "
     "of the last checkpoint on all validation documents. Newton steps: the most over "
-    "all solves of all training steps. Minutes: of the training loop.",
+    "all solves of all training steps. Minutes: of the training loop, beside other "
+    "programs.",
     "n-grams": "What counting achieves on the same windows: interpolated n-grams "
     "(Witten-Bell) of the training documents, with so many bytes of context; two bytes "
     "are an n-gram of order 3.",
@@ -152,23 +153,24 @@ def _time_steps(run: Run, count: int) -> list[float]:
 
 
 def draw(folders: list[Path], path: Path) -> None:
-    """Validation curves of runs, in bits per byte, over bytes and over minutes."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for folder in folders:
+    """Validation curves of runs, in bits per byte."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for folder in filter(Path.exists, folders):
         lines = read_metrics(folder)
-        seconds = {line["step"]: line["seconds"] for line in lines if "loss" in line}
         checks = [line for line in lines if "validation_bits_per_byte" in line]
-        scores = [line["validation_bits_per_byte"] for line in checks]
-        steps = [line["step"] for line in checks]
         label = folder.name.rpartition("-")[0].replace("-", ", ")
+        # The loop's curve lies on that of Newton's method.
         style = "--" if label.endswith("loop") else "-"
-        left.plot(steps, scores, style, marker=".", label=label)
-        right.plot([seconds[s] / 60 for s in steps], scores, style, marker=".")
-    left.set_xlabel("optimiser steps")
-    right.set_xlabel("minutes of training")
-    left.set_ylabel("bits per byte, validation")
-    left.legend(frameon=False)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.plot(
+            [line["step"] for line in checks],
+            [line["validation_bits_per_byte"] for line in checks],
+            style,
+            marker=".",
+            label=label,
+        )
+    axis.set_xlabel("optimiser steps")
+    axis.set_ylabel("bits per byte, validation")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -78,6 +78,8 @@ def measure(fsdp: int, shares: int, depth: int) -> dict[str, float]:
         jitted = jax.jit(run, donate_argnums=0)
         compiled = jitted.lower(dynamic, _batch(placement, fsdp)).compile()
     memory = compiled.memory_analysis()
+    if memory is None:
+        raise RuntimeError("This platform does not report the memory of a program.")
     exchanged = pararnn.communication(compiled)
     sizes = {f"{kind}, GB": value.bytes / 1e9 for kind, value in exchanged.items()}
     arrays = eqx.filter(shapes.model, _is_shape)

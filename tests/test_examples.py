@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from benchmarks import interruptions
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
@@ -50,3 +52,54 @@ def test_train_neural_ode(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Newton steps" in done.stdout and figure.stat().st_size > 10_000
+
+
+TINY = (
+    *("--model.d-model", "16", "--model.d-hidden", "16", "--model.depth", "1"),
+    *("--data.length", "32", "--data.batch", "2", "--data.validation-batches", "2"),
+    *("--optimiser.warmup", "1", "--steps", "4"),
+    *("--validate-every", "2", "--checkpoint-every", "2"),
+)
+
+
+def run_example(name, *arguments, **options):
+    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_and_speaks(tmp_path):
+    folder = tmp_path / "run"
+    trained = run_example("train_lm.py", "--out", folder, *TINY)
+    assert trained.returncode == 0, trained.stderr
+    assert "bits/byte in validation" in trained.stdout
+    again = run_example("train_lm.py", "--out", folder, *TINY)
+    assert again.returncode == 1 and "holds a run already" in again.stderr
+    told = run_example("sample_lm.py", folder, "--prompt", "def ", "--tokens", 5)
+    assert told.returncode == 0 and told.stdout.startswith("def "), told.stderr
+    missing = run_example("sample_lm.py", tmp_path)
+    assert missing.returncode == 1 and "holds no run" in missing.stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said(tmp_path):
+    resource = pytest.importorskip("resource")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    folder = tmp_path / "run"
+    ended = run_example("train_lm.py", "--out", folder, *TINY, preexec_fn=limit)
+    assert ended.returncode == 1
+    assert "Likely cause: the disk is full" in ended.stderr
+    assert "There is no checkpoint yet." in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit():
+    found = interruptions.measure(kills=2)
+    assert found["broken"] == found["lines that differ"] == 0
+    # A checkpoint every 5 steps, each written while the next steps are taken.
+    assert found["most lost"] <= 10

@@ -1,5 +1,6 @@
 """Checkpoints: the training state, the position in the data, and nothing that runs."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,17 @@ class Checkpoints:
         **Arguments:** `state`, any pytree; `data`, the position in the data, as JSON;
         `bits_per_byte`, of a validation at this step, if there was one.
 
-        **Raises:** `OSError` or `ValueError` if this or an earlier one cannot be
-        written.
+        **Raises:** `OSError` if this or an earlier one cannot be written.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_by_place(state)),  # pyright: ignore[reportCallIssue]
-                data=ocp.args.JsonSave(data),  # pyright: ignore[reportCallIssue]
-            ),
-            metrics={} if bits_per_byte is None else {METRIC: bits_per_byte},
-        )
+        with _writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_by_place(state)),  # pyright: ignore[reportCallIssue]
+                    data=ocp.args.JsonSave(data),  # pyright: ignore[reportCallIssue]
+                ),
+                metrics={} if bits_per_byte is None else {METRIC: bits_per_byte},
+            )
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, Any]:
         """The state and the position in the data of a checkpoint.
@@ -123,13 +124,27 @@ class Checkpoints:
         return dict(getattr(tree, "tree", tree))
 
     def wait(self) -> None:
-        """Until everything is written. **Raises:** what the writing raised."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Until everything is written. **Raises:** `OSError` if it cannot be."""
+        with _writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Wait, and let go of the folder."""
-        self._manager.close()
+        """Wait, and let go of the folder. **Raises:** as `wait`."""
+        with _writing():
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _writing():
+    """One kind of error for a file system that refuses, of Python's and tensorstore's.
+
+    The latter are `ValueError`s, some of them raised again by the next call.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise OSError(f"a checkpoint could not be written: {error}") from error
 
 
 def _has_shape(leaf: Any) -> bool:

@@ -1,5 +1,6 @@
 """A run while it is in memory: the loop."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -202,7 +203,9 @@ class Run:
         """Let go of the files."""
         if self.log is not None:
             self.log.close()
-        self.checkpoints.close()
+        # What could not be written has been said by `wait`, or is being said.
+        with contextlib.suppress(OSError):
+            self.checkpoints.close()
 
 
 def _seconds_of(lines: list[dict[str, Any]]) -> float:
