@@ -193,7 +193,7 @@ def format_value(column: str, value: Any) -> str:
         return str(value)
     if "error" in column:
         return f"{value:.1e}"
-    if "ratio" in column or "exponent" in column:
+    if any(word in column for word in ("ratio", "exponent", "bits per byte")):
         return f"{value:.3f}"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 

@@ -46,5 +46,5 @@ def bits_per_byte(
     """The mean over the scored tokens of batches of `packed`."""
     # Fetched at the end, so that each batch is read while the one before is computed.
     sums = [validate(model, batch) for batch in batches]
-    losses, counts = zip(*sums, strict=True)
-    return float(np.sum(losses) / np.sum(counts)) * bits_per_nat(packed)
+    losses, counts = np.asarray(sums, np.float64).sum(0)
+    return float(losses / counts) * bits_per_nat(packed)
