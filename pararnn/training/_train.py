@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import equinox as eqx
+import jax
+
 from ._config import Config, differences
 from ._interrupts import Interrupts
 from ._run import CONFIG, Outcome, Run, TrainingFailed
@@ -42,6 +45,13 @@ def train(
                 f"train: cannot write to {folder}: {error}. Likely cause: the disk is "
                 f"full or a quota is reached. {run.last_good()} Make room, and call "
                 "again with `resume`."
+            ) from error
+        except (jax.errors.JaxRuntimeError, eqx.EquinoxRuntimeError) as error:
+            raise TrainingFailed(
+                f"train: a step after step {run.step - 1} failed: {error}\n"
+                f"{run.last_good()} Likely causes: (a) the parameters are no longer "
+                "finite: lower `optimiser.learning_rate`; (b) memory: lower "
+                "`data.batch` and accumulate, or set `model.rematerialise`."
             ) from error
         finally:
             run.close()
