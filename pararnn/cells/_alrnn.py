@@ -51,7 +51,7 @@ class ALRNNCell(AbstractCell):
         d_input: int,
         d_state: int | None = None,
         *,
-        rectified: int,
+        rectified: int | None = None,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -60,8 +60,9 @@ class ALRNNCell(AbstractCell):
         - `d_input`: size of the input; 0 for a system without inputs.
         - `d_state`: size of the state; `d_input` if not given.
         - `rectified`: how many units, the last ones, are rectified: 0 (a linear
-            recurrence) to `d_state` (the [`pararnn.PLRNNCell`][]). The paper takes 2
-            of 20 for the Lorenz attractor.
+            recurrence) to `d_state` (the [`pararnn.PLRNNCell`][]). A tenth of the
+            units, at least one, if not given: the paper takes 2 of 20 for the Lorenz
+            attractor.
         - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
             parameters have a float32 state.
         - `key`: a key of `jax.random`. The parameters are drawn as those of
@@ -74,6 +75,8 @@ class ALRNNCell(AbstractCell):
         self.d_input, self.d_state = check_autonomous_sizes(
             "ALRNNCell", d_input, d_state
         )
+        if rectified is None:
+            rectified = max(1, self.d_state // 10)
         self.rectified = check_size("ALRNNCell", "rectified", rectified, least=0)
         if self.rectified > self.d_state:
             raise ValueError(
