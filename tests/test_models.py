@@ -136,7 +136,7 @@ def test_mixed_precision(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
     # Activations have eight bits: some parts in a hundred after a few layers.
     error = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
-    assert 1e-4 < error < 0.05
+    assert 1e-4 < error < 0.1
 
 
 def test_depth_does_not_lengthen_the_program():
