@@ -62,6 +62,12 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
+    def on_disk(self) -> int | None:
+        """The newest checkpoint that is written to its end: `latest` counts one that
+        is still being written, and may fail."""
+        names = [path.name for path in self.folder.iterdir()]
+        return max((int(name) for name in names if name.isdigit()), default=None)
+
     def best(self) -> int | None:
         """The step of the checkpoint that validated best; `None` if none did."""
         step = self._manager.best_step()

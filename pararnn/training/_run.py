@@ -99,7 +99,7 @@ class Run:
 
     def last_good(self) -> str:
         """Where to go on from, as a sentence."""
-        step = self.checkpoints.latest()
+        step = self.checkpoints.on_disk()
         if step is None:
             return "There is no checkpoint yet."
         return f"The last good checkpoint is {self.checkpoints.path(step)}."
