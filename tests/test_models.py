@@ -150,10 +150,10 @@ def test_depth_does_not_lengthen_the_program():
 @pytest.mark.parametrize("token", [-1, VOCAB])
 def test_an_unknown_token_is_not_taken_for_another(token):
     tokens = some_tokens().at[4].set(token)
-    logits, _ = run(make("mamba2"), tokens)
+    logits, _ = whole(make("mamba2"), tokens)
     assert np.all(np.isfinite(logits[:4])) and np.all(np.isnan(logits[4:]))
     with pytest.raises(Exception, match="so do the inputs"):
-        run(make("paragru"), tokens)
+        whole(make("paragru"), tokens)
 
 
 @pytest.mark.parametrize("name", pararnn.list_mixers())
