@@ -57,18 +57,18 @@ def report(batch: Batch, stats, states, arguments, shape) -> Report:
         first = _first_nonfinite(states, shape)
         parameters, inputs, h0 = arguments
         # Loops over time here and below: beside the states, nothing grows with T.
-        shards = time_shards(steps)
-        inputs = jtu.tree_map(lambda x: split_time(x, shards), inputs)
-        over = batch.segmented(parameters, inputs)
-        starts = jtu.tree_map(lambda h: jnp.broadcast_to(h, (shards, *h.shape)), h0)
+        devices, inputs = _stretches(steps, inputs)
+        over = batch.segmented(parameters, inputs) if devices else batch
+        starts = jtu.tree_map(lambda h: jnp.broadcast_to(h, (*devices, *h.shape)), h0)
 
         def are_finite(good, x):
             found = over.lift(_which_are_finite)(parameters, starts, x)
             return tuple(map(jnp.logical_and, good, found)), None
 
-        both = (jnp.ones((shards, *shape), bool),) * 2
+        both = (jnp.ones((*devices, *shape), bool),) * 2
         good, _ = lax.scan(are_finite, both, inputs)
-        good_parameters, good_inputs = (jnp.all(g, axis=0) for g in good)
+        axes = range(len(devices))
+        good_parameters, good_inputs = (jnp.all(g, axis=tuple(axes)) for g in good)
         cause = jnp.where(good_parameters, 4, 3)
         cause = jnp.where(good_inputs, cause, 2).astype(jnp.int32)
         return jnp.where(first < steps, cause, code), first
@@ -140,18 +140,29 @@ def _is_finite(tree) -> Array:
 
 def _first_nonfinite(states, shape) -> Array:
     steps = states[0].shape[0]
-    shards = time_shards(steps)
+    times = jnp.arange(steps, dtype=jnp.int32)
+    devices, parts = _stretches(steps, (times, states))
+    own = len(devices) + len(shape)
 
     def look(first, at_t):
         t, leaves = at_t
-        bad = jnp.zeros((shards, *shape), bool)
+        bad = jnp.zeros((*devices, *shape), bool)
         for leaf in leaves:
-            behind = tuple(range(1 + len(shape), leaf.ndim))
-            bad = bad | jnp.any(~jnp.isfinite(leaf), behind)
-        t = t.reshape(-1, *(1,) * len(shape))
+            bad = bad | jnp.any(~jnp.isfinite(leaf), tuple(range(own, leaf.ndim)))
+        t = t.reshape(*devices, *(1,) * len(shape))
         return jnp.where(bad, jnp.minimum(first, t), first), None
 
-    times = jnp.arange(steps, dtype=jnp.int32)
-    start = jnp.full((shards, *shape), steps, jnp.int32)
-    parts = jtu.tree_map(lambda x: split_time(x, shards), (times, states))
-    return jnp.min(lax.scan(look, start, parts)[0], axis=0)
+    start = jnp.full((*devices, *shape), steps, jnp.int32)
+    first = lax.scan(look, start, parts)[0]
+    return jnp.min(first, axis=tuple(range(len(devices))))
+
+
+def _stretches(steps: int, tree):
+    """`[T, ...]` as `[length, *devices, ...]`, and `devices`: `(shards,)` or `()`.
+
+    On one device no axis is added: XLA would copy the sequence to add it.
+    """
+    shards = time_shards(steps)
+    if shards == 1:
+        return (), tree
+    return (shards,), jtu.tree_map(lambda x: split_time(x, shards), tree)
