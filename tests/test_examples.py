@@ -62,11 +62,10 @@ TINY = (
 )
 
 
-def run_example(name, *arguments, **options):
-    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, **options
-    )
+def run_example(name, *arguments, under=()):
+    """Run a script, if asked under a program that replaces itself by it."""
+    command = [*under, sys.executable, EXAMPLES / name, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -85,13 +84,15 @@ def test_a_model_is_trained_and_speaks(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_said(tmp_path):
-    resource = pytest.importorskip("resource")
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-
-    folder = tmp_path / "run"
-    ended = run_example("train_lm.py", "--out", folder, *TINY, preexec_fn=limit)
+    pytest.importorskip("resource")
+    # (Not by `preexec_fn`: a fork of a process that runs JAX is warned of.)
+    limited = (
+        "import os, resource, sys; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    folder, under = tmp_path / "run", (sys.executable, "-c", limited)
+    ended = run_example("train_lm.py", "--out", folder, *TINY, under=under)
     assert ended.returncode == 1
     assert "Likely cause: the disk is full" in ended.stderr
     assert "There is no checkpoint yet." in ended.stderr
