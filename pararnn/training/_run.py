@@ -99,6 +99,9 @@ class Run:
 
     def last_good(self) -> str:
         """Where to go on from, as a sentence."""
+        # The newest may still be under way; one that fails is not on the disk.
+        with contextlib.suppress(OSError):
+            self.checkpoints.wait()
         step = self.checkpoints.on_disk()
         if step is None:
             return "There is no checkpoint yet."
