@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pararnn.training import read_metrics
+from pararnn.training._metrics import TIMES
 
 from ._case import Case, Settings
 
@@ -23,7 +24,6 @@ TABLES = {
     "of the log, times aside, from that of a run that was never killed.",
 }
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_lm.py"
-TIMES = ("seconds", "tokens_per_second")
 OPTIONS = (
     *("--model.d-model", "32", "--model.d-hidden", "64"),
     *("--model.solver", "newton", "--model.segments", "16"),

@@ -142,7 +142,7 @@ def _measure_overhead(steps: int = 40):
 
 def _time_steps(run: Run, count: int) -> list[float]:
     """Seconds of the compiled step alone."""
-    batch, seconds = run._next_batch(), []
+    batch, seconds = run.next_batch(), []
     for _ in range(count):
         start = time.perf_counter()
         run.state, metrics = run.train_step(run.state, batch)

@@ -27,9 +27,14 @@ def check_size(where: str, name: str, value, least: int = 1) -> int:
     return int(value)
 
 
+def is_number(value) -> bool:
+    """Whether `value` is a real number of Python or NumPy."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def check_number(where: str, name: str, value) -> float:
     """`value` as a float, or a `ValueError` if it is no real number."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not is_number(value):
         raise ValueError(
             f"{where}: `{name}` must be a real number, got {value!r}. Likely causes: "
             "(a) text, as read from a file or a command line, (b) an array; pass "
@@ -80,12 +85,6 @@ def check_choice(where: str, name: str, value, choices: Iterable[str]) -> None:
         raise ValueError(
             f"{where}: unknown `{name}` {value!r}; there are {', '.join(choices)}."
         )
-
-
-def is_number(value) -> bool:
-    """Whether `value` is a real number of Python or NumPy."""
-    real = int | float | np.integer | np.floating
-    return isinstance(value, real) and not isinstance(value, bool)
 
 
 def check_positive(where: str, name: str, value) -> float:
@@ -216,8 +215,7 @@ def affine(weight: Array, x: Array, *biases: Array) -> Array:
     """`W x` plus biases `[out]`, in at least float32; shapes as in `linear`."""
     product, *wide = widen(linear(weight, x), *biases)
     for bias in wide:
-        # Equal ranks, as rank promotion may be an error.
-        product = product + bias.reshape((1,) * (product.ndim - 1) + (-1,))
+        product = product + leading(bias, product.ndim)
     return product
 
 

@@ -28,6 +28,8 @@ MAY_IMPORT = {
     "pararnn.solver": {"pararnn.solver", "pararnn.scan"},
     "pararnn._parameters": {"pararnn._parameters", "pararnn.scan"},
     "pararnn._registry": {"pararnn._registry"},
+    "pararnn._specs": {"pararnn._specs"},
+    "pararnn._json_lines": {"pararnn._json_lines"},
     "pararnn.cells": {
         "pararnn.cells",
         "pararnn._parameters",
@@ -39,6 +41,7 @@ MAY_IMPORT = {
         "pararnn",
         "pararnn._parameters",
         "pararnn._registry",
+        "pararnn._specs",
         "pararnn.cells",
         "pararnn.solver",
         "pararnn.scan",
@@ -63,6 +66,7 @@ MAY_IMPORT = {
         "pararnn.devices",
         "pararnn.solver",
         "pararnn._parameters",
+        "pararnn._json_lines",
     },
     "pararnn.comparison": {
         "pararnn.comparison",
@@ -71,6 +75,8 @@ MAY_IMPORT = {
         "pararnn.models",
         "pararnn.solver",
         "pararnn._parameters",
+        "pararnn._json_lines",
+        "pararnn._specs",
     },
 }
 # What a layer may import beside the dependencies of every installation.

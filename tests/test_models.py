@@ -11,7 +11,7 @@ import pytest
 
 import pararnn
 import tests.numpy_reference as reference
-from pararnn.models._mixers import parse_mixer
+from pararnn._specs import parse_spec
 from tests.helpers import assert_close, whole
 
 VOCAB, D, T = 11, 8, 13
@@ -180,7 +180,7 @@ def test_every_mixer_fits_a_block(name):
     ],
 )
 def test_options_of_a_mixer(text, wanted):
-    assert parse_mixer(text) == wanted
+    assert parse_spec("make_mixer", text) == wanted
 
 
 @pytest.mark.parametrize(

@@ -250,14 +250,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
 
 
 def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
-    log = MetricLog(tmp_path, 0, tensorboard=False)
+    log = MetricLog(tmp_path, 0)
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0 / step})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
-    log = MetricLog(tmp_path, 2, tensorboard=False)
+    log = MetricLog(tmp_path, 2)
     log.write(3, {"loss": 5.0})
     log.close()
     assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0, 0.5, 5.0]

@@ -5,8 +5,8 @@ from typing import Any
 import equinox as eqx
 import jax.random as jr
 
+from .._specs import parse_spec
 from ..models import list_mixers, make_mixer
-from ._specs import parse_spec
 
 # What a part without a value stands for.
 FLAGS = {
@@ -47,7 +47,7 @@ def expand_layer(layer: str) -> str:
 
 def heads(layer: str) -> int:
     """The heads that a layer was asked to have, or 1."""
-    count = parse_spec("heads", layer, {}, {})[1].get("heads", 1)
+    count = parse_spec("heads", layer)[1].get("heads", 1)
     return count if isinstance(count, int) and count > 0 else 1
 
 

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .._json_lines import read_lines, write_lines
+
 Record = dict[str, Any]
 
 
@@ -21,9 +23,7 @@ class Records:
         self.path = path
         self.records = read_records(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        os.replace(fresh, path)
+        write_lines(path, self.records)
 
     def find(self, **fields: Any) -> Record | None:
         """The last record that has these values."""
@@ -51,19 +51,4 @@ def read_records(path: Path) -> list[Record]:
 
     **Raises:** `ValueError` if one of them is no JSON object.
     """
-    if not path.exists():
-        return []
-    *complete, _ = path.read_text().split("\n")
-    records = []
-    for number, line in enumerate(complete, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, line {number}, is no JSON object. Was it edited by hand? "
-                "Remove the line, or the file, and run again."
-            )
-        records.append(record)
-    return records
+    return read_lines(path)

@@ -1,7 +1,6 @@
 """What mixes over time inside a block: any layer of either package, by name."""
 
-import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -13,6 +12,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray, PyTree
 from .._parameters import check_size, uniform
 from .._registry import make_by_name
 from .._rnn import RNN
+from .._specs import parse_spec
 from ..cells import CELLS, make_cell
 from ..solver import Auto, Solver
 from ._block import project
@@ -102,13 +102,6 @@ class CellMixer(eqx.Module):
         return project(self.W, h.astype(x.dtype)), state
 
 
-def _cell_mixer(cell: str) -> Callable[..., CellMixer]:
-    def make(d_model: int, *, key: PRNGKeyArray, **options: Any) -> CellMixer:
-        return CellMixer(d_model, cell, key=key, **options)
-
-    return make
-
-
 def _registered() -> dict[str, Mapping[str, type]]:
     """Every package's layers, by the package's name."""
     found = entry_points(group=ENTRY_POINTS)
@@ -118,27 +111,6 @@ def _registered() -> dict[str, Mapping[str, type]]:
 def list_mixers() -> tuple[str, ...]:
     """The names that [`pararnn.make_mixer`][] knows: cells, then installed layers."""
     return (*CELLS, *(name for layers in _registered().values() for name in layers))
-
-
-def parse_mixer(text: str) -> tuple[str, dict[str, Any]]:
-    """`"deltaproduct:factors=2:heads=4"` as a name and its options.
-
-    **Raises:** `ValueError` on a part that is no `option=value`.
-    """
-    name, *parts = text.split(":")
-    options = {}
-    for part in parts:
-        option, equals, value = part.partition("=")
-        if not (option.isidentifier() and equals and value):
-            raise ValueError(
-                f"make_mixer: {part!r} in {text!r} is not of the form option=value. "
-                'Write for instance "deltanet:heads=4:eigenvalues=signed".'
-            )
-        try:
-            options[option] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[option] = value
-    return name, options
 
 
 def make_mixer(
@@ -164,7 +136,7 @@ def make_mixer(
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
     what the layer's constructor raises.
     """
-    name, options = parse_mixer(mixer)
+    name, options = parse_spec("make_mixer", mixer)
     if name in CELLS:
         return CellMixer(d_model, name, solver=solver, dtype=dtype, key=key, **options)
     for layers in _registered().values():

@@ -2,9 +2,12 @@
 
 import importlib
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from .._json_lines import read_lines, write_lines
+
+LOG = "metrics.jsonl"
 
 # What the same run gives again, bit for bit; the others are times.
 TIMES = ("seconds", "tokens_per_second")
@@ -14,18 +17,17 @@ class MetricLog:
     """Appends lines to `metrics.jsonl`; each has a `"step"`.
 
     **Arguments:** `folder`; `step`, the number of steps that the run has: lines of
-    later ones, and one that was cut by a crash, are dropped. `tensorboard`, whether to
-    write TensorBoard's files too, where `tensorboardX` is installed.
+    later ones, and one that was cut by a crash, are dropped. TensorBoard's files are
+    written too where `tensorboardX` is installed.
     """
 
-    def __init__(self, folder: Path, step: int, *, tensorboard: bool = True):
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
-        fresh = self.path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(fresh, self.path)
-        self._file = self.path.open("a")
-        self._board = _open_board(folder, step) if tensorboard else None
+    def __init__(self, folder: Path, step: int):
+        path = folder / LOG
+        write_lines(
+            path, (line for line in read_metrics(folder) if line["step"] <= step)
+        )
+        self._file = path.open("a")
+        self._board = _open_board(folder, step)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append a line. **Raises:** `OSError` if the disk is full."""
@@ -44,18 +46,9 @@ class MetricLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log, without one that was cut by a crash.
 
-    **Raises:** `ValueError` if another than the last line is no JSON.
+    **Raises:** `ValueError` if a complete line is no JSON object.
     """
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    *complete, _ = path.read_text().split("\n")
-    try:
-        return [json.loads(line) for line in complete]
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} has a line that is no JSON: {error}. Was it edited by hand?"
-        ) from error
+    return read_lines(folder / LOG)
 
 
 def _open_board(folder: Path, step: int):

@@ -127,7 +127,7 @@ class Run:
     def _loop(self, interrupts: Interrupts, progress: Progress) -> None:
         pending, started = None, time.perf_counter()
         while self.step < self.config.steps and not interrupts.asked:
-            batch = self._next_batch()
+            batch = self.next_batch()
             self.state, metrics = self.train_step(self.state, batch)
             self.step += 1
             validating = self._is_due(self.config.validate_every)
@@ -148,8 +148,8 @@ class Run:
             self._record(pending, progress)
             self._save(progress, validate=False)
 
-    def _next_batch(self) -> Batch:
-        """Leaves `[microbatches, batch, T]`."""
+    def next_batch(self) -> Batch:
+        """What the next step is taken on: leaves `[microbatches, batch, T]`."""
         count = self.config.optimiser.accumulate
         window: dict[str, Any] = dict(next(self.batches))
         cut = {k: v.reshape(count, -1, v.shape[-1]) for k, v in window.items()}

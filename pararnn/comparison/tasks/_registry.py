@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from types import MappingProxyType
 
-from .._specs import parse_spec
+from ..._specs import parse_spec
 from ._arithmetic import modular_arithmetic, modular_arithmetic_brackets
 from ._copying import copying, selective_copying
 from ._counting import count_modulo, cycle_navigation, even_pairs, parity, sum_modulo
@@ -63,7 +63,7 @@ def make_task(spec: str) -> Task:
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
     what the task raises; `ImportError` for the digits without scikit-learn.
     """
-    name, options = parse_spec("make_task", spec, FLAGS, {})
+    name, options = parse_spec("make_task", spec, FLAGS)
     if name not in TASKS:
         raise ValueError(
             f"make_task: unknown task {name!r}; there are {', '.join(TASKS)}."

@@ -2,14 +2,17 @@
 
 import ast
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def parse_spec(
     where: str,
     spec: str,
-    flags: Mapping[str, tuple[str, Any]],
-    short: Mapping[str, str],
+    flags: Mapping[str, tuple[str, Any]] = NONE,
+    short: Mapping[str, str] = NONE,
 ) -> tuple[str, dict[str, Any]]:
     """`"name:option=value:flag"` as a name and its options.
 
@@ -27,9 +30,10 @@ def parse_spec(
         elif option.isidentifier() and equals and text:
             option, value = short.get(option, option), _read(text)
         else:
+            known = f", nor one of {', '.join(flags)}" if flags else ""
             raise ValueError(
-                f"{where}: {part!r} in {spec!r} is neither of the form option=value "
-                f"nor one of {', '.join(flags)}."
+                f"{where}: {part!r} in {spec!r} is not of the form option=value"
+                f"{known}. Write for instance {name}:option=value."
             )
         if option in options:
             raise ValueError(f"{where}: {option!r} is given twice in {spec!r}.")
