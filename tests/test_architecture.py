@@ -29,7 +29,9 @@ MAY_IMPORT = {
     "pararnn._parameters": {"pararnn._parameters", "pararnn.scan"},
     "pararnn._registry": {"pararnn._registry"},
     "pararnn._specs": {"pararnn._specs"},
-    "pararnn._json_lines": {"pararnn._json_lines"},
+    "pararnn._records": {"pararnn._records"},
+    "pararnn._machine": {"pararnn._machine"},
+    "pararnn._progress": {"pararnn._progress"},
     "pararnn.cells": {
         "pararnn.cells",
         "pararnn._parameters",
@@ -66,7 +68,7 @@ MAY_IMPORT = {
         "pararnn.devices",
         "pararnn.solver",
         "pararnn._parameters",
-        "pararnn._json_lines",
+        "pararnn._records",
     },
     "pararnn.comparison": {
         "pararnn.comparison",
@@ -75,7 +77,19 @@ MAY_IMPORT = {
         "pararnn.models",
         "pararnn.solver",
         "pararnn._parameters",
-        "pararnn._json_lines",
+        "pararnn._records",
+        "pararnn._machine",
+        "pararnn._progress",
+        "pararnn._specs",
+    },
+    "pararnn.dynamics": {
+        "pararnn.dynamics",
+        "pararnn.cells",
+        "pararnn.solver",
+        "pararnn._parameters",
+        "pararnn._records",
+        "pararnn._machine",
+        "pararnn._progress",
         "pararnn._specs",
     },
 }
@@ -85,6 +99,8 @@ EXTRAS = {
     "pararnn.training.data": "train",
     # The extra of the comparison is this and scikit-learn.
     "pararnn.comparison": "train",
+    "pararnn.dynamics": "train",
+    "pararnn._progress": "train",
 }
 
 

@@ -1,9 +1,9 @@
 """Comparing recurrences; needs `pip install 'pararnn[compare]'`."""
 
+from .._records import read_records as read_records
 from ._compare import compare as compare
 from ._layers import expand_layer as expand_layer
 from ._protocol import BUDGETS as BUDGETS, Protocol as Protocol
-from ._records import read_records as read_records
 from ._report import write_report as write_report
 from .tasks import (
     Example as Example,

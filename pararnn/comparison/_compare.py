@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._machine import describe_machine
+from .._progress import Progress
+from .._records import Record, Records
 from ._costs import measure_costs
 from ._data import Data
 from ._evaluate import Evaluator
 from ._layers import expand_layer
-from ._machine import describe_machine
-from ._progress import Progress
 from ._protocol import Protocol
-from ._records import Record, Records
 from ._sizes import Size, fit_size
 from ._train import Trainer
 from .tasks import Task, make_task

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
+from .._records import Record
 from ._document import Table
-from ._records import Record
 from ._results import Results, validation_loss
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .._json_lines import read_lines, write_lines
+from .._records import read_records, write_records
 
 LOG = "metrics.jsonl"
 
@@ -23,7 +23,7 @@ class MetricLog:
 
     def __init__(self, folder: Path, step: int):
         path = folder / LOG
-        write_lines(
+        write_records(
             path, (line for line in read_metrics(folder) if line["step"] <= step)
         )
         self._file = path.open("a")
@@ -48,7 +48,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
     **Raises:** `ValueError` if a complete line is no JSON object.
     """
-    return read_lines(folder / LOG)
+    return read_records(folder / LOG)
 
 
 def _open_board(folder: Path, step: int):

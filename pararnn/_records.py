@@ -1,11 +1,10 @@
-"""Results on disk: a line of JSON for each, which an interrupted run goes on from."""
+"""Files with a JSON object on each line, which an interrupted run goes on from."""
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from .._json_lines import read_lines, write_lines
 
 Record = dict[str, Any]
 
@@ -23,7 +22,7 @@ class Records:
         self.path = path
         self.records = read_records(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_lines(path, self.records)
+        write_records(path, self.records)
 
     def find(self, **fields: Any) -> Record | None:
         """The last record that has these values."""
@@ -51,4 +50,26 @@ def read_records(path: Path) -> list[Record]:
 
     **Raises:** `ValueError` if one of them is no JSON object.
     """
-    return read_lines(path)
+    if not path.exists():
+        return []
+    *complete, _ = path.read_text().split("\n")
+    found = []
+    for number, line in enumerate(complete, start=1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{path}, line {number}, is no JSON object. Was it edited by hand? "
+                "Remove the line, or the file, and run again."
+            )
+        found.append(value)
+    return found
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write the file anew, at once or not at all."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(fresh, path)

@@ -1,4 +1,4 @@
-"""The progress bar of a comparison."""
+"""The progress bar of many runs."""
 
 from rich.console import Console
 from rich.progress import (

@@ -1,4 +1,4 @@
-"""On what a comparison ran."""
+"""What a long run was done on, for the record."""
 
 import os
 import platform

@@ -1,0 +1,129 @@
+"""A reconstruction as a picture."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ._measures import power_spectrum
+from ._symbols import Symbols
+
+COLOURS = matplotlib.colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
+# Regions beyond so many are drawn in grey: their graph would say nothing.
+MOST_SYMBOLS = 8
+# Points of a trajectory that are drawn.
+POINTS = 5_000
+
+
+def draw_reconstruction(
+    path: str | Path,
+    true: Float[np.ndarray, "T N"],
+    generated: Float[np.ndarray, "T N"],
+    symbols: Symbols | None = None,
+    *,
+    title: str = "",
+    plane: tuple[int, int] = (0, 2),
+    smoothing: float = 20.0,
+) -> Path:
+    """Both attractors, their spectra, and the graph of the symbols.
+
+    **Arguments:** `path`, of a PNG or SVG; `true` and `generated`, `[T, N]`; `symbols`
+    of the latter, which then colour it, see [`pararnn.dynamics.find_symbols`][];
+    `title`; `plane`, the two variables that are drawn; `smoothing`, of the spectra.
+
+    **Returns:** `path`.
+    """
+    count = 3 if symbols is None else 4
+    figure = Figure(figsize=(3.6 * count, 3.6), layout="constrained")
+    axes = list(figure.subplots(1, count))
+    colours = _colours(symbols, len(generated))
+    _trajectory(axes[0], true, plane, np.zeros((len(true), 3)) + 0.25, "system")
+    _trajectory(axes[1], generated, plane, colours, "reconstruction")
+    axes[1].set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
+    if symbols is not None:
+        _graph(axes[2], symbols, generated[:, plane], axes[0])
+    _spectra(axes[-1], true, generated, smoothing)
+    figure.suptitle(title)
+    path = Path(path)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _colours(symbols: Symbols | None, steps: int) -> np.ndarray:
+    if symbols is None:
+        return np.tile(COLOURS[0], (steps, 1))
+    palette = np.full((len(symbols.regions), 3), 0.7)
+    known = min(len(palette), MOST_SYMBOLS)
+    palette[:known] = COLOURS[:known]
+    return palette[symbols.code]
+
+
+def _trajectory(axis: Axes, points, plane, colours, title: str) -> None:
+    x, y = (points[:POINTS, i] for i in plane)
+    axis.scatter(x, y, c=colours[:POINTS], s=0.6, linewidths=0, rasterized=True)
+    _name_axes(axis, plane, title)
+
+
+def _name_axes(axis: Axes, plane, title: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(f"variable {plane[0] + 1}, in standard deviations")
+    axis.set_ylabel(f"variable {plane[1] + 1}")
+
+
+def _graph(axis: Axes, symbols: Symbols, points, like: Axes) -> None:
+    """Each region where its states are on average, with the steps between regions."""
+    known = min(len(symbols.regions), MOST_SYMBOLS)
+    places = np.stack([points[symbols.code == n].mean(0) for n in range(known)])
+    for start in range(known):
+        for end in range(known):
+            part = symbols.transitions[start, end]
+            if start == end or part == 0:
+                continue
+            axis.annotate(
+                "",
+                xy=places[end],
+                xytext=places[start],
+                arrowprops={
+                    "arrowstyle": "-|>",
+                    "color": COLOURS[start],
+                    "linewidth": 0.8 + 2.2 * np.sqrt(part),
+                    "shrinkA": 11,
+                    "shrinkB": 11,
+                    "connectionstyle": "arc3,rad=0.25",
+                },
+            )
+    visits = np.bincount(symbols.code, minlength=known)[:known] / len(symbols.code)
+    for n, (x, y) in enumerate(places):
+        axis.plot(x, y, "o", color=COLOURS[n], markersize=20)
+        text = "".join("+" if positive else "−" for positive in symbols.regions[n])
+        axis.annotate(text, (x, y), ha="center", va="center", color="w", fontsize=8)
+        axis.annotate(
+            f"{100 * visits[n]:.0f} %",
+            (x, y),
+            xytext=(0, -19),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axis.set(xlim=like.get_xlim(), ylim=like.get_ylim(), xticks=[], yticks=[])
+    rest = len(symbols.regions) - known
+    more = f", {rest} more not drawn" if rest else ""
+    axis.set_title(f"linear regions{more}", fontsize=10)
+
+
+def _spectra(axis: Axes, true, generated, smoothing: float) -> None:
+    for points, colour, label in (
+        (true, "0.25", "system"),
+        (generated, COLOURS[0], "reconstruction"),
+    ):
+        if not np.all(np.isfinite(points)):
+            continue
+        power = power_spectrum(np.asarray(points, np.float64), smoothing)[:, 0]
+        frequencies = np.arange(1, len(power) + 1) / len(points)
+        axis.loglog(frequencies, power, color=colour, label=label, linewidth=1)
+    axis.set_title("power spectrum of variable 1", fontsize=10)
+    axis.set_xlabel("frequency, per step")
+    axis.legend(frameon=False, fontsize=8)

@@ -1,0 +1,248 @@
+"""Training a reconstruction by forcing it along observations."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .._parameters import check_key, check_number, check_positive, check_size
+from ..solver import Auto, Solver
+from ._forcing import Forcing
+from ._model import Reconstruction
+from ._systems import Series
+
+# Of the curves over training.
+POINTS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How long, and on what, a reconstruction is trained.
+
+    The defaults are those of Brenner et al. (2410.14240) but for the number of steps,
+    of which they take 100,000.
+
+    **Raises:** `ValueError` on a value outside of its range.
+    """
+
+    steps: int = 20_000
+    """Of the optimiser, RAdam."""
+    batch: int = 16
+    """Windows of a step."""
+    length: int = 200
+    """Predictions in a window."""
+    noise: float = 0.05
+    """Standard deviation of what is added to the observations that force."""
+    learning_rate: float = 1e-3
+    """At first; it falls exponentially."""
+    final_rate: float = 1e-5
+    """At the end."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "length"):
+            check_size("Recipe", name, getattr(self, name))
+        for name in ("learning_rate", "final_rate"):
+            check_positive("Recipe", name, getattr(self, name))
+        if check_number("Recipe", "noise", self.noise) < 0:
+            raise ValueError(
+                f"Recipe: `noise` is {self.noise!r}, expected a standard deviation, 0 "
+                "for none."
+            )
+
+
+class Fit(NamedTuple):
+    """Trained reconstructions, and how it went; lists have an entry for each point of
+    the curves, and these one for each run.
+
+    **Attributes:**
+
+    - `models`: a [`pararnn.dynamics.Reconstruction`][], leaves stacked over the runs.
+    - `steps`: of the optimiser, at each point.
+    - `losses`: mean squared errors, means since the point before.
+    - `solver_steps`: steps of the solver, likewise; 0 where it stepped through.
+    - `skipped`: for each run, the optimiser's steps whose gradient was not finite, and
+        which were left out.
+    - `seconds`: of all training, without compiling.
+    """
+
+    models: Reconstruction
+    steps: list[int]
+    losses: list[list[float]]
+    solver_steps: list[list[float]]
+    skipped: list[int]
+    seconds: float
+
+
+def fit(
+    models: Reconstruction,
+    series: Series,
+    forcing: Forcing,
+    recipe: Recipe = Recipe(),
+    *,
+    solver: Solver = Auto(),
+    key: PRNGKeyArray,
+    on_point: Callable[[int, float], None] = lambda step, loss: None,
+) -> Fit:
+    """Train reconstructions on a series, side by side.
+
+    **Arguments:**
+
+    - `models`: leaves stacked over independent runs, as by
+        `eqx.filter_vmap(make)(jr.split(key, runs))`.
+    - `series`: observations, of which windows are drawn.
+    - `forcing`: a [`pararnn.dynamics.SparseForcing`][] or
+        [`pararnn.dynamics.GeneralisedForcing`][], or anything with their method.
+    - `recipe`: how long, and on what.
+    - `solver`: of the forced recurrence, see [`pararnn.solve`][].
+    - `key`: of `jax.random`, for windows and noise; a key for each run comes from it.
+    - `on_point`: called with the step and the mean loss at each point of the curves.
+
+    **Returns:** a [`pararnn.dynamics.Fit`][].
+
+    **Raises:** `ValueError` for a series that is shorter than a window, or models that
+    are not stacked; as `pararnn.solve` while tracing.
+    """
+    check_key("fit", key)
+    _check_windows(series, recipe)
+    _check_stacked(models)
+    arrays, static = eqx.partition(models, eqx.is_inexact_array)
+    optimiser = _make_optimiser(recipe)
+    keys = jr.split(key, models.lift.shape[0])
+    state = _State(arrays, jax.vmap(optimiser.init)(arrays), keys)
+    trainer = _Trainer(static, optimiser, forcing, recipe, solver)
+    values = jnp.asarray(series.values, models.lift.dtype)
+    found, seconds = [], 0.0
+    stretch = -(-recipe.steps // POINTS)
+    for first in range(0, recipe.steps, stretch):
+        last = min(first + stretch, recipe.steps)
+        program = trainer.compiled(state, values, last - first)
+        begin = time.perf_counter()
+        numbers = jnp.arange(first, last, dtype=jnp.int32)
+        state, losses, iterations = jax.block_until_ready(
+            program(state, values, numbers)
+        )
+        seconds += time.perf_counter() - begin
+        losses = np.asarray(losses).mean(1)
+        found.append((last, losses.tolist(), np.asarray(iterations).tolist()))
+        on_point(last, float(losses.mean()))
+    steps, losses, iterations = map(list, zip(*found, strict=True))
+    skipped = np.asarray(state.moments.total_notfinite).tolist()
+    models = eqx.combine(state.arrays, static)
+    return Fit(models, steps, losses, iterations, skipped, seconds)
+
+
+def _check_windows(series: Series, recipe: Recipe) -> None:
+    if series.values.shape[0] < recipe.length + 1:
+        raise ValueError(
+            f"fit: the series has {series.values.shape[0]} observations, but a window "
+            f"of {recipe.length} predictions takes {recipe.length + 1}. Observe for "
+            "longer, or shorten `Recipe.length`."
+        )
+
+
+def _check_stacked(models: Reconstruction) -> None:
+    if models.lift.ndim != 3:
+        raise ValueError(
+            "fit: `models` is one reconstruction, expected several whose leaves are "
+            "stacked over independent runs. Make them with "
+            "`eqx.filter_vmap(make)(jr.split(key, runs))`."
+        )
+
+
+def _make_optimiser(recipe: Recipe) -> optax.GradientTransformation:
+    rate = optax.exponential_decay(
+        recipe.learning_rate,
+        transition_steps=recipe.steps,
+        decay_rate=recipe.final_rate / recipe.learning_rate,
+    )
+    # What is not finite is left out, and counted.
+    return optax.apply_if_finite(optax.radam(rate), max_consecutive_errors=recipe.steps)
+
+
+class _State(NamedTuple):
+    """Of all runs."""
+
+    arrays: PyTree
+    moments: Any
+    key: PRNGKeyArray
+
+
+class _Trainer:
+    """Steps of the optimiser, for all runs."""
+
+    def __init__(self, static: PyTree, optimiser, forcing, recipe, solver):
+        self.static, self.optimiser = static, optimiser
+        self.forcing, self.recipe, self.solver = forcing, recipe, solver
+        self._programs: dict[int, Any] = {}
+
+    def compiled(self, state: _State, values, count: int):
+        """`_several`, for so many steps."""
+        if count not in self._programs:
+            numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
+            lowered = jax.jit(self._several).lower(state, values, numbers)
+            self._programs[count] = lowered.compile()
+        return self._programs[count]
+
+    def _several(self, state: _State, values, numbers):
+        """The state after the steps; losses `[runs, count]`, the solver's steps."""
+
+        def one_run(state):
+            def body(state, number):
+                return self._step(state, values, number)
+
+            state, (losses, iterations) = lax.scan(body, state, numbers)
+            return state, losses, jnp.mean(iterations)
+
+        return jax.vmap(one_run)(state)
+
+    def _step(self, state: _State, values, number):
+        key, places, added = jr.split(state.key, 3)
+        windows = self._draw(places, values)
+        noise = jr.normal(added, windows.shape, windows.dtype)
+        forced = windows + self.recipe.noise * noise
+        progress = number.astype(windows.dtype) / self.recipe.steps
+        strengths = self.forcing.strengths(windows.shape[1], progress)
+
+        def loss_of(arrays):
+            model = eqx.combine(arrays, self.static)
+            return _loss(model, forced, windows, strengths, self.solver)
+
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, iterations), gradient = value_and_grad(state.arrays)
+        # optax relies on implicit promotion, which may be an error elsewhere.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, moments = self.optimiser.update(
+                gradient, state.moments, state.arrays
+            )
+        arrays = eqx.apply_updates(state.arrays, updates)
+        return _State(arrays, moments, key), (loss, iterations)
+
+    def _draw(self, key, values: Float[Array, "S N"]) -> Float[Array, "batch T N"]:
+        length = self.recipe.length + 1
+        last = values.shape[0] - length + 1
+        starts = jr.randint(key, (self.recipe.batch,), 0, last)
+        return jax.vmap(
+            lambda start: lax.dynamic_slice_in_dim(values, start, length, axis=0)
+        )(starts)
+
+
+def _loss(model: Reconstruction, forced, windows, strengths, solver):
+    """The mean squared error of all predictions, and the solver's mean steps."""
+
+    def follow(xs):
+        # A gradient that is not finite leaves a step out: no reason to end the run.
+        return model.follow(xs, strengths, solver=solver, throw=False)
+
+    found = jax.vmap(follow)(forced)
+    predicted = found.states[..., : model.observed]
+    loss = jnp.mean((predicted - windows[:, 1:]) ** 2)
+    return loss, jnp.mean(found.stats["num_steps"].astype(loss.dtype))
