@@ -1,9 +1,12 @@
-"""Ways to run a layer, and how results are compared."""
+"""Ways to run a layer, and how results and refusals are checked."""
+
+import contextlib
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 
@@ -16,6 +19,15 @@ def assert_close(got, wanted, rtol=1e-10):
         a, b = (np.asarray(v, complex) for v in (a, b))
         scale = np.abs(b[np.isfinite(b)]).max(initial=0.0)
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale)
+
+
+@contextlib.contextmanager
+def refusal(exception, parts):
+    """What is called within raises this, and the message has all of the parts."""
+    with pytest.raises(exception) as caught:
+        yield
+    missing = [part for part in parts if part not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
 
 
 @eqx.filter_jit

@@ -6,6 +6,7 @@ import pytest
 
 import pararnn
 from pararnn import RNN, Newton, solve
+from tests.helpers import refusal
 
 N, T = 3, 5
 XS, H0 = jnp.ones((T, N)), jnp.zeros(N)
@@ -171,10 +172,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_calls(name):
     wrong, exception, parts = WRONG[name]
-    with pytest.raises(exception) as caught:
+    with refusal(exception, parts):
         wrong()
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["an integer state", "a cell of scan's kind"])

@@ -32,6 +32,7 @@ from pararnn.comparison._evaluate import Evaluator
 from pararnn.comparison._model import SequenceModel, count_parameters
 from pararnn.comparison._results import load_results
 from pararnn.comparison._sizes import fit_size
+from tests.helpers import refusal
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -417,10 +418,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input(name, tmp_path):
     function, parts = WRONG[name]
-    with pytest.raises(ValueError) as error:
+    with refusal(ValueError, parts):
         function(tmp_path / "new")
-    for part in parts:
-        assert part in str(error.value)
     # Refused before anything is written.
     assert not (tmp_path / "new").exists()
 

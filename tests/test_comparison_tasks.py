@@ -16,6 +16,7 @@ import pytest
 
 from pararnn.comparison import Lengths, Metric, Task, draw_batch, list_tasks, make_task
 from pararnn.comparison.tasks._groups import multiplication_table
+from tests.helpers import refusal
 
 SIZE, COUNT = 24, 40
 
@@ -352,10 +353,8 @@ def test_library_package():
     }.items(),
 )
 def test_wrong_specs(spec, parts):
-    with pytest.raises(ValueError) as error:
+    with refusal(ValueError, parts):
         make_task(spec)
-    for part in parts:
-        assert part in str(error.value)
 
 
 def test_a_task_has_tokens_or_features():

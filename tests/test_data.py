@@ -24,6 +24,7 @@ from pararnn.training import (
     find_corpus,
     make_batches,
 )
+from tests.helpers import refusal
 
 LENGTHS = st.integers(1, 9)
 FILES = {
@@ -453,9 +454,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_calls(name, windows):
     call, exception, parts = WRONG[name]
-    with pytest.raises(exception) as caught:
+    with refusal(exception, parts):
         call(windows)
-    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 def test_without_grain_the_error_names_the_extra(monkeypatch):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pararnn import Newton, integrate
+from tests.helpers import refusal
 
 T = 33
 Y0, TS = jnp.ones(2), jnp.linspace(0.0, 1.0, T + 1)
@@ -134,10 +135,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_calls(name):
     wrong, exception, parts = WRONG[name]
-    with pytest.raises(exception) as caught:
+    with refusal(exception, parts):
         jax.eval_shape(wrong)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 
 from pararnn import solve
 from pararnn._implicit import Implicit
+from tests.helpers import refusal
 from tests.implicit_equations import T, singular
 
 
@@ -101,10 +102,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_calls(name):
     wrong, exception, parts = WRONG[name]
-    with pytest.raises(exception, match="Implicit: ") as caught:
+    with refusal(exception, ["Implicit: ", *parts]):
         wrong()
-    for part in parts:
-        assert part in str(caught.value)
 
 
 def test_wrong_equations_are_named_by_solve():

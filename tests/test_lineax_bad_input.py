@@ -10,6 +10,7 @@ import pytest
 
 from pararnn import BlockDiagonal, Dense, Diagonal
 from pararnn._lineax import BlockBidiagonalLinearOperator, ParallelScan
+from tests.helpers import refusal
 
 STATE = jax.ShapeDtypeStruct((3,), jnp.float64)
 ONES = np.ones
@@ -112,7 +113,5 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_calls(name):
     wrong, exception, parts = WRONG[name]
-    with pytest.raises(exception) as caught:
+    with refusal(exception, parts):
         wrong()
-    for part in parts:
-        assert part in str(caught.value)
