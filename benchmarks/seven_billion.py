@@ -29,7 +29,7 @@ from pararnn.training._step import make_train_step
 
 VOCAB, LENGTH, WIDTH, DEPTH = 32_000, 2**15, 4096, 34
 MESHES = {"fsdp 8, time 8": (8, 8), "fsdp 64": (64, 1), "fsdp 16, time 4": (16, 4)}
-PATH = Path(__file__).parent / "results" / "cpu" / "seven_billion.md"
+PATH = Path(__file__).parent / "results" / "cpu-training" / "seven_billion.md"
 COLUMNS = (
     "mesh",
     "sequences",

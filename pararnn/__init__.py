@@ -29,6 +29,7 @@ from .cells import (
 from .devices import (
     Exchange as Exchange,
     communication as communication,
+    gather_parameters as gather_parameters,
     make_mesh as make_mesh,
     parameter_sharding as parameter_sharding,
     shard_batch as shard_batch,

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, PartitionSpec
 import linear
 import pararnn
 from pararnn import training
+from tests.helpers import assert_close
 
 MESHES = {
     "time=8": {"data": 1, "time": 8},
@@ -276,6 +277,76 @@ def test_communication_counts_bytes():
     compiled = jax.jit(lambda x: jnp.sum(x, 0)).lower(x).compile()
     found = pararnn.communication(compiled)
     assert found == {"all-reduce": pararnn.Exchange(1, 32, 32)}
+
+
+def test_communication_counts_loops():
+    mesh = pararnn.make_mesh(time=8)
+    x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, PartitionSpec("time")))
+
+    def turn(carry, _):
+        # Five sums over the devices, each of what the one before has made.
+        return jnp.sin(carry + jnp.sum(carry, 0, keepdims=True)), None
+
+    looped = jax.jit(lambda x: jax.lax.scan(turn, x, length=5)[0])
+    found = pararnn.communication(looped.lower(x).compile())
+    assert found == {"all-reduce": pararnn.Exchange(5, 5 * 32, 32)}
+    limit = jnp.asarray(5)
+    unknown = jax.jit(
+        lambda x, n: jax.lax.fori_loop(0, n, lambda _, c: turn(c, None)[0], x)
+    )
+    found = pararnn.communication(unknown.lower(x, limit).compile())
+    assert found == {"all-reduce": pararnn.Exchange(1, 32, 32)}
+
+
+def test_gathering_moves_parameters_and_not_the_batch():
+    mesh = pararnn.make_mesh(fsdp=8)
+    model = pararnn.LanguageModel(
+        32, 64, 2, solver=pararnn.Newton(4), rematerialise=True, key=jr.key(0)
+    )
+    arrays, static = eqx.partition(model, eqx.is_inexact_array)
+
+    @jax.jit
+    def gradient(arrays, tokens):
+        def loss(arrays):
+            logits, _ = jax.vmap(eqx.combine(arrays, static))(tokens)
+            return jnp.mean(jax.nn.logsumexp(logits, -1))
+
+        return pararnn.shard_parameters(jax.grad(loss)(arrays), mesh)
+
+    def exchange(sequences):
+        tokens = jnp.zeros((sequences, 16), jnp.int32)
+        with jax.set_mesh(mesh):
+            inputs = pararnn.shard_parameters(arrays, mesh)
+            inputs = inputs, pararnn.shard_batch(tokens, mesh)
+            return pararnn.communication(gradient.lower(*inputs).compile())
+
+    few, many = exchange(8), exchange(64)
+    assert few["all-gather"] == many["all-gather"]
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    # Once forward and once backward; the embedding also where it is read out.
+    assert total < many["all-gather"].bytes < 3 * total
+
+
+def test_gathered_parameters_have_the_same_derivatives():
+    mesh = pararnn.make_mesh(fsdp=8)
+    w, x = jr.normal(jr.key(0), (64, 64)), jr.normal(jr.key(1), (8, 64))
+
+    def loss(w, x):
+        return jnp.sum(jnp.sin(pararnn.gather_parameters({"w": w})["w"] @ x.T) ** 2)
+
+    derivatives = (
+        loss,
+        jax.grad(loss),
+        lambda w, x: jax.jvp(lambda w: loss(w, x), (w,), (jnp.cos(w),))[1],
+        jax.grad(lambda w, x: jnp.sum(jax.grad(loss)(w, x) ** 2)),
+        jax.vmap(loss, (None, 0)),
+    )
+    for derive in derivatives:
+        inputs = (w, x[:, None]) if derive is derivatives[-1] else (w, x)
+        wanted = jax.jit(derive)(*inputs)
+        with jax.set_mesh(mesh):
+            placed = pararnn.shard_parameters(w, mesh), *inputs[1:]
+            assert_close(jax.jit(derive)(*placed), wanted, 1e-12)
 
 
 def test_parameters_lie_in_pieces():

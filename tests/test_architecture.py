@@ -40,6 +40,7 @@ MAY_IMPORT = {
     },
     "pararnn.models": {
         "pararnn.models",
+        "pararnn.devices",
         "pararnn",
         "pararnn._parameters",
         "pararnn._registry",

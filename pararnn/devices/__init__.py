@@ -3,6 +3,7 @@
 from ._communication import Exchange as Exchange, communication as communication
 from ._mesh import make_mesh as make_mesh
 from ._place import (
+    gather_parameters as gather_parameters,
     parameter_sharding as parameter_sharding,
     shard_batch as shard_batch,
     shard_parameters as shard_parameters,

@@ -1,7 +1,9 @@
 """What devices exchange, read from a compiled program."""
 
+import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jax.stages import Compiled
@@ -18,14 +20,22 @@ _OPERATIONS = (
 # (`-done`) repeats the results of the first.
 _LINE = re.compile(rf"= (.+?) ({'|'.join(_OPERATIONS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+# A computation begins, one is called, and how often a loop runs.
+_HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_CALLED = re.compile(
+    r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 
 
 class Exchange(NamedTuple):
-    """How many instructions of one kind a program has, and the bytes of their results.
+    """How many instructions of one kind a program runs, and the bytes of their results.
 
-    Those within a loop are counted once, however often it runs, and those of a branch
-    whether or not it is taken. Bytes are those that one device receives, its own part
-    included; of an asynchronous `all-gather-start` its operand counts too.
+    Within a loop they are counted as often as it runs if that is known to the compiler,
+    as of `jax.lax.scan`, and else once, as of a Newton iteration; those of a branch
+    count whether or not it is taken. Bytes are those that one device receives, its own
+    part included; of an asynchronous `all-gather-start` its operand counts too.
     """
 
     count: int
@@ -50,15 +60,65 @@ def communication(compiled: Compiled) -> dict[str, Exchange]:
             "communication: the compiled program has no text. Likely cause: a backend "
             "that does not keep it."
         )
-    found: dict[str, Exchange] = {}
+    return _count(text)
+
+
+def _count(text: str) -> dict[str, Exchange]:
+    """Of the program that a text describes."""
+    computations, entry = _computations(text)
+
+    @functools.cache
+    def of_computation(name: str) -> dict[str, Exchange]:
+        found: dict[str, Exchange] = {}
+        for line in computations.get(name, ()):
+            _add(found, _of_line(line), 1)
+            for called, times in _calls(line):
+                _add(found, of_computation(called), times)
+        return found
+
+    return of_computation(entry)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation, and the name of the one that runs first."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
     for line in text.splitlines():
-        match = _LINE.search(line)
-        if match is None:
-            continue
-        size = sum(_bytes(*array) for array in _ARRAY.findall(match[1]))
-        count, total, largest = found.get(match[2], Exchange(0, 0, 0))
-        found[match[2]] = Exchange(count + 1, total + size, max(largest, size))
-    return found
+        head = _HEAD.match(line)
+        if head is not None:
+            lines = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        else:
+            lines.append(line)
+    return computations, entry
+
+
+def _calls(line: str) -> Iterator[tuple[str, int]]:
+    """Which computations an instruction runs, and how often."""
+    trips = _TRIPS.search(line)
+    for role, name in _CALLED.findall(line):
+        yield name, int(trips[1]) if trips and role == "body" else 1
+    for names in _BRANCHES.findall(line):
+        for name in names.split(","):
+            yield name.strip().removeprefix("%"), 1
+
+
+def _of_line(line: str) -> dict[str, Exchange]:
+    match = _LINE.search(line)
+    if match is None:
+        return {}
+    size = sum(_bytes(*array) for array in _ARRAY.findall(match[1]))
+    return {match[2]: Exchange(1, size, size)}
+
+
+def _add(found: dict[str, Exchange], more: dict[str, Exchange], times: int) -> None:
+    for kind, (count, size, largest) in more.items():
+        before = found.get(kind, Exchange(0, 0, 0))
+        found[kind] = Exchange(
+            before.count + times * count,
+            before.bytes + times * size,
+            max(before.largest, largest),
+        )
 
 
 def _bytes(dtype: str, shape: str) -> int:

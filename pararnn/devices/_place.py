@@ -6,8 +6,16 @@ from typing import TypeVar
 import equinox as eqx
 import jax
 import numpy as np
+from jax import lax
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.custom_derivatives import linear_call
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    get_abstract_mesh,
+)
 from jaxtyping import PyTree
 
 from ..scan import TIME
@@ -22,8 +30,8 @@ MIN_SIZE = 2**12
 def shard_parameters(module: Tree, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Tree:
     """The module with its parameters divided over the axis `"fsdp"` of the mesh.
 
-    Fully sharded data parallelism: each array lies in pieces on the devices, and XLA
-    gathers it where it is used and sums its gradient in pieces. Also within `jit`,
+    Fully sharded data parallelism: each array lies in pieces on the devices, until
+    [`pararnn.gather_parameters`][] makes it whole where it is used. Also within `jit`,
     where it keeps new parameters, or the state of an optimiser, in the same pieces.
 
     **Arguments:**
@@ -58,12 +66,57 @@ def parameter_sharding(
     **Raises:** `ValueError` for a mesh without the axes of `pararnn.make_mesh`.
     """
     _check_mesh("parameter_sharding", mesh)
-    count = mesh.shape["fsdp"]
+    return NamedSharding(mesh, _pieces(shape, mesh.shape["fsdp"], min_size))
+
+
+def _pieces(shape: tuple[int, ...], count: int, min_size: int) -> PartitionSpec:
     spec: list[str | None] = [None] * len(shape)
     divisible = [i for i, size in enumerate(shape) if size % count == 0]
     if count > 1 and math.prod(shape) >= max(1, min_size) and divisible:
         spec[max(divisible, key=lambda i: shape[i])] = "fsdp"
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return PartitionSpec(*spec)
+
+
+def gather_parameters(module: Tree, *, min_size: int = MIN_SIZE) -> Tree:
+    """The module with its parameters whole, where it is about to be used.
+
+    Call it in what is differentiated, and on no more than is used at once: on the
+    block that is next, within the loop over blocks and within `jax.checkpoint`, so
+    that no device ever holds all of them. Their gradient is summed over the devices
+    and left in pieces. Without this, XLA may leave the weights where they are and move
+    the batch instead, every sequence to every device.
+
+    [`pararnn.LanguageModel`][] does so with each of its blocks. Does nothing without a
+    mesh in context that has an axis `"fsdp"` of more than one device.
+
+    **Arguments:** `module`, a pytree; its floating-point arrays are gathered;
+    `min_size`, as of [`pararnn.shard_parameters`][].
+
+    **Returns:** the module, with the same values.
+    """
+    mesh = get_abstract_mesh()
+    if "fsdp" not in mesh.axis_names or mesh.shape["fsdp"] == 1:
+        return module
+    kind = mesh.axis_types[mesh.axis_names.index("fsdp")]
+    # Inside of a `shard_map` over it, an array is one device's own.
+    if kind == AxisType.Manual:
+        return module
+    count = mesh.shape["fsdp"]
+
+    def gather(leaf):
+        pieces = _pieces(leaf.shape, count, min_size)
+        if not any(pieces):
+            return leaf
+        # The transpose of a constraint is the same constraint; this one's is not.
+        return linear_call(
+            lambda _, x: lax.with_sharding_constraint(x, PartitionSpec()),
+            lambda _, ct: lax.with_sharding_constraint(ct, pieces),
+            (),
+            leaf,
+        )
+
+    arrays, rest = eqx.partition(module, eqx.is_inexact_array)
+    return eqx.combine(jax.tree.map(gather, arrays), rest)
 
 
 def shard_batch(

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
 from .._parameters import check_dtype, check_key, check_size, wide_dtype
+from ..devices import gather_parameters
 from ..scan import check_reset
 from ..solver import Auto, Solver
 from ._block import Block, normalise
@@ -169,6 +170,7 @@ class LanguageModel(eqx.Module):
             arrays, states = inputs
             states, stats = list(states), []
             for i, block in enumerate(eqx.combine(arrays, static)):
+                block = gather_parameters(block)
                 xs, states[i], statistics = block.run(xs, states[i], reset)
                 stats.append(statistics)
             return xs, (tuple(states), tuple(stats))
@@ -207,10 +209,11 @@ class LanguageModel(eqx.Module):
         # JAX would clamp a token that is too large, and count a negative one backwards.
         # An error raised here would gather all tokens on one device of a mesh.
         known = (tokens >= 0) & (tokens < self.vocab_size)
-        return jnp.where(known[..., None], self.embedding[tokens], jnp.nan)
+        embedding = gather_parameters(self.embedding)
+        return jnp.where(known[..., None], embedding[tokens], jnp.nan)
 
     def _read_out(self, xs: Float[Array, "*T d_model"]) -> Float[Array, "*T vocab"]:
-        weight = self.embedding if self.head is None else self.head
+        weight = gather_parameters(self.embedding if self.head is None else self.head)
         xs, wide = normalise(xs, self.norm), wide_dtype(xs.dtype)
         return jnp.einsum(
             "...d,vd->...v", xs, weight.astype(xs.dtype), preferred_element_type=wide
