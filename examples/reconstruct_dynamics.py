@@ -46,7 +46,7 @@ class Arguments:
     """Independent ones."""
     observations: int = 100_000
     """To train on; the test has as many."""
-    steps: int = 20_000
+    steps: int = 60_000
     """Of the optimiser."""
     length: int = 200
     """Predictions in a window."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from . import _figures as figures, _tables as tables
 from ._compare import RESULTS_FILE
+from ._data import WATCHED
 from ._document import Code, Heading, Part, Picture, Text, to_html, to_markdown
 from ._published import compare_with_published
 from ._results import Results, load_results
@@ -109,8 +110,8 @@ def _newton(results: Results) -> list[Part]:
         Heading("Newton's steps over training"),
         Text(
             "How many steps Newton's method needs, with every step of time a segment "
-            f"of its own, on a batch of training; {NEWTON_LIMIT} stands for that many "
-            "or more. Training itself leaves the choice of a solver to the library."
+            f"of its own, on {WATCHED} sequences of training; {NEWTON_LIMIT} stands "
+            "for that many or more. Training itself leaves the choice of a solver to the library."
         ),
         Picture("newton", drawing, "Newton's steps over training"),
     ]
