@@ -111,7 +111,8 @@ def _newton(results: Results) -> list[Part]:
         Text(
             "How many steps Newton's method needs, with every step of time a segment "
             f"of its own, on {WATCHED} sequences of training; {NEWTON_LIMIT} stands "
-            "for that many or more. Training itself leaves the choice of a solver to the library."
+            "for that many or more. Training itself leaves the choice of a solver to "
+            "the library."
         ),
         Picture("newton", drawing, "Newton's steps over training"),
     ]
