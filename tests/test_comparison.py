@@ -341,7 +341,7 @@ def test_the_report_has_what_it_must(finished):
         assert record["learning_rate"] == min(losses, key=losses.get)
         median, best = np.median(record["score"]), max(record["score"])
         shown = f"| {layer} | {median:.3f} ({best:.3f}) |".replace("-0.000", "0.000")
-        assert shown in text
+        assert shown in text and shown in (finished / "scores.md").read_text()
     for wanted in (COMMAND, jax.__version__, '"learning_rates"'):
         assert wanted in text
     assert "python x.py --a &#x27;b c&#x27;" in page

@@ -52,7 +52,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left;
          white-space: nowrap; }
 td:last-child { white-space: normal; }
-img { max-width: 100%; height: auto; }
+img { max-width: 100%; height: auto; margin-top: 1rem; }
 """
 
 

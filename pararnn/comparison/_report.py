@@ -22,18 +22,22 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     was interrupted is reported as far as it came.
 
     **Returns:** the path of `report.html`, which needs no other file; `report.md` and
-    its pictures in `figures/` are beside it. The same results make the same files.
+    its pictures in `figures/` are beside it, and `scores.md`, its first table alone, to
+    be included elsewhere. The same results make the same files.
 
     **Raises:** `ValueError` if the folder has no results, or a line is broken.
     """
     folder = Path(folder)
-    parts = _parts(load_results(folder / RESULTS_FILE))
+    results = load_results(folder / RESULTS_FILE)
+    parts = _parts(results)
     pictures = folder / PICTURES
     pictures.mkdir(exist_ok=True)
     for part in parts:
         if isinstance(part, Picture):
             (pictures / f"{part.name}.svg").write_text(part.svg, "utf-8")
     (folder / "report.md").write_text(to_markdown(parts, PICTURES), "utf-8")
+    scores = to_markdown([tables.overview(results)], PICTURES)
+    (folder / "scores.md").write_text(scores, "utf-8")
     page = folder / "report.html"
     page.write_text(to_html(parts), "utf-8")
     return page

@@ -90,24 +90,17 @@ def _graph(axis: Axes, symbols: Symbols, points, like: Axes) -> None:
                     "arrowstyle": "-|>",
                     "color": COLOURS[start],
                     "linewidth": 0.8 + 2.2 * np.sqrt(part),
-                    "shrinkA": 11,
-                    "shrinkB": 11,
+                    "shrinkA": 15,
+                    "shrinkB": 15,
                     "connectionstyle": "arc3,rad=0.25",
                 },
             )
     visits = np.bincount(symbols.code, minlength=known)[:known] / len(symbols.code)
     for n, (x, y) in enumerate(places):
-        axis.plot(x, y, "o", color=COLOURS[n], markersize=20)
-        text = "".join("+" if positive else "−" for positive in symbols.regions[n])
-        axis.annotate(text, (x, y), ha="center", va="center", color="w", fontsize=8)
-        axis.annotate(
-            f"{100 * visits[n]:.0f} %",
-            (x, y),
-            xytext=(0, -19),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
+        axis.plot(x, y, "o", color=COLOURS[n], markersize=28)
+        signs = "".join("+" if positive else "−" for positive in symbols.regions[n])
+        text = f"{signs}\n{100 * visits[n]:.0f} %"
+        axis.annotate(text, (x, y), ha="center", va="center", color="w", fontsize=7)
     axis.set(xlim=like.get_xlim(), ylim=like.get_ylim(), xticks=[], yticks=[])
     rest = len(symbols.regions) - known
     more = f", {rest} more not drawn" if rest else ""

@@ -28,9 +28,9 @@ POINTS = 20
 class Recipe:
     """How long, and on what, a reconstruction is trained.
 
-    Windows and batch are those of Brenner et al. (2410.14240), who take 100,000 steps,
-    rates from 1e-3 to 1e-5, and noise of 0.05. For fewer steps a higher rate was better
-    here; from 1e-2, two of three AL-RNNs diverged.
+    Windows and batch are those of Brenner et al. (2410.14240), whose rates fall from
+    1e-3 to 1e-5 and whose noise is 0.05. In few steps higher rates came further here;
+    from 1e-2, two of three AL-RNNs diverged.
 
     **Raises:** `ValueError` on a value outside of its range.
     """

@@ -247,6 +247,7 @@ class _Run:
             states[:, : model.observed],
             symbols,
             title=f"{what}: the best of {self.study.runs} runs",
+            plane=self.data.system.plane,
         )
 
 

@@ -26,6 +26,7 @@ class System:
     - `interval`: time between observations.
     - `settle`: time until the attractor is reached from near `start`.
     - `source`: where the system comes from.
+    - `plane`: the two variables that a picture shows.
     """
 
     name: str
@@ -34,6 +35,7 @@ class System:
     interval: float
     settle: float
     source: str
+    plane: tuple[int, int] = (0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,7 @@ SYSTEMS: MappingProxyType[str, System] = MappingProxyType(
             settle=50.0,
             source="Lorenz, Deterministic nonperiodic flow, 1963; sigma = 10, "
             "rho = 28, beta = 8/3",
+            plane=(0, 2),
         ),
         "roessler": System(
             "roessler",
