@@ -33,8 +33,7 @@ TABLES = {
     "language": "Two blocks of width 192 (mixer and MLP, byte tokens), windows of 4096 "
     "bytes of the standard library's source, 2 a step, float32, seed 0. Bits per byte: "
     "of the last checkpoint on all validation documents. Newton steps: the most over "
-    "all solves of all training steps. Minutes: of the training loop, beside other "
-    "programs.",
+    "all solves of all training steps. Minutes: of the training loop.",
     "n-grams": "What counting achieves on the same windows: interpolated n-grams "
     "(Witten-Bell) of the training documents, with so many bytes of context; two bytes "
     "are an n-gram of order 3.",

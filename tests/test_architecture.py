@@ -92,6 +92,7 @@ MAY_IMPORT = {
         "pararnn._machine",
         "pararnn._progress",
         "pararnn._specs",
+        "pararnn._registry",
     },
 }
 # What a layer may import beside the dependencies of every installation.

@@ -1,12 +1,15 @@
 """Teacher forcing: how far a state is moved to what was observed, before each step."""
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._parameters import check_number, check_size
+
+# An exponential does not fall to nothing.
+LEAST = 1e-6
 
 
 class Forcing(Protocol):
@@ -51,41 +54,30 @@ class GeneralisedForcing(eqx.Module):
     the forced recurrence does not expand, so that no gradient grows, and Newton's
     method needs few steps at any length. (As only what is observed is forced here,
     that holds where all of the state is observed.) During training $\alpha$ falls
-    from `start` to `end`: first the next observation is learned, then the long run.
+    exponentially from `start` to `end`: first the next observation is learned, then the
+    long run.
 
     ??? cite "Source"
 
         Hess et al., "Generalized Teacher Forcing for Learning Chaotic Dynamics"
         (2306.04406), with $\alpha$ annealed over training.
 
-    **Raises:** `ValueError` for strengths outside of 0 to 1, or an unknown schedule.
+    **Raises:** `ValueError` for strengths outside of 1e-6 to 1.
     """
 
     start: float = eqx.field(static=True, default=0.5)
     end: float = eqx.field(static=True, default=0.1)
-    schedule: Literal["exponential", "linear"] = eqx.field(
-        static=True, default="exponential"
-    )
 
     def __check_init__(self):
-        least = 0.0 if self.schedule == "linear" else 1e-6
         for name in ("start", "end"):
             value = check_number("GeneralisedForcing", name, getattr(self, name))
-            if not least <= value <= 1:
+            if not LEAST <= value <= 1:
                 raise ValueError(
                     f"GeneralisedForcing: `{name}` is {value!r}, expected a number "
-                    f"from {least:g} to 1: the part of the way to the observation."
+                    f"from {LEAST:g} to 1: the part of the way to the observation."
                 )
-        if self.schedule not in ("exponential", "linear"):
-            raise ValueError(
-                f"GeneralisedForcing: `schedule` is {self.schedule!r}; there are "
-                "'exponential' and 'linear'."
-            )
 
     def strengths(self, steps: int, progress: Float[Array, ""]) -> Float[Array, " T"]:
         """The same for all steps, between `start` and `end` as the training is."""
-        if self.schedule == "linear":
-            strength = self.start + (self.end - self.start) * progress
-        else:
-            strength = self.start * (self.end / self.start) ** progress
+        strength = self.start * (self.end / self.start) ** progress
         return jnp.full(steps, strength, progress.dtype)

@@ -1,7 +1,7 @@
 """Systems, cells and forcings in every combination, and what came of each."""
 
 import dataclasses
-import inspect
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from .._machine import describe_machine
 from .._parameters import check_size
 from .._progress import Progress
 from .._records import Record, Records
+from .._registry import make_by_name
 from .._specs import parse_spec
 from ..cells import ALRNNCell, make_cell
 from ..solver import Auto, Solver
@@ -70,18 +71,7 @@ def make_forcing(spec: str) -> Forcing:
     **Raises:** `ValueError` on an unknown name or option, listing those that exist.
     """
     name, options = parse_spec("make_forcing", spec)
-    if name not in FORCINGS:
-        raise ValueError(
-            f"make_forcing: unknown forcing {name!r}; there are {', '.join(FORCINGS)}."
-        )
-    known = list(inspect.signature(FORCINGS[name]).parameters)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"make_forcing: {name!r} has no option {', '.join(unknown)}; there are "
-            f"{', '.join(known)}."
-        )
-    return FORCINGS[name](**options)
+    return make_by_name("make_forcing", "forcing", FORCINGS, name, {}, options)
 
 
 def reconstruct(
@@ -120,8 +110,9 @@ def reconstruct(
                 f"reconstruct: unknown system {name!r}; there are {', '.join(SYSTEMS)}."
             )
     made = {spec: make_forcing(spec) for spec in forcings}
-    for cell in cells:
-        eqx.filter_eval_shape(lambda: _make_models(cell, study, 3, jr.key(0)))
+    for name, cell in itertools.product(systems, cells):
+        observed = len(SYSTEMS[name].start)
+        eqx.filter_eval_shape(lambda: _make_models(cell, study, observed, jr.key(0)))
     records = Records(Path(folder) / RESULTS_FILE)
     with Progress(len(systems) * len(cells) * len(forcings), visible) as progress:
         for name in systems:
@@ -215,7 +206,9 @@ class _Run:
             on_point=lambda step, loss: self.progress.show_step(what, step, loss),
         )
         each = _separate(fitted.models, self.study.runs)
-        states = [self._generate(model) for model in each]
+        values = self.data.test.values
+        first_seen = jnp.asarray(values[0], float)
+        states = [np.asarray(_generate(m, first_seen, len(values))) for m in each]
         measured = [self._measure(*pair) for pair in zip(each, states, strict=True)]
         best = int(np.argmin([found["divergence"] for found in measured]))
         self._draw(each[best], states[best], what, cell, spec)
@@ -223,12 +216,6 @@ class _Run:
         del curves["models"]
         self.records.append(fields | curves | {"measured": measured, "best": best})
         self.progress.finish(f"{what}: {_outcome(measured)}")
-
-    def _generate(self, model: Reconstruction) -> np.ndarray:
-        values = self.data.test.values
-        first = jnp.asarray(values[0], float)
-        run = eqx.filter_jit(lambda model: model.generate(first, len(values)))
-        return np.asarray(run(model))
 
     def _measure(self, model: Reconstruction, states: np.ndarray) -> Record:
         found = _compare(self.data.test.values, states[:, : model.observed])
@@ -249,6 +236,12 @@ class _Run:
             title=f"{what}: the best of {self.study.runs} runs",
             plane=self.data.system.plane,
         )
+
+
+# Compiled once for all runs.
+@eqx.filter_jit
+def _generate(model: Reconstruction, x: Array, steps: int) -> Array:
+    return model.generate(x, steps)
 
 
 def _separate(models: Reconstruction, runs: int) -> list[Reconstruction]:

@@ -177,9 +177,11 @@ class LanguageModel(eqx.Module):
 
         if self.rematerialise:
             group = jax.checkpoint(group)
-        xs = self._embed(tokens)
+        # In `step` they stay in pieces: a token is less than the parameters.
+        embedding, head = gather_parameters((self.embedding, self.head))
+        xs = self._embed(tokens, embedding)
         xs, (state, stats) = lax.scan(group, xs, (blocks, state), unroll=UNROLL)
-        return self._read_out(xs), state, stats
+        return self._read_out(xs, embedding if head is None else head), state, stats
 
     def step(
         self, token: Int[Array, ""], state: PyTree[Array]
@@ -202,18 +204,22 @@ class LanguageModel(eqx.Module):
                 x, states[i] = block.step(x, states[i])
             return x, tuple(states)
 
-        x, state = lax.scan(group, self._embed(token), (blocks, state))
-        return self._read_out(x), state
+        x = self._embed(token, self.embedding)
+        x, state = lax.scan(group, x, (blocks, state))
+        head = self.embedding if self.head is None else self.head
+        return self._read_out(x, head), state
 
-    def _embed(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T d_model"]:
+    def _embed(
+        self, tokens: Int[Array, "*T"], embedding: Float[Array, "vocab d_model"]
+    ) -> Float[Array, "*T d_model"]:
         # JAX would clamp a token that is too large, and count a negative one backwards.
         # An error raised here would gather all tokens on one device of a mesh.
         known = (tokens >= 0) & (tokens < self.vocab_size)
-        embedding = gather_parameters(self.embedding)
         return jnp.where(known[..., None], embedding[tokens], jnp.nan)
 
-    def _read_out(self, xs: Float[Array, "*T d_model"]) -> Float[Array, "*T vocab"]:
-        weight = gather_parameters(self.embedding if self.head is None else self.head)
+    def _read_out(
+        self, xs: Float[Array, "*T d_model"], weight: Float[Array, "vocab d_model"]
+    ) -> Float[Array, "*T vocab"]:
         xs, wide = normalise(xs, self.norm), wide_dtype(xs.dtype)
         return jnp.einsum(
             "...d,vd->...v", xs, weight.astype(xs.dtype), preferred_element_type=wide
