@@ -64,29 +64,44 @@ class FormChoice(NamedTuple):
     chunk: int
 
 
-# `matrix_scan` on the same CPU, T = 4096, 4 heads, K = V = 64, float32, milliseconds,
-# value / value and gradient (`python -m benchmarks layers` measures it again):
+# `matrix_scan` with its gradient on 2 cores of an Intel Xeon, jax 0.10.2, float32,
+# milliseconds, median of 5; B sequences of T steps, heads of K = V:
 #
-# | kind                | recurrent | chunks of 16 | 32       | 64       | 128      |
-# |---------------------|-----------|--------------|----------|----------|----------|
-# | delta rule          | 11 / 198  | 56 / 128     | 37 / 115 | 36 / 103 | 51 / 138 |
-# | decay for each head | 8 / 204   | 29 / 63      | 13 / 46  | 15 / 44  | 16 / 72  |
-# | decay for each key  | 8 / 204   | 35 / 79      | 26 / 75  | 20 / 71  |          |
+# | kind                | B, T, heads, K | recurrent | chunks of 16 | 32  | 64  |
+# |---------------------|----------------|-----------|--------------|-----|-----|
+# | delta rule          | 96, 40, 4, 8   | 3         | 24           | 23  | 60  |
+# |                     | 32, 256, 1, 16 | 12        | 18           | 19  | 22  |
+# |                     | 32, 256, 1, 32 | 51        | 27           | 18  | 26  |
+# |                     | 1, 4096, 4, 16 | 23        | 38           | 35  | 40  |
+# |                     | 1, 4096, 4, 64 | 284       | 181          | 134 | 111 |
+# | decay for each head | 96, 40, 4, 8   | 4         | 12           | 13  | 42  |
+# |                     | 32, 256, 1, 16 | 12        | 11           | 12  | 16  |
+# |                     | 32, 256, 1, 32 | 40        | 17           | 17  | 18  |
+# |                     | 1, 4096, 4, 64 | 253       | 191          | 108 | 91  |
+# | decay for each key  | 96, 40, 4, 8   | 4         | 14           | 24  | 52  |
+# |                     | 32, 256, 1, 16 | 12        | 20           | 27  | 25  |
+# |                     | 32, 256, 1, 32 | 56        | 27           | 40  | 55  |
+# |                     | 1, 4096, 4, 64 | 258       | 228          | 232 | 191 |
 #
-# The recurrent step is one fused loop over a state that stays in the cache, with a
-# third of the multiplications of the chunkwise form; its derivative must store or
-# reload all states. A GPU, where a step is a launch, takes the products of matrices;
-# not measured.
+# The value alone is 2 to 4 times faster step by step at every size (`python -m
+# benchmarks layers`): one fused loop over a state that stays in the cache, with a third
+# of the multiplications. Its derivative stores all states, which is cheap while they
+# are small. A GPU, where a step is a launch, takes the products of matrices; not
+# measured.
 _CHUNK, _SHORT = 64, 32
+# Entries of a head's matrix: on a CPU, up to so many a derivative steps too, and up to
+# so many chunks are half as long.
+_SMALL, _MEDIUM = 24 * 24, 32 * 32
 
 
 def choose_form(
-    form: Form, chunk: int | None, steps: int, every: int, shards: int = 1
+    form: Form, chunk: int | None, steps: int, every: int, size: int, shards: int = 1
 ) -> FormChoice:
     """Settle how `matrix_scan` runs, from what is known while tracing.
 
     **Arguments:** `every`, how many steps lie between two readings, which divides a
-    chunk; `shards`, how many devices share time, each of which has whole chunks.
+    chunk; `size`, the entries of one head's matrix; `shards`, how many devices share
+    time, each of which has whole chunks.
 
     **Raises:** `ValueError` for the recurrent form where devices share time.
     """
@@ -97,14 +112,15 @@ def choose_form(
             "which would wait for the one before. Pass 'chunkwise', or leave it out."
         )
     steps = -(-steps // shards)
+    on_cpu = jax.default_backend() == "cpu"
     if chunk is None:
-        chunk = every * max(1, _CHUNK // every)
+        chunk = _CHUNK // 2 if on_cpu and size <= _MEDIUM else _CHUNK
+        chunk = every * max(1, chunk // every)
         chunk = min(chunk, every << max(0, steps // every - 1).bit_length())
     if form != "auto":
         return FormChoice(form, form, chunk)
     if shards > 1:
         return FormChoice("chunkwise", "chunkwise", chunk)
-    if steps < _SHORT:
+    if steps < _SHORT or (on_cpu and size <= _SMALL):
         return FormChoice("recurrent", "recurrent", chunk)
-    on_cpu = jax.default_backend() == "cpu"
     return FormChoice("recurrent" if on_cpu else "chunkwise", "chunkwise", chunk)

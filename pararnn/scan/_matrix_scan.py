@@ -58,8 +58,8 @@ def matrix_scan(
     - `reset`: bool `[T]`. Where true, that step starts from zeros, whatever came
         before.
     - `emit`: `"before"` reads $o_t = S_{t-1}^\top q_t$.
-    - `form`: `"recurrent"`, `"chunkwise"`, or `"auto"`, by platform and length, where a
-        derivative may take another form than the value.
+    - `form`: `"recurrent"`, `"chunkwise"`, or `"auto"`, by platform, length and size,
+        where a derivative may take another form than the value.
     - `chunk`: steps of a chunk, a multiple of `T / Q`; chosen by measurement if not
         given.
 
@@ -102,7 +102,8 @@ def matrix_scan(
     )
     if steps == 0:
         return jnp.zeros((0, *values.shape[1:]), dtype), start.astype(dtype)
-    choice = choose_form(form, chunk, steps, every, time_shards(steps))
+    entries = size * values.shape[-1]
+    choice = choose_form(form, chunk, steps, every, entries, time_shards(steps))
     run = {
         "recurrent": ft.partial(_recurrent, every=every, emit=emit),
         "chunkwise": ft.partial(_chunkwise, every=every, emit=emit, chunk=choice.chunk),
@@ -136,20 +137,20 @@ def _recurrent(queries, terms: _Terms, start, reset, every, emit):
         term, reset = at_t
         if reset is not None:
             state = jnp.where(reset, jnp.zeros_like(state), state)
-        written = term.values[:, None, :]
-        along = term.keys[..., None]
-        kept = state
+        written, kept = term.values, state
         if term.decay is not None:
-            factor = term.decay if terms.each_key else term.decay[:, None]
-            kept = factor[..., None] * state
+            axes = "hk" if terms.each_key else "h"
+            kept = _product(f"{axes},hkv->hkv", term.decay, state)
         if term.read is not None:
-            erased = _read(term.read, state)[:, None]
+            erased = _read(term.read, state)
             if term.write is None:
                 written = written - erased
             else:
-                kept = kept - term.write[..., None] * erased
-        return kept + along * written
+                kept = kept - _product("hk,hv->hkv", term.write, erased)
+        return kept + _product("hk,hv->hkv", term.keys, written)
 
+    # All that the derivative stores is the states.
+    @jax.checkpoint
     def steps_to_output(state, at_t):
         query, inner = at_t
         for i in range(every):
@@ -175,9 +176,15 @@ def _batch_first(v):
 
 
 def _read(vectors, state):
-    """`Sᵀ q` of every head. As a sum of products, XLA's CPU runs it 2 to 50 times
-    slower (40 against 0.8 us for one head of 64 x 64, jaxlib 0.10.2)."""
-    return jnp.einsum("hk,hkv->hv", vectors, state, precision=lax.Precision.HIGHEST)
+    """`Sᵀ q` of every head."""
+    return _product("hk,hkv->hv", vectors, state)
+
+
+def _product(axes: str, a, b):
+    """A product as a `dot`. As a sum of products, XLA's CPU runs it 2 to 50 times
+    slower (40 against 0.8 us for one head of 64 x 64, jaxlib 0.10.2); and an outer
+    product written by broadcasting has such a sum for its derivative."""
+    return jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST)
 
 
 def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):
