@@ -50,6 +50,7 @@ from .scan import (
     Dense as Dense,
     Diagonal as Diagonal,
     Scalar as Scalar,
+    fused_scan as fused_scan,
     grid_scan as grid_scan,
     linear_scan as linear_scan,
     matrix_scan as matrix_scan,

@@ -70,6 +70,9 @@ ROWS = {
     ),
     "gated_deltanet": Row("gated_deltanet", reference.delta_rule, HEADS),
     "deltaproduct": Row("deltaproduct", reference.delta_rule, HEADS),
+    "deltaproduct-plain": Row(
+        "deltaproduct", reference.delta_rule, HEADS | {"convolution": False}
+    ),
     "gated_deltaproduct": Row(
         "gated_deltaproduct", reference.delta_rule, HEADS | {"householders": 3}
     ),

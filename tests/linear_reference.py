@@ -34,7 +34,10 @@ def l2(x):
 
 
 def conv(window, u, weight, bias=0.0):
-    """One step of the causal depthwise convolution; the window is oldest first."""
+    """One step of the causal depthwise convolution, if there is one; the window is
+    oldest first."""
+    if weight is None:
+        return None, u
     inputs = np.concatenate([window, u[None]])
     c = bias + sum(weight[:, j] * inputs[j] for j in range(4))
     return inputs[1:], c
@@ -55,7 +58,7 @@ def start(state, reset, t):
     if reset is None or not reset[t]:
         return state
     if isinstance(state, tuple):
-        return tuple(np.zeros_like(part) for part in state)
+        return tuple(None if part is None else np.zeros_like(part) for part in state)
     return np.zeros_like(state)
 
 
@@ -188,7 +191,9 @@ def delta_rule(p, xs, state, reset=None):
     keys = len(p.W_q) // heads
     largest = 2 if p.eigenvalues == "signed" else 1
     W_k, W_v = p.W_k.reshape(-1, d), p.W_v.reshape(-1, d)
-    conv_k, conv_v = p.conv_k.reshape(-1, 4), p.conv_v.reshape(-1, 4)
+    conv_k, conv_v = (
+        None if taps is None else taps.reshape(-1, 4) for taps in (p.conv_k, p.conv_v)
+    )
     ys = []
     for t, x in enumerate(xs):
         window_q, window_k, window_v, S = start(state, reset, t)

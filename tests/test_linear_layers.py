@@ -371,6 +371,11 @@ BAD_ARGUMENTS = {
     "discretisation": (("s4d", "s5"), {"discretisation": "euler"}, "zoh, bilinear"),
     "form": (("s4d",), {"form": "fft"}, "auto, scan, convolution"),
     "odd state": (("s4d",), {"d_state": 7}, "`d_state` must be even, got 7"),
+    "convolution": (
+        ("deltanet", "gated_deltaproduct"),
+        {"convolution": 4},
+        "must be True or False, got 4",
+    ),
     "odd complex": (("mamba",), {"d_state": 7, "eigenvalues": "complex"}, "even"),
     "blocks of s5": (("s5",), {"blocks": 3, "d_state": 8}, "not divisible by 2"),
     "blocks": (("rg_lru", "block_lrnn"), {"blocks": 4}, "not divisible by `blocks`"),

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from pararnn._parameters import affine, check_size, linear, widen
-from pararnn.scan import Diagonal, linear_scan
+from pararnn.scan import fused_scan
 
 from .._layer import AbstractLayer
 from ..parts import (
@@ -156,12 +156,24 @@ class Mamba(AbstractLayer):
         if self.A_imag is not None:
             A = lax.complex(A, self.A_imag.astype(A.dtype))
             B, C = (lax.complex(*jnp.split(v, 2, axis=-1)) for v in (B, C))
-        decay = signed(
-            jnp.exp(dt[..., None].astype(A.dtype) * A[None]), self.eigenvalues
-        )
-        drive = (dt * u)[..., None].astype(B.dtype) * B[:, None]
-        states = linear_scan(Diagonal(decay), drive, state, reset=reset)
-        ys = jnp.sum(states * C[:, None], axis=-1)
+        # Channels last: what a loop vectorises over.
+        A, state = A.T, state.T
+
+        def terms(at_t):
+            dt, u, B, _ = at_t
+            decay = signed(jnp.exp(dt[None].astype(A.dtype) * A), self.eigenvalues)
+            return decay, _full("n,d->nd", B, (dt * u).astype(B.dtype))
+
+        def read(state, at_t):
+            *_, C = at_t
+            return _full("nd,n->d", state, C)
+
+        ys, state = fused_scan(terms, read, (dt, u, B, C), state, reset=reset)
         ys = ys if self.A_imag is None else 2 * ys.real
         ys = (ys + leading(D, 2) * u) * jax.nn.silu(z)
-        return linear(self.W_out, ys), (window, states[-1])
+        return linear(self.W_out, ys), (window, state.T)
+
+
+def _full(axes: str, a, b):
+    """A product at full float32 precision."""
+    return jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST)

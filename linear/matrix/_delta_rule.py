@@ -33,17 +33,18 @@ class AbstractDeltaRule(AbstractLayer):
     S \leftarrow S + \beta_j k_j (v_j - S^\top k_j)^\top \quad (j = 1 \dots n), \qquad
     o_t = S^\top q_t / \sqrt{K}$$
 
-    Queries, keys and values pass a short causal convolution and SiLU; queries and keys
-    are normalised to length 1. $g_t$ is 1 unless the layer is gated.
+    Queries, keys and values pass a short causal convolution, unless it is left out, and
+    SiLU; queries and keys are normalised to length 1. $g_t$ is 1 unless the layer is
+    gated.
     """
 
     W_q: Float[Array, "features_k d_model"]
     W_k: Float[Array, "n features_k d_model"]
     W_v: Float[Array, "n features_v d_model"]
     W_b: Float[Array, "n heads d_model"]
-    conv_q: Float[Array, "features_k 4"]
-    conv_k: Float[Array, "n features_k 4"]
-    conv_v: Float[Array, "n features_v 4"]
+    conv_q: Float[Array, "features_k 4"] | None
+    conv_k: Float[Array, "n features_k 4"] | None
+    conv_v: Float[Array, "n features_v 4"] | None
     norm_weight: Float[Array, " V"]
     W_out: Float[Array, "d_model features_v"]
     A_log: Float[Array, " heads"] | None
@@ -56,7 +57,16 @@ class AbstractDeltaRule(AbstractLayer):
     gated: eqx.AbstractClassVar[bool]
 
     def _make(
-        self, d_model, heads, d_key, d_value, householders, eigenvalues, dtype, key
+        self,
+        d_model,
+        heads,
+        d_key,
+        d_value,
+        householders,
+        eigenvalues,
+        convolution,
+        dtype,
+        key,
     ) -> None:
         where = type(self).__name__
         draw = Draw(where, dtype, key)
@@ -72,9 +82,16 @@ class AbstractDeltaRule(AbstractLayer):
         self.W_k = draw.weight(n, features_k, d_model)
         self.W_v = draw.weight(n, features_v, d_model)
         self.W_b = draw.weight(n, heads, d_model)
-        self.conv_q = draw.weight(features_k, WIDTH)
-        self.conv_k = draw.weight(n, features_k, WIDTH)
-        self.conv_v = draw.weight(n, features_v, WIDTH)
+        self.conv_q = self.conv_k = self.conv_v = None
+        if not isinstance(convolution, bool):
+            raise ValueError(
+                f"{where}: `convolution` must be True or False, got {convolution!r}: "
+                "there is one over 4 steps, or none."
+            )
+        if convolution:
+            self.conv_q = draw.weight(features_k, WIDTH)
+            self.conv_k = draw.weight(n, features_k, WIDTH)
+            self.conv_v = draw.weight(n, features_v, WIDTH)
         self.norm_weight = draw.full(jnp.ones(d_value))
         self.W_out = draw.weight(d_model, features_v)
         self.A_log = self.dt_bias = self.W_a = self.W_g = None
@@ -91,16 +108,17 @@ class AbstractDeltaRule(AbstractLayer):
         return log_decay(self.A_log, self.dt_bias, linear(self.W_a, xs))[0]
 
     def init_state(self):
-        """The last three inputs of the convolutions of queries `[3, features]`, keys
-        and values `[3, n * features]`, and the matrices `[heads, K, V]`: zeros."""
+        """The last three inputs of the convolutions, if there are some, of queries
+        `[3, features]`, keys and values `[3, n * features]`, and the matrices
+        `[heads, K, V]`: zeros."""
         dtype = self.precision()
         n, features_k, _ = self.W_k.shape
         features_v = self.W_v.shape[1]
-        windows = [
-            jnp.zeros((WIDTH - 1, size), dtype)
-            for size in (features_k, n * features_k, n * features_v)
-        ]
+        sizes = (features_k, n * features_k, n * features_v)
+        windows = [jnp.zeros((WIDTH - 1, size), dtype) for size in sizes]
         matrix = (self.heads, features_k // self.heads, features_v // self.heads)
+        if self.conv_q is None:
+            windows = [None, None, None]
         return *windows, jnp.zeros(matrix, dtype)
 
     def mix(self, xs, state, reset):
@@ -108,10 +126,10 @@ class AbstractDeltaRule(AbstractLayer):
         n, steps = self.W_k.shape[0], xs.shape[0]
 
         def features(weight, conv, window):
-            flat = weight.reshape(-1, weight.shape[-1])
-            drive, window = short_convolution(
-                linear(flat, xs), window, conv.reshape(-1, WIDTH), reset=reset
-            )
+            drive = linear(weight.reshape(-1, weight.shape[-1]), xs)
+            if conv is not None:
+                taps = conv.reshape(-1, WIDTH)
+                drive, window = short_convolution(drive, window, taps, reset=reset)
             return jax.nn.silu(drive), window
 
         def substeps(v):
@@ -180,6 +198,7 @@ class DeltaNet(AbstractDeltaRule):
         d_key: int | None = None,
         d_value: int | None = None,
         eigenvalues: Eigenvalues = "positive",
+        convolution: bool = True,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -191,6 +210,9 @@ class DeltaNet(AbstractDeltaRule):
             `d_model // heads` if not given.
         - `eigenvalues`: `"positive"`, of the transition in [0, 1], or `"signed"`, in
             [-1, 1], which parity needs.
+        - `convolution`: whether queries, keys and values see the three steps before
+            theirs. Without, a transition depends on one step alone, which makes it
+            easier to learn to keep track of a state.
         - `dtype`: of the parameters; JAX's default floating point if not given.
         - `key`: a key of `jax.random`.
 
@@ -198,7 +220,9 @@ class DeltaNet(AbstractDeltaRule):
         do not divide, unknown eigenvalues, a dtype that is not floating point, or a
         key that is not one.
         """
-        self._make(d_model, heads, d_key, d_value, 1, eigenvalues, dtype, key)
+        self._make(
+            d_model, heads, d_key, d_value, 1, eigenvalues, convolution, dtype, key
+        )
 
 
 class GatedDeltaNet(AbstractDeltaRule):
@@ -226,6 +250,7 @@ class GatedDeltaNet(AbstractDeltaRule):
         d_key: int | None = None,
         d_value: int | None = None,
         eigenvalues: Eigenvalues = "positive",
+        convolution: bool = True,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -236,7 +261,9 @@ class GatedDeltaNet(AbstractDeltaRule):
             d_model = check_size("GatedDeltaNet", "d_model", d_model)
             heads = check_size("GatedDeltaNet", "heads", heads)
             d_value = 2 * head_size("GatedDeltaNet", "d_value", None, d_model, heads)
-        self._make(d_model, heads, d_key, d_value, 1, eigenvalues, dtype, key)
+        self._make(
+            d_model, heads, d_key, d_value, 1, eigenvalues, convolution, dtype, key
+        )
 
 
 class DeltaProduct(AbstractDeltaRule):
@@ -268,13 +295,22 @@ class DeltaProduct(AbstractDeltaRule):
         d_key: int | None = None,
         d_value: int | None = None,
         eigenvalues: Eigenvalues = "signed",
+        convolution: bool = True,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
         """As [`linear.DeltaNet`][], with `householders`, the number of delta steps a
         token, and signed eigenvalues by default."""
         self._make(
-            d_model, heads, d_key, d_value, householders, eigenvalues, dtype, key
+            d_model,
+            heads,
+            d_key,
+            d_value,
+            householders,
+            eigenvalues,
+            convolution,
+            dtype,
+            key,
         )
 
 
@@ -300,11 +336,20 @@ class GatedDeltaProduct(AbstractDeltaRule):
         d_key: int | None = None,
         d_value: int | None = None,
         eigenvalues: Eigenvalues = "signed",
+        convolution: bool = True,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
         """As [`linear.DeltaProduct`][]; the gate starts as that of
         [`linear.GatedDeltaNet`][]."""
         self._make(
-            d_model, heads, d_key, d_value, householders, eigenvalues, dtype, key
+            d_model,
+            heads,
+            d_key,
+            d_value,
+            householders,
+            eigenvalues,
+            convolution,
+            dtype,
+            key,
         )

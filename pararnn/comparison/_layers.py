@@ -14,6 +14,7 @@ FLAGS = {
     "pos": ("eigenvalues", "positive"),
     "real": ("eigenvalues", "positive"),
     "complex": ("eigenvalues", "complex"),
+    "noconv": ("convolution", False),
 }
 # Short names of options.
 SHORT = {"nh": "householders", "n": "d_state"}
@@ -26,8 +27,9 @@ def expand_layer(layer: str) -> str:
 
     **Arguments:** `layer`, as for `pararnn.make_mixer`; beside `option=value` there
     are `neg` (`eigenvalues=signed`), `pos` and `real` (`eigenvalues=positive`),
-    `complex` (`eigenvalues=complex`), `nh=2` (`householders=2`) and `n=16`
-    (`d_state=16`): `"deltanet:neg"`, `"deltaproduct:nh=3"`, `"lru:real"`.
+    `complex` (`eigenvalues=complex`), `noconv` (`convolution=False`), `nh=2`
+    (`householders=2`) and `n=16` (`d_state=16`): `"deltanet:neg"`, `"lru:real"`,
+    `"deltaproduct:nh=3"`.
 
     **Returns:** what `pararnn.make_mixer` takes.
 

@@ -7,6 +7,7 @@ from ._arithmetic import (
 )
 from ._backends import Schedule as Schedule
 from ._choose import Backend as Backend
+from ._fused_scan import fused_scan as fused_scan
 from ._grid_scan import grid_scan as grid_scan
 from ._linear_scan import (
     check_reset as check_reset,
