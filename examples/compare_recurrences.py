@@ -18,11 +18,26 @@ from typing import Literal
 
 import tyro
 
-import pararnn
-from pararnn.comparison import BUDGETS, Protocol, compare, list_tasks, write_report
+from pararnn.comparison import (
+    BUDGETS,
+    Protocol,
+    compare,
+    list_layers,
+    list_tasks,
+    write_report,
+)
 
 # Options that replace those of the budget.
-REPLACED = ("seeds", "parameters", "depth", "steps", "batch", "learning_rates", "seed")
+REPLACED = (
+    "seeds",
+    "parameters",
+    "state",
+    "depth",
+    "steps",
+    "batch",
+    "learning_rates",
+    "seed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +56,9 @@ class Arguments:
     """Independent runs."""
     parameters: int | None = None
     """Of a model."""
+    state: int | None = None
+    """Real numbers in the state of every layer; what the width makes of it if not
+    given."""
     depth: int | None = None
     """Blocks of a model."""
     steps: int | None = None
@@ -72,7 +90,7 @@ def split(names: str) -> list[str]:
 def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
     if arguments.list:
-        print(f"layers: {', '.join(pararnn.list_mixers())}")
+        print(f"layers: {', '.join(list_layers())}")
         print(f"tasks: {', '.join(list_tasks())}")
         return 0
     try:

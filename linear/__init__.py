@@ -2,7 +2,11 @@
 
 from ._layer import AbstractLayer as AbstractLayer
 from ._monoid import CommutativeMonoid as CommutativeMonoid
-from ._registry import LAYERS as LAYERS, make_layer as make_layer
+from ._registry import (
+    IMAGE_LAYERS as IMAGE_LAYERS,
+    LAYERS as LAYERS,
+    make_layer as make_layer,
+)
 from .dense import (
     LRNN as LRNN,
     LSSL as LSSL,

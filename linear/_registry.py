@@ -3,6 +3,7 @@
 from types import MappingProxyType
 from typing import Any
 
+import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
 from pararnn._registry import make_by_name
@@ -21,6 +22,7 @@ from .matrix import (
     GatedDeltaNet,
     GatedDeltaProduct,
     Mamba2,
+    PLSTMGrid,
 )
 
 LAYERS: MappingProxyType[str, type[AbstractLayer]] = MappingProxyType(
@@ -47,6 +49,12 @@ LAYERS: MappingProxyType[str, type[AbstractLayer]] = MappingProxyType(
         "s5": S5,
         "unitary": UnitaryRNN,
     }
+)
+
+
+# Layers on images `[H, W, d_model]`, which have no state to go on from.
+IMAGE_LAYERS: MappingProxyType[str, type[eqx.Module]] = MappingProxyType(
+    {"plstm_grid": PLSTMGrid}
 )
 
 

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import linear
 import pararnn.comparison._train as training_module
 from pararnn.comparison import (
     BUDGETS,
+    Lengths,
     Protocol,
     compare,
     expand_layer,
@@ -151,8 +153,8 @@ def test_training_is_adamw_by_hand():
     """Two steps of one seed, with gradients of a loss written anew."""
     task = make_task("parity")
     protocol = dataclasses.replace(TINY, steps=2, points=1, seeds=1, weight_decay=0.0)
-    data, size = Data(task, protocol), fit_size(task, "lru", 1, 2_000)
-    trainer = training_module.Trainer(data, "lru", size)
+    data, size = Data(task, protocol), fit_size(task, "lru", protocol)
+    trainer = training_module.Trainer(data, size)
     model = jax.tree.map(lambda x: x[0] if eqx.is_array(x) else x, trainer.models)
     training = trainer.run(1e-2, lambda *_: None)
     batches = jax.tree.map(lambda x: x[0], data.training(0, 2))
@@ -232,7 +234,7 @@ def test_a_solver_that_refuses_is_reported(monkeypatch, tmp_path):
 @pytest.mark.parametrize("task", ["parity", "adding"])
 def test_sizes_are_equal(layer, task):
     task, wanted = make_task(task), 20_000
-    size = fit_size(task, layer, 2, wanted)
+    size = fit_size(task, layer, Protocol(parameters=wanted, depth=2))
     model = SequenceModel(
         task, layer, size.d_model, size.d_hidden, 2, key=jax.random.key(0)
     )
@@ -244,6 +246,68 @@ def test_sizes_are_equal(layer, task):
     states = jax.tree.leaves(model.init_state())
     factors = [2 if jnp.iscomplexobj(s) else 1 for s in states]
     assert size.state == sum(s.size * f for s, f in zip(states, factors, strict=True))
+
+
+# Layer, the state asked for, the option that it gets, and numbers in the state.
+STATES = {
+    "deltanet:noconv": (150, "d_key=12:d_value=12", 144),
+    "deltanet": (260, "d_key=12:d_value=12", 252),
+    "gla:heads=2": (130, "d_key=8:d_value=8", 128),
+    "lru": (150, "d_state=74", 148),
+    "lru:real": (150, "d_state=150", 150),
+    "paralstm": (150, "d_state=74", 148),
+    "paragru:heads=4": (150, "d_state=148", 148),
+}
+
+
+@pytest.mark.parametrize("layer", STATES)
+def test_states_are_equal(layer):
+    """At equal numbers of parameters too."""
+    state, options, wanted = STATES[layer]
+    protocol = Protocol(parameters=20_000, state=state)
+    size = fit_size(make_task("parity"), expand_layer(layer), protocol)
+    assert size.layer == f"{expand_layer(layer)}:{options}"
+    assert size.state == wanted
+    assert abs(size.parameters - 20_000) < 300
+
+
+@pytest.mark.parametrize(
+    "layer, state, parts",
+    [
+        ("rwkv7", 100, ["cannot be set apart", "`d_key`"]),
+        ("lru:n=8", 100, ["cannot be set apart", "not be given them already"]),
+        ("mamba2", 40, ["at the least", "`state` is 40"]),
+        ("gru", 200, ["parameters at the smallest width"]),
+    ],
+)
+def test_states_that_cannot_be(layer, state, parts):
+    with refusal(ValueError, parts):
+        fit_size(make_task("parity"), expand_layer(layer), Protocol(state=state))
+
+
+def test_layers_on_images_are_trained():
+    """A step changes parameters, and the layer is the one of `linear`."""
+    task = dataclasses.replace(
+        make_task("arrow_pointing"), short=Lengths((9, 9), (9, 16))
+    )
+    protocol = dataclasses.replace(TINY, parameters=6_000, steps=2, points=1)
+    data = Data(task, protocol)
+    trainer = training_module.Trainer(data, fit_size(task, "plstm_grid", protocol))
+    training = trainer.run(1e-2, lambda *_: None)
+    evaluation = Evaluator(data).run(training.models, training.diverged)
+    assert training.diverged == [None, None] and None not in evaluation.score
+    mixer = jax.tree.map(
+        lambda v: v[0, 0], eqx.filter(trainer.models.blocks.mixer, eqx.is_array)
+    )
+    mixer = eqx.combine(mixer, trainer.models.blocks.mixer)
+    assert isinstance(mixer.layer, linear.PLSTMGrid)
+    xs = jax.random.normal(jax.random.key(0), (9, mixer.layer.d_model))
+    image = xs.reshape(3, 3, -1)
+    np.testing.assert_allclose(mixer(xs)[0].reshape(image.shape), mixer.layer(image))
+    for given, message in (((xs[:8],), "no square image"), ((xs,), "no resets")):
+        reset = jnp.zeros(9, bool) if message == "no resets" else None
+        with refusal(ValueError, [message]):
+            mixer(*given, reset=reset)
 
 
 def test_evaluation_counts_by_hand():
@@ -404,6 +468,8 @@ WRONG = {
     "wrong value": (call(["lru:eigenvalues=odd"]), ["eigenvalues", "odd"]),
     "unknown task": (call(tasks=["pairity"]), ["unknown task 'pairity'", "mqar"]),
     "unknown option of a task": (call(tasks=["s3:n=2"]), ["no option n", "tokens"]),
+    "no image": (call(["plstm_grid"]), ["takes images", "digits, arrow_pointing"]),
+    "no state": (call(state=0), ["`state` is 0"]),
     "no layers": (call([]), ["`layers`", "at least one"]),
     "a string": (call(tasks="parity"), ["`tasks`", "sequence"]),
     "twice": (call(["gru", "lru", "gru"]), ["gru more than once"]),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pararnn.comparison import Lengths, Metric, Task, draw_batch, list_tasks, make_task
+from pararnn.comparison.tasks import IMAGE_TASKS, _arrows as arrows
 from pararnn.comparison.tasks._groups import multiplication_table
 from tests.helpers import refusal
 
@@ -294,6 +295,66 @@ def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pararnn\[compare\]"):
         make_task("digits")
+
+
+def brightness(scene, pixel):
+    """One pixel, from points along the strokes."""
+    arrow, disc, heading = (np.asarray(v, np.float64) for v in scene[:3])
+    angle = math.atan2(heading[1], heading[0])
+
+    def towards(turn):
+        return np.array([math.cos(angle + turn), math.sin(angle + turn)])
+
+    tip = arrow + 3 * heading
+    ends = [arrow - 3 * heading, tip - 2.5 * towards(0.6), tip - 2.5 * towards(-0.6)]
+    along = np.linspace(0, 1, 4001)[:, None]
+    lines = [np.linalg.norm(tip + along * (end - tip) - pixel, axis=1) for end in ends]
+    stroke = 0.5 - np.min(lines)
+    return np.clip(max(stroke, 2 - np.linalg.norm(disc - pixel)) + 0.5, 0, 1)
+
+
+def test_arrows_point_or_not():
+    extent = 32.0
+    keys = jax.random.split(jax.random.key(1), 400)
+    scenes = jax.vmap(arrows.draw_scene, (0, None))(keys, extent)
+    towards = scenes.disc - scenes.arrow
+    distance = np.linalg.norm(towards, axis=1)
+    assert distance.min() >= 8
+    cosine = np.sum(scenes.heading * towards, 1) / distance
+    points = np.asarray(scenes.points)
+    assert 150 < points.sum() < 250
+    np.testing.assert_allclose(cosine[points], 1, atol=1e-9)
+    assert cosine[~points].max() < math.cos(math.pi / 6) + 1e-9
+    for centres in (scenes.arrow, scenes.disc):
+        assert 4 <= centres.min() and centres.max() <= extent - 4
+
+
+@pytest.mark.parametrize("length", [49, 64], ids=["padded", "whole"])
+def test_images_of_arrows(length):
+    """Patch by patch against single pixels; nothing behind the image."""
+    task, key, patch = make_task("arrow_pointing:patch=3"), jax.random.key(3), 3
+    side = math.isqrt(length)
+    inputs, targets, mask = task.train(key, 64, jnp.asarray(length, jnp.int32))
+    scene = arrows.draw_scene(key, float(side * patch))
+    for t in range(0, length, 5):
+        for n in range(patch * patch):
+            row = patch * (t // side) + n // patch + 0.5
+            column = patch * (t % side) + n % patch + 0.5
+            wanted = brightness(scene, np.array([row, column]))
+            assert float(inputs[t, n]) == pytest.approx(wanted, abs=1e-3)
+    assert not np.asarray(inputs[length:]).any()
+    assert np.flatnonzero(mask).tolist() == [length - 1]
+    assert bool(targets[length - 1]) == bool(scene.points)
+
+
+def test_images_are_square():
+    sizes = {"features": 1, "outputs": 2, "metric": Metric("accuracy", 0.5)}
+    for lengths in (Lengths((8, 8), (9,)), Lengths((4, 9), (9,))):
+        with refusal(ValueError, ["is on images", "expected squares"]):
+            Task("x", "", "", lengths=lengths, train=None, image=True, **sizes)
+    images = [n for n in list_tasks() if n in IMAGE_TASKS]
+    assert all(make_task(name).image for name in images) and len(images) == 2
+    assert not make_task("digits:permuted").image
 
 
 def test_library_text():

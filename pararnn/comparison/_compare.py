@@ -1,5 +1,6 @@
 """The comparison: every layer on every task, with every learning rate."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,11 @@ from .._records import Record, Records
 from ._costs import measure_costs
 from ._data import Data
 from ._evaluate import Evaluator
-from ._layers import expand_layer
+from ._layers import expand_layer, needs_images
 from ._protocol import Protocol
 from ._sizes import Size, fit_size
 from ._train import Trainer
-from .tasks import Task, make_task
+from .tasks import IMAGE_TASKS, Task, make_task
 
 RESULTS_FILE = "results.jsonl"
 
@@ -49,17 +50,18 @@ def compare(
     [`pararnn.comparison.write_report`][].
 
     **Raises:** `ValueError` on unknown layers, tasks or options, listing those that
-    exist, or a model that cannot be as small as the protocol asks, before anything is
-    trained; `OSError` if results cannot be written.
+    exist, a layer on images with a task that is none, or a model that cannot be as
+    small as the protocol asks, before anything is trained; `OSError` if
+    results cannot be written.
     """
     _check_given("layers", layers)
     _check_given("tasks", tasks)
     specs = {layer: expand_layer(layer) for layer in layers}
     made = {task: make_task(task) for task in tasks}
+    for layer, task in itertools.product(specs, made):
+        _check_pair(layer, specs[layer], task, made[task])
     sizes = {
-        (layer, task): fit_size(
-            made[task], specs[layer], protocol.depth, protocol.parameters
-        )
+        (layer, task): fit_size(made[task], specs[layer], protocol)
         for task in made
         for layer in specs
     }
@@ -67,12 +69,12 @@ def compare(
     records.append(_header(specs, made, protocol, command))
     runs = len(specs) * (len(made) * len(protocol.learning_rates) + 1)
     with Progress(runs, visible) as progress:
-        for layer, spec in specs.items():
-            _add_costs(records, layer, spec, sizes[layer, tasks[0]], protocol, progress)
+        for layer in specs:
+            _add_costs(records, layer, sizes[layer, tasks[0]], protocol, progress)
         for name, task in made.items():
             data = Data(task, protocol)
-            for layer, spec in specs.items():
-                run = _Run(records, layer, spec, name, data, sizes[layer, name])
+            for layer in specs:
+                run = _Run(records, layer, name, data, sizes[layer, name])
                 run.add_trainings(protocol, progress)
     return records.path
 
@@ -86,6 +88,14 @@ def _check_given(name: str, values: Sequence[str]) -> None:
     twice = sorted({value for value in values if list(values).count(value) > 1})
     if twice:
         raise ValueError(f"compare: `{name}` has {', '.join(twice)} more than once.")
+
+
+def _check_pair(layer: str, spec: str, name: str, task: Task) -> None:
+    if needs_images(spec) and not task.image:
+        raise ValueError(
+            f"compare: {layer!r} takes images, and {name!r} is none. Give it tasks of "
+            f"images: {', '.join(IMAGE_TASKS)}."
+        )
 
 
 def _header(specs, tasks, protocol: Protocol, command: str) -> Record:
@@ -121,12 +131,13 @@ def _describe(task: Task, protocol: Protocol) -> dict[str, Any]:
 
 
 def _add_costs(
-    records: Records, layer: str, spec: str, size: Size, protocol, progress
+    records: Records, layer: str, size: Size, protocol: Protocol, progress: Progress
 ) -> None:
     what = f"{layer}: time and memory"
     fields = {
         "kind": "cost",
         "layer": layer,
+        "spec": size.layer,
         "d_model": size.d_model,
         "fingerprint": protocol.fingerprint(),
     }
@@ -135,7 +146,10 @@ def _add_costs(
         return
     progress.begin(what, 1)
     try:
-        found = {"status": "finished", **measure_costs(spec, size.d_model, protocol)}
+        found = {
+            "status": "finished",
+            **measure_costs(size.layer, size.d_model, protocol),
+        }
     except RuntimeError as error:
         found = {"status": "failed", "error": _first_line(error)}
     records.append(fields | found)
@@ -145,9 +159,9 @@ def _add_costs(
 class _Run:
     """A layer on a task; compiled only if a result is missing."""
 
-    def __init__(self, records, layer: str, spec: str, name: str, data: Data, size):
-        self.records, self.layer, self.spec = records, layer, spec
-        self.name, self.data, self.size = name, data, size
+    def __init__(self, records, layer: str, name: str, data: Data, size: Size):
+        self.records, self.layer, self.name = records, layer, name
+        self.data, self.size = data, size
 
     def add_trainings(self, protocol: Protocol, progress: Progress) -> None:
         """Train with the learning rates that are missing."""
@@ -165,7 +179,7 @@ class _Run:
                 progress.finish(f"{what}: there already")
                 continue
             if programs is None:
-                trainer = Trainer(self.data, self.spec, self.size)
+                trainer = Trainer(self.data, self.size)
                 programs = trainer, Evaluator(self.data)
             progress.begin(what, protocol.steps)
             found = self._train(*programs, rate, what, progress)
@@ -173,7 +187,8 @@ class _Run:
             progress.finish(f"{what}: {_outcome(found)}")
 
     def _train(self, trainer, evaluator, rate: float, what, progress) -> Record:
-        record: Record = {"spec": self.spec, **self.size._asdict()}
+        sizes = self.size._asdict()
+        record: Record = {"spec": sizes.pop("layer"), **sizes}
         try:
             training = trainer.run(
                 rate, lambda step, loss: progress.show_step(what, step, loss)

@@ -1,5 +1,6 @@
 """Time and memory of a layer against the length, forward and backward."""
 
+import math
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from ..models import make_mixer
+from ._layers import make_layer, needs_images
 from ._once import run_once
 from ._protocol import Protocol
 from ._seeds import key_of
@@ -20,8 +21,8 @@ REPEATS, SECONDS = 5, 1.0
 def measure_costs(layer: str, d_model: int, protocol: Protocol) -> dict[str, Any]:
     """Seconds and bytes of a layer alone, at every length of the protocol.
 
-    **Arguments:** `layer`, as for `pararnn.make_mixer`; `d_model`; `protocol`, for
-    its lengths and batch.
+    **Arguments:** `layer`, as of `expand_layer`; `d_model`; `protocol`, for its
+    lengths and batch. Images have the largest squares up to the lengths.
 
     **Returns:** `lengths`, and for each of `forward_seconds`, `backward_seconds` (the
     gradient of the parameters, the forward pass included), `forward_bytes` and
@@ -29,16 +30,19 @@ def measure_costs(layer: str, d_model: int, protocol: Protocol) -> dict[str, Any
     along them. Bytes are `None` where the platform does not tell.
     """
     key = key_of(protocol.seed, "costs")
-    model = run_once(lambda key: make_mixer(layer, d_model, key=key), key)
+    model = run_once(lambda key: make_layer(layer, d_model, key=key), key)
     found: dict[str, list] = {f"{n}_{unit}": [] for n in PROGRAMS for unit in UNITS}
-    for length in protocol.cost_lengths:
+    lengths = list(protocol.cost_lengths)
+    if needs_images(layer):
+        lengths = [math.isqrt(length) ** 2 for length in lengths]
+    for length in lengths:
         shape = (protocol.cost_batch, length, d_model)
         xs = run_once(lambda key, shape=shape: jr.normal(key, shape, float), key)
         for name, program in PROGRAMS.items():
             compiled = eqx.filter_jit(program).lower(model, xs).compile()
             found[f"{name}_seconds"].append(_time(compiled, model, xs))
             found[f"{name}_bytes"].append(_temporary_bytes(compiled))
-    return {"lengths": list(protocol.cost_lengths), **found}
+    return {"lengths": lengths, **found}
 
 
 def _forward(model, xs):

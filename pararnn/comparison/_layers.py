@@ -1,13 +1,21 @@
 """Layers by name, with the short forms of the field."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
 import jax.random as jr
+from jaxtyping import DTypeLike, PRNGKeyArray
 
+from .._registry import make_by_name
 from .._specs import parse_spec
-from ..models import list_mixers, make_mixer
+from ..models import list_mixers, make_mixer, registered_layers
+from ..solver import Auto, Solver
+from ._images import ImageMixer
 
+# Where packages enter layers on images, `[H, W, d_model]`, as they enter others in
+# `pararnn.layers`.
+IMAGES = "pararnn.images"
 # What a part without a value stands for.
 FLAGS = {
     "neg": ("eigenvalues", "signed"),
@@ -22,29 +30,61 @@ SHORT = {"nh": "householders", "n": "d_state"}
 TRIAL = 48
 
 
+def list_layers() -> tuple[str, ...]:
+    """The names that [`pararnn.comparison.expand_layer`][] knows: those of
+    `pararnn.list_mixers`, then layers on images."""
+    return (*list_mixers(), *_image_layers())
+
+
 def expand_layer(layer: str) -> str:
     """A layer's name with its options, the short forms written out.
 
-    **Arguments:** `layer`, as for `pararnn.make_mixer`; beside `option=value` there
-    are `neg` (`eigenvalues=signed`), `pos` and `real` (`eigenvalues=positive`),
-    `complex` (`eigenvalues=complex`), `noconv` (`convolution=False`), `nh=2`
-    (`householders=2`) and `n=16` (`d_state=16`): `"deltanet:neg"`, `"lru:real"`,
-    `"deltaproduct:nh=3"`.
+    **Arguments:** `layer`, as for `pararnn.make_mixer`, or a layer on images
+    (`"plstm_grid"`); beside `option=value` there are `neg` (`eigenvalues=signed`),
+    `pos` and `real` (`eigenvalues=positive`), `complex` (`eigenvalues=complex`),
+    `noconv` (`convolution=False`), `nh=2` (`householders=2`) and `n=16`
+    (`d_state=16`): `"deltanet:neg"`, `"lru:real"`, `"deltaproduct:nh=3"`.
 
-    **Returns:** what `pararnn.make_mixer` takes.
+    **Returns:** the name with every option written out.
 
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
     what the layer's constructor raises.
     """
     name, options = parse_spec("expand_layer", layer, FLAGS, SHORT)
-    if name not in list_mixers():
+    if name not in list_layers():
         raise ValueError(
             f"expand_layer: unknown layer {name!r}; there are "
-            f"{', '.join(list_mixers())}."
+            f"{', '.join(list_layers())}."
         )
     full = ":".join([name, *(f"{key}={value}" for key, value in options.items())])
     make_shapes(full, heads(full) * TRIAL)
     return full
+
+
+def make_layer(
+    layer: str,
+    d_model: int,
+    *,
+    solver: Solver = Auto(),
+    dtype: DTypeLike | None = None,
+    key: PRNGKeyArray,
+) -> Any:
+    """The layer of a name with options, written out; one on images as an `ImageMixer`.
+
+    **Arguments:** as of `pararnn.make_mixer`.
+    """
+    if not needs_images(layer):
+        return make_mixer(layer, d_model, solver=solver, dtype=dtype, key=key)
+    name, options = parse_spec("make_layer", layer)
+    sizes = {"d_model": d_model, "key": key}
+    options = options if dtype is None else options | {"dtype": dtype}
+    made = make_by_name("make_layer", "layer", _image_layers(), name, sizes, options)
+    return ImageMixer(made)
+
+
+def needs_images(layer: str) -> bool:
+    """Whether a layer takes sequences only that are images, row by row."""
+    return layer.partition(":")[0] in _image_layers()
 
 
 def heads(layer: str) -> int:
@@ -55,4 +95,9 @@ def heads(layer: str) -> int:
 
 def make_shapes(layer: str, d_model: int) -> Any:
     """The layer with shapes for arrays, at no cost."""
-    return eqx.filter_eval_shape(lambda: make_mixer(layer, d_model, key=jr.key(0)))
+    return eqx.filter_eval_shape(lambda: make_layer(layer, d_model, key=jr.key(0)))
+
+
+def _image_layers() -> Mapping[str, type]:
+    found = registered_layers(IMAGES).values()
+    return {name: made for layers in found for name, made in layers.items()}

@@ -8,9 +8,9 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._parameters import uniform
-from ..models import make_mixer
 from ..models._block import Block, normalise
 from ..solver import Auto, Solver
+from ._layers import make_layer
 from .tasks import Task
 
 
@@ -43,8 +43,8 @@ class SequenceModel(eqx.Module):
         solver: Solver = Auto(),
         key: PRNGKeyArray,
     ):
-        """**Arguments:** `task`, for the kinds of inputs and outputs; `layer`, as for
-        `pararnn.make_mixer`; `d_model`, `d_hidden` and `depth`, width, width of the
+        """**Arguments:** `task`, for the kinds of inputs and outputs; `layer`, as of
+        `expand_layer`; `d_model`, `d_hidden` and `depth`, width, width of the
         MLPs and number of blocks; `solver`, of nonlinear layers; `key`, of
         `jax.random`. Embeddings are drawn from $\\mathcal{N}(0, 1)$, maps uniformly
         within $\\pm 1 / \\sqrt{\\text{fan-in}}$.
@@ -63,7 +63,7 @@ class SequenceModel(eqx.Module):
 
         def make(key: PRNGKeyArray) -> Block:
             inner, outer = jr.split(key)
-            mixer = make_mixer(layer, d_model, solver=solver, dtype=dtype, key=inner)
+            mixer = make_layer(layer, d_model, solver=solver, dtype=dtype, key=inner)
             return Block(mixer, d_model, d_hidden, dtype=dtype, key=outer)
 
         self.blocks = eqx.filter_vmap(make)(jr.split(within, depth))
@@ -126,10 +126,14 @@ def count_parameters(model: PyTree) -> int:
 
 def count_state(model: SequenceModel) -> int:
     """How many real numbers the state of one sequence is."""
-    leaves = jax.tree.leaves(eqx.filter_eval_shape(lambda m: m.init_state(), model))
+    return count_numbers(eqx.filter_eval_shape(lambda m: m.init_state(), model))
+
+
+def count_numbers(state: PyTree) -> int:
+    """How many real numbers a state is, of arrays or of shapes."""
     return sum(
         leaf.size * (1 + jnp.issubdtype(leaf.dtype, jnp.complexfloating))
-        for leaf in leaves
+        for leaf in jax.tree.leaves(state)
     )
 
 

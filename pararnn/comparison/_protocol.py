@@ -19,13 +19,16 @@ class Protocol:
 
     parameters: int = 16_000
     """Of a model, maps in and out included."""
+    state: int | None = None
+    """Real numbers in the state of each layer, where all should have as many; what the
+    width of the model makes of it if not given."""
     depth: int = 1
     """Blocks."""
-    steps: int = 1_000
+    steps: int = 1_500
     """Of the optimiser."""
     batch: int = 32
     """Sequences of a step."""
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-2, 3e-2)
     """Each layer is trained with all of them, and shown with the one whose loss in
     validation has the lowest median."""
     weight_decay: float = 0.01
@@ -50,6 +53,8 @@ class Protocol:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), LEAST.get(field.name)
+            if value is None and field.default is None:
+                continue
             values = value if isinstance(value, tuple) else (value,)
             if least is not None and (
                 not values or not all(_fits(v, least) for v in values)
@@ -87,6 +92,7 @@ class Protocol:
 # Least values: 0.0 of numbers above it, others of whole numbers from there.
 LEAST = {
     "parameters": 1,
+    "state": 1,
     "depth": 1,
     "steps": 2,
     "batch": 1,
@@ -99,7 +105,7 @@ LEAST = {
     "seed": 0,
 }
 ONLY_COST = ("cost_lengths", "cost_batch")
-COST = ("parameters", "depth", "seed", *ONLY_COST)
+COST = ("parameters", "state", "depth", "seed", *ONLY_COST)
 
 
 def _fits(value, least: float) -> bool:

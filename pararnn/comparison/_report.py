@@ -22,8 +22,9 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     was interrupted is reported as far as it came.
 
     **Returns:** the path of `report.html`, which needs no other file; `report.md` and
-    its pictures in `figures/` are beside it, and `scores.md`, its first table alone, to
-    be included elsewhere. The same results make the same files.
+    its pictures in `figures/` are beside it, and `scores.md` and `costs.md`, the first
+    table and that of time and memory at the longest length, to be included elsewhere.
+    The same results make the same files.
 
     **Raises:** `ValueError` if the folder has no results, or a line is broken.
     """
@@ -36,8 +37,13 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         if isinstance(part, Picture):
             (pictures / f"{part.name}.svg").write_text(part.svg, "utf-8")
     (folder / "report.md").write_text(to_markdown(parts, PICTURES), "utf-8")
-    scores = to_markdown([tables.overview(results)], PICTURES)
-    (folder / "scores.md").write_text(scores, "utf-8")
+    alone = {
+        "scores": tables.overview(results),
+        "costs": tables.costs(results, longest=True),
+    }
+    for name, table in alone.items():
+        text = to_markdown([table], PICTURES)
+        (folder / f"{name}.md").write_text(text, "utf-8")
     page = folder / "report.html"
     page.write_text(to_html(parts), "utf-8")
     return page
@@ -145,7 +151,8 @@ def _conditions(results: Results) -> list[Part]:
             "same data, in the same order, for every layer. Blocks are a layer and a "
             "gated MLP, each behind a norm. The width is the greatest at which the "
             "model, with MLPs of twice the width, stays within the parameters; the "
-            "MLPs take up the rest."
+            "MLPs take up the rest. Where the protocol has a `state`, a layer's own is "
+            "the largest with no more numbers, at every width."
         ),
         Code(json.dumps(header["protocol"], indent=1)),
         Heading("Sizes", 3),

@@ -1,5 +1,6 @@
 """Widths at which all layers have about as many parameters."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,38 +8,53 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.random as jr
 
-from ._layers import heads
-from ._model import SequenceModel, count_parameters, count_state
+from ._layers import heads, make_shapes
+from ._model import SequenceModel, count_numbers, count_parameters, count_state
+from ._protocol import Protocol
 from .tasks import Task
 
 # Widths are multiples of it, and of the heads.
 GRAIN = 8
+# Options that set the size of a layer's state apart from the width: both sides of a
+# head's matrix, or the length of a vector.
+STATE_OPTIONS = (("d_key", "d_value"), ("d_state",))
 
 
 class Size(NamedTuple):
-    """Widths, the number of parameters, and of real numbers in the state."""
+    """The layer with all options, widths, the number of parameters, and of real numbers
+    in the state."""
 
+    layer: str
     d_model: int
     d_hidden: int
     parameters: int
     state: int
 
 
-def fit_size(task: Task, layer: str, depth: int, parameters: int) -> Size:
+def fit_size(task: Task, layer: str, protocol: Protocol) -> Size:
     """The widths at which a model has as many parameters as it should.
 
     The widest model whose MLPs are twice as wide and that has no more parameters, by
-    bisection; then the width of the MLPs that comes nearest to the number.
+    bisection; then the width of the MLPs that comes nearest to the number. Where the
+    protocol has a `state`, the layer gets the largest one up to it, at every width.
 
-    **Arguments:** `task`; `layer`, as for `pararnn.make_mixer`; `depth`, number of
-    blocks; `parameters`, the number to reach.
+    **Arguments:** `task`; `layer`, as of `expand_layer`; `protocol`, for its
+    `depth`, `parameters` and `state`.
 
-    **Raises:** `ValueError` if the narrowest model has more parameters.
+    **Raises:** `ValueError` if the narrowest model has more parameters, or the layer
+    cannot have such a state.
     """
+    depth, parameters, state = protocol.depth, protocol.parameters, protocol.state
+
+    @functools.cache
+    def spec(d_model: int) -> str:
+        return layer if state is None else _with_state(layer, d_model, state)
 
     def shapes(d_model: int, d_hidden: int) -> SequenceModel:
         return eqx.filter_eval_shape(
-            lambda: SequenceModel(task, layer, d_model, d_hidden, depth, key=jr.key(0))
+            lambda: SequenceModel(
+                task, spec(d_model), d_model, d_hidden, depth, key=jr.key(0)
+            )
         )
 
     def count(d_model: int, d_hidden: int) -> int:
@@ -52,12 +68,60 @@ def fit_size(task: Task, layer: str, depth: int, parameters: int) -> Size:
             f"smallest width, {grain}, but `parameters` is {parameters:,}. Ask for at "
             "least so many, or give the layer smaller options."
         )
-    width = grain * _largest(lambda n: count(n * grain, 2 * n * grain) <= parameters)
+
+    def fits(n: int) -> bool:
+        try:
+            return count(n * grain, 2 * n * grain) <= parameters
+        except ValueError:
+            # What is left of the state at the least grows with the width in some.
+            return False
+
+    width = grain * _largest(fits)
     hidden = _largest(lambda n: count(width, n) <= parameters)
     above, below = count(width, hidden + 1), count(width, hidden)
     hidden += above - parameters < parameters - below
     model = shapes(width, hidden)
-    return Size(width, hidden, count_parameters(model), count_state(model))
+    return Size(spec(width), width, hidden, count_parameters(model), count_state(model))
+
+
+def _with_state(layer: str, d_model: int, state: int) -> str:
+    """The layer with the options that make its state the largest up to `state`."""
+    options = next((o for o in STATE_OPTIONS if _takes(layer, d_model, o)), None)
+    if options is None:
+        raise ValueError(
+            f"fit_size: the state of {layer!r} cannot be set apart from its width, as "
+            f"a `state` of {state} numbers asks for. It must take `d_key` and "
+            "`d_value`, or `d_state`, and not be given them already. Leave out `state` "
+            "or the layer."
+        )
+    # A matrix is of a head; a vector is divided by heads, or into pairs.
+    grain = 1 if len(options) == 2 else math.lcm(2, heads(layer))
+
+    def count(n: int) -> int:
+        made = make_shapes(_join(layer, options, n * grain), d_model)
+        return count_numbers(eqx.filter_eval_shape(lambda m: m.init_state(), made))
+
+    if (least := count(1)) > state:
+        raise ValueError(
+            f"fit_size: {layer!r} has a state of {least} numbers at the least, at a "
+            f"width of {d_model}, but `state` is {state}. Ask for a larger one, or "
+            "leave out the layer."
+        )
+    return _join(layer, options, grain * _largest(lambda n: count(n) <= state))
+
+
+def _takes(layer: str, d_model: int, options: tuple[str, ...]) -> bool:
+    if any(f"{option}=" in layer for option in options):
+        return False
+    try:
+        make_shapes(_join(layer, options, math.lcm(2, heads(layer))), d_model)
+    except ValueError:
+        return False
+    return True
+
+
+def _join(layer: str, options: tuple[str, ...], value: int) -> str:
+    return ":".join([layer, *(f"{option}={value}" for option in options)])
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

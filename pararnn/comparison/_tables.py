@@ -114,8 +114,8 @@ def sizes(results: Results) -> Table:
     return Table(header, rows)
 
 
-def costs(results: Results) -> Table:
-    """Time and memory of the layer alone, at every length."""
+def costs(results: Results, longest: bool = False) -> Table:
+    """Time and memory of the layer alone, at every length, or at the longest."""
     header = (
         "layer",
         "width",
@@ -131,7 +131,7 @@ def costs(results: Results) -> Table:
         if record["status"] == "failed":
             rows.append((layer, width, "-", f"failed: {record['error']}", *["-"] * 3))
             continue
-        for i, length in enumerate(record["lengths"]):
+        for i, length in list(enumerate(record["lengths"]))[-1 if longest else 0 :]:
             times = [record[f"{name}_seconds"][i] * 1e3 for name in PASSES]
             memory = [record[f"{name}_bytes"][i] for name in PASSES]
             rows.append(

@@ -59,16 +59,15 @@ class Training(NamedTuple):
 class Trainer:
     """Compiled once for a layer and a task, for any learning rate."""
 
-    def __init__(self, data: Data, layer: str, size: Size):
+    def __init__(self, data: Data, size: Size):
         self.data, self.task, self.protocol = data, data.task, data.protocol
         key = key_of(self.protocol.seed, self.task.name, "model")
 
         @eqx.filter_vmap
         def make(key):
+            layer, d_model, d_hidden, *_ = size
             depth = self.protocol.depth
-            return SequenceModel(
-                self.task, layer, size.d_model, size.d_hidden, depth, key=key
-            )
+            return SequenceModel(self.task, layer, d_model, d_hidden, depth, key=key)
 
         self.models = run_once(make, jr.split(key, self.protocol.seeds))
         # The schedule is proportional to the rate, and so is the step: with a rate of

@@ -6,5 +6,6 @@ from ._mixers import (
     CellMixer as CellMixer,
     list_mixers as list_mixers,
     make_mixer as make_mixer,
+    registered_layers as registered_layers,
 )
 from ._precision import cast as cast

@@ -102,15 +102,18 @@ class CellMixer(eqx.Module):
         return project(self.W, h.astype(x.dtype)), state
 
 
-def _registered() -> dict[str, Mapping[str, type]]:
-    """Every package's layers, by the package's name."""
-    found = entry_points(group=ENTRY_POINTS)
+def registered_layers(group: str = ENTRY_POINTS) -> dict[str, Mapping[str, type]]:
+    """Every package's layers in a group of entry points, by the package's name."""
+    found = entry_points(group=group)
     return {point.name: point.load() for point in found}
 
 
 def list_mixers() -> tuple[str, ...]:
     """The names that [`pararnn.make_mixer`][] knows: cells, then installed layers."""
-    return (*CELLS, *(name for layers in _registered().values() for name in layers))
+    return (
+        *CELLS,
+        *(name for layers in registered_layers().values() for name in layers),
+    )
 
 
 def make_mixer(
@@ -139,7 +142,7 @@ def make_mixer(
     name, options = parse_spec("make_mixer", mixer)
     if name in CELLS:
         return CellMixer(d_model, name, solver=solver, dtype=dtype, key=key, **options)
-    for layers in _registered().values():
+    for layers in registered_layers().values():
         if name in layers:
             if dtype is not None:
                 options["dtype"] = dtype

@@ -1,7 +1,11 @@
 """Problems that tell recurrences apart, generated or from real bytes and images."""
 
 from ._metric import Metric as Metric
-from ._registry import list_tasks as list_tasks, make_task as make_task
+from ._registry import (
+    IMAGE_TASKS as IMAGE_TASKS,
+    list_tasks as list_tasks,
+    make_task as make_task,
+)
 from ._task import (
     Example as Example,
     Lengths as Lengths,

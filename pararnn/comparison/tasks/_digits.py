@@ -65,6 +65,7 @@ def digits(*, permuted: bool = False) -> Task:
         metric=Metric("accuracy", 1 / 10),
         lengths=Lengths((size, size), (size,)),
         scored="all",
+        image=not permuted,
         train=train,
         validation=validation,
         test=test,

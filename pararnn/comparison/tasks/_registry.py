@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from ..._specs import parse_spec
 from ._arithmetic import modular_arithmetic, modular_arithmetic_brackets
+from ._arrows import arrow_pointing
 from ._copying import copying, selective_copying
 from ._counting import count_modulo, cycle_navigation, even_pairs, parity, sum_modulo
 from ._digits import digits
@@ -39,10 +40,15 @@ TASKS: MappingProxyType[str, Callable[..., Task]] = MappingProxyType(
         "adding": adding,
         "oscillators": oscillators,
         "digits": digits,
+        "arrow_pointing": arrow_pointing,
         "library_text": library_text,
         "library_package": library_package,
     }
 )
+
+
+# Those whose sequences are images, unless they are permuted.
+IMAGE_TASKS = ("digits", "arrow_pointing")
 
 
 def list_tasks() -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What a task is: examples of any length, and how answers to them are scored."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -61,6 +62,8 @@ class Task:
     - `lengths`: those of the source.
     - `short`: those of a small budget; the same if not given.
     - `scored`: which steps of a test count.
+    - `image`: whether a sequence is a square image, row by row; they are then of one
+        length in training.
     - `train`, `validation`, `test`: what examples are drawn from. Generated tasks need
         one only: their validation and test draw with other keys.
     """
@@ -77,6 +80,7 @@ class Task:
     differs: str = ""
     short: Lengths | None = None
     scored: Scored = "prefixes"
+    image: bool = False
     validation: Sampler | None = None
     test: Sampler | None = None
 
@@ -88,9 +92,22 @@ class Task:
                 "features, so exactly one of them must be given."
             )
 
+        lengths = [self.lengths, *([self.short] if self.short else [])]
+        if self.image and not all(map(_is_square, lengths)):
+            raise ValueError(
+                f"Task: {self.name!r} is on images, but has the lengths {lengths}, "
+                "expected squares, and one of them only in training."
+            )
+
     def scored_alone(self) -> bool:
         """Whether each length of the test needs sequences of its own."""
         return self.scored != "prefixes"
+
+
+def _is_square(lengths: Lengths) -> bool:
+    counts = (*lengths.train, *lengths.test)
+    square = all(math.isqrt(n) ** 2 == n for n in counts)
+    return square and lengths.train[0] == lengths.train[1]
 
 
 def draw_batch(

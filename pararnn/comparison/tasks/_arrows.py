@@ -1,0 +1,120 @@
+"""Arrow pointing: a problem on images, read patch by patch."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ..._parameters import check_size
+from ._draw import within
+from ._metric import Metric
+from ._task import Example, Lengths, Sampler, Task
+
+# In pixels, of half of the arrow, its barbs, half of a line, the disc, and how far
+# centres are from the border and, where there is room, from each other.
+SHAFT, BARB, THICK, RADIUS, MARGIN, APART = 3.0, 2.5, 0.5, 2.0, 4.0, 8.0
+# Of the barbs against the shaft, and how far an arrow is off at the least that points
+# elsewhere, in radians.
+SPREAD, OFF = 0.6, jnp.pi / 6
+# Of places that are drawn until two are apart.
+TRIES = 16
+
+
+class Scene(NamedTuple):
+    """Centres in pixels from the upper left corner, rows first, the direction of the
+    arrow, and whether it points at the disc."""
+
+    arrow: Float[Array, "2"]
+    disc: Float[Array, "2"]
+    heading: Float[Array, "2"]
+    points: Bool[Array, ""]
+
+
+def draw_scene(key: PRNGKeyArray, extent: Float[Array, ""]) -> Scene:
+    """An arrow and a disc on a square of `extent` pixels; half of the arrows point at
+    the disc, the others are at least 30 degrees off."""
+    place, turn, choice = jr.split(key, 3)
+    pairs = MARGIN + jr.uniform(place, (TRIES, 2, 2)) * (extent - 2 * MARGIN)
+    apart = jnp.linalg.norm(pairs[:, 1] - pairs[:, 0], axis=-1)
+    arrow, disc = pairs[jnp.argmax(jnp.minimum(apart, APART))]
+    towards = (disc - arrow) / jnp.linalg.norm(disc - arrow)
+    points = jr.bernoulli(choice)
+    off = jr.uniform(turn, minval=OFF, maxval=2 * jnp.pi - OFF)
+    heading = _rotate(towards, jnp.where(points, 0.0, off))
+    return Scene(arrow, disc, heading, points)
+
+
+def render(scene: Scene, pixels: Float[Array, "*pixels 2"]) -> Float[Array, "*pixels"]:
+    """Brightness at the centres of pixels, from 0 to 1."""
+    tip, tail = scene.arrow + SHAFT * scene.heading, scene.arrow - SHAFT * scene.heading
+    strokes = [(tail, tip)]
+    for side in (SPREAD, -SPREAD):
+        strokes.append((tip, tip - BARB * _rotate(scene.heading, side)))
+    inside = [THICK - _distance(pixels, *stroke) for stroke in strokes]
+    inside.append(RADIUS - jnp.linalg.norm(pixels - scene.disc, axis=-1))
+    # A pixel whose centre is on an edge is half covered.
+    return jnp.clip(jnp.max(jnp.stack(inside), 0) + 0.5, 0, 1)
+
+
+def _rotate(v: Float[Array, "2"], angle) -> Float[Array, "2"]:
+    c, s = jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([c * v[0] - s * v[1], s * v[0] + c * v[1]])
+
+
+def _distance(pixels, start, end) -> Array:
+    """From every pixel to a line between two places."""
+    line = end - start
+    along = jnp.sum((pixels - start) * line, -1) / jnp.sum(line**2)
+    nearest = start + jnp.clip(along, 0, 1)[..., None] * line
+    return jnp.linalg.norm(pixels - nearest, axis=-1)
+
+
+def _pixels(size: int, side: Int[Array, ""], patch: int) -> Float[Array, "T d 2"]:
+    """Centres of the pixels of each patch, row by row within rows of patches."""
+    step = jnp.arange(size, dtype=jnp.int32)
+    corner = patch * jnp.stack([step // side, step % side], -1)
+    inner = jnp.arange(patch * patch, dtype=jnp.int32)
+    within = jnp.stack([inner // patch, inner % patch], -1)
+    return (corner[:, None] + within[None]).astype(float) + 0.5
+
+
+def _images(patch: int) -> Sampler:
+    def sample(key, size, length):
+        side = jnp.floor(jnp.sqrt(length.astype(float) + 0.5)).astype(jnp.int32)
+        with jax.numpy_rank_promotion("allow"):
+            scene = draw_scene(key, (patch * side).astype(float))
+            image = render(scene, _pixels(size, side, patch))
+        shown = within(size, length)
+        step = jnp.arange(size, dtype=jnp.int32)
+        return Example(
+            jnp.where(shown[:, None], image, 0).astype(jnp.float32),
+            jnp.full(size, scene.points, jnp.int32),
+            step == length.astype(jnp.int32) - 1,
+        )
+
+    return sample
+
+
+def arrow_pointing(*, patch: int = 4) -> Task:
+    """Whether an arrow points at a disc, in images of `patch * patch` pixels a step."""
+    patch = check_size("arrow_pointing", "patch", patch, 2)
+    return Task(
+        name="arrow_pointing",
+        summary=f"Whether an arrow in an image points at a disc, read by patches of "
+        f"{patch} by {patch} pixels, row by row; asked at the last patch.",
+        source='Pöppel et al., "pLSTM" (2506.11997), arrow pointing extrapolation',
+        differs="Images of 12 by 12 patches instead of 192 by 192 pixels, and larger "
+        "ones in the test, with arrow and disc of the same size in pixels; 8 by 8 "
+        "patches in a small budget. The answer is read at the last patch instead of "
+        "from all of them.",
+        features=patch * patch,
+        outputs=2,
+        metric=Metric("scaled accuracy", 1 / 2),
+        lengths=Lengths((144, 144), (144, 196, 256, 576)),
+        short=Lengths((64, 64), (64, 100, 144)),
+        scored="all",
+        image=True,
+        train=_images(patch),
+    )
