@@ -79,6 +79,7 @@ MAY_IMPORT = {
         "pararnn.solver",
         "pararnn._parameters",
         "pararnn._records",
+        "pararnn._registry",
         "pararnn._machine",
         "pararnn._progress",
         "pararnn._specs",

@@ -135,8 +135,9 @@ def _published(results: Results) -> list[Part]:
     return [
         Heading("Beside published numbers"),
         Text(
-            "The published models differ from ours in size and in training, which is "
-            "written below; so may their scores."
+            "The published models differ from ours in size and in training: ours is "
+            "written below, and theirs beside the number as far as it is known; so may "
+            "their scores."
         ),
         table,
     ]
