@@ -147,6 +147,7 @@ CASES = {
     "RNN": Case(*layered(lambda key: pararnn.RNN(pararnn.ParaGRUCell(WIDTH, key=key)))),
     "LRU": Case(*layered(lambda key: linear.LRU(WIDTH, key=key)), reset=True),
     "DeltaNet": Case(*layered(lambda key: linear.DeltaNet(WIDTH, heads=2, key=key))),
+    "Mamba": Case(*layered(lambda key: linear.Mamba(WIDTH, 4, key=key)), reset=True),
     "MLSTM": Case(*layered(lambda key: linear.MLSTM(WIDTH, key=key)), reset=True),
 }
 # Every case on time and batch; a few on the other meshes too.
@@ -410,6 +411,11 @@ def recurrent():
     return pararnn.matrix_scan(x, x, x, form="recurrent")
 
 
+def fused():
+    x = jnp.ones((32, 2))
+    return pararnn.fused_scan(lambda x: (x, x), lambda h, x: h, x, x[0], form="fused")
+
+
 ERRORS = {
     "sweep": (lambda: gradient_of_solve(adjoint="sweep"), "'sweep'"),
     "custom_vjp": (
@@ -418,6 +424,7 @@ ERRORS = {
     ),
     "windows": (lambda: gradient_of_solve(solver=pararnn.Windows(N(), 4)), "Windows"),
     "recurrent": (recurrent, "'recurrent'"),
+    "fused": (fused, "'fused'"),
 }
 
 

@@ -256,6 +256,7 @@ STATES = {
     "lru": (150, "d_state=74", 148),
     "lru:real": (150, "d_state=150", 150),
     "paralstm": (150, "d_state=74", 148),
+    "s5:blocks=3": (20, "d_state=18", 18),
     "paragru:heads=4": (150, "d_state=148", 148),
 }
 
@@ -277,7 +278,8 @@ def test_states_are_equal(layer):
         ("rwkv7", 100, ["cannot be set apart", "`d_key`"]),
         ("lru:n=8", 100, ["cannot be set apart", "not be given them already"]),
         ("mamba2", 40, ["at the least", "`state` is 40"]),
-        ("gru", 200, ["parameters at the smallest width"]),
+        ("gru", 200, ["parameters at the smallest width", "'gru:d_state=200'"]),
+        ("plstm_grid", 100, ["state of 0 numbers", "one on images"]),
     ],
 )
 def test_states_that_cannot_be(layer, state, parts):

@@ -100,6 +100,34 @@ def test_a_reset_drops_what_is_not_finite(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_a_reset_keeps_what_is_dropped_out_of_gradients(form):
+    inputs, A, initial, _ = problem(6)
+    reset = np.arange(6) == 0
+
+    def total(inputs, A, initial):
+        outputs, last = run(inputs, A, initial, reset, form)
+        return jnp.sum(outputs**2) + jnp.sum(last)
+
+    grad = jax.jit(jax.grad(total, (0, 1, 2)))
+    spoiled = grad(inputs, A, initial * np.inf)
+    assert_close(spoiled, grad(inputs, A, initial * 0), 1e-12)
+    assert not np.asarray(spoiled[2]).any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_factor_may_be_a_number(form):
+    x = np.random.default_rng(0).normal(size=(20, D))
+    outputs, last = fused_scan(
+        lambda x: (0.5, x), lambda h, x: h, x, np.zeros(D), form=form
+    )
+    state = np.zeros(D)
+    for t in range(20):
+        state = 0.5 * state + x[t]
+        np.testing.assert_allclose(outputs[t], state, rtol=1e-12)
+    np.testing.assert_allclose(last, state, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_half_precision_is_accumulated_in_float32(form):
     inputs, A, initial, _ = problem(40)
     half = jax.tree.map(lambda v: jnp.asarray(v, jnp.bfloat16), (inputs, A, initial))
@@ -125,6 +153,8 @@ BAD = {
     "scalar": ({"inputs": 1.0}, "leading axis is time"),
     "state": ({"initial": jnp.ones(7)}, "does not broadcast"),
     "pair": ({"terms": lambda at_t: at_t}, "expected a pair"),
+    "nested": ({"terms": lambda x: (x, (x, x))}, "expected a pair of arrays"),
+    "nothing": ({"terms": lambda x: (x, None)}, "expected a pair of arrays"),
     "form": ({"form": "kernel"}, "auto, fused, stored"),
     "reset": ({"reset": jnp.ones(5, bool)}, "one flag for each step"),
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pararnn import matrix_scan
+from pararnn.scan import _choose as choose
 from tests.helpers import assert_close
 
 H, K, V = 2, 5, 3
@@ -116,7 +117,8 @@ def test_no_steps(form):
 @pytest.mark.parametrize(
     "decay, erasure", [("none", "keys"), ("head", "none"), ("key", "write")]
 )
-def test_first_and_second_derivatives(decay, erasure):
+def test_first_and_second_derivatives(decay, erasure, monkeypatch):
+    monkeypatch.setattr(choose, "_SMALL", 0)
     given = problem(40, 1, decay, erasure, True)
     reset = given.pop("reset")
     weights = np.random.default_rng(1).normal(size=(40, H, V))
@@ -180,7 +182,9 @@ def test_what_is_not_finite_stays_where_it_belongs(form, emit):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_batch(form):
+def test_batch(form, monkeypatch):
+    # So that "auto" takes another form for the derivative than for the value.
+    monkeypatch.setattr(choose, "_SMALL", 0)
     given = problem(40, 1, "head", "keys", True)
     batch = {name: np.stack([v, np.flip(v, 0)]) for name, v in given.items()}
     run = jax.jit(lambda g: matrix_scan(**g, **FORMS[form]))
@@ -188,6 +192,25 @@ def test_batch(form):
     for i in range(2):
         one = run({name: v[i] for name, v in batch.items()})
         assert_close(tuple(v[i] for v in got), one, 1e-13)
+
+
+def test_the_form_of_values_and_derivatives(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    small, large = choose._SMALL, choose._SMALL + 1
+    found = [
+        choose.choose_form("auto", None, *sizes)
+        for sizes in ((4096, 1, small), (4096, 1, large), (31, 1, large))
+    ]
+    forms = [choice[:2] for choice in found]
+    both = ("recurrent", "recurrent")
+    assert forms == [both, ("recurrent", "chunkwise"), both]
+    chunks = [
+        choose.choose_form("auto", None, 4096, every, entries).chunk
+        for every, entries in ((1, choose._MEDIUM), (1, choose._MEDIUM + 1), (3, large))
+    ]
+    assert chunks == [32, 64, 30]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert choose.choose_form("auto", None, 4096, 1, small)[:2] == ("chunkwise",) * 2
 
 
 def test_strong_repeated_erasure_does_not_overflow():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, linear
+from pararnn._parameters import check_flag, check_size, linear
 from pararnn.scan import matrix_scan
 
 from .._layer import AbstractLayer
@@ -83,12 +83,7 @@ class AbstractDeltaRule(AbstractLayer):
         self.W_v = draw.weight(n, features_v, d_model)
         self.W_b = draw.weight(n, heads, d_model)
         self.conv_q = self.conv_k = self.conv_v = None
-        if not isinstance(convolution, bool):
-            raise ValueError(
-                f"{where}: `convolution` must be True or False, got {convolution!r}: "
-                "there is one over 4 steps, or none."
-            )
-        if convolution:
+        if check_flag(where, "convolution", convolution):
             self.conv_q = draw.weight(features_k, WIDTH)
             self.conv_k = draw.weight(n, features_k, WIDTH)
             self.conv_v = draw.weight(n, features_v, WIDTH)

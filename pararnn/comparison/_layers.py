@@ -94,7 +94,7 @@ def heads(layer: str) -> int:
 
 
 def make_shapes(layer: str, d_model: int) -> Any:
-    """The layer with shapes for arrays, at no cost."""
+    """The layer with shapes for arrays: nothing of JAX's is computed."""
     return eqx.filter_eval_shape(lambda: make_layer(layer, d_model, key=jr.key(0)))
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.random as jr
 
+from .._specs import parse_spec
 from ._layers import heads, make_shapes
 from ._model import SequenceModel, count_numbers, count_parameters, count_state
 from ._protocol import Protocol
@@ -64,9 +65,10 @@ def fit_size(task: Task, layer: str, protocol: Protocol) -> Size:
     least = count(grain, 2 * grain)
     if least > parameters:
         raise ValueError(
-            f"fit_size: {layer!r} on {task.name!r} has {least:,} parameters at the "
-            f"smallest width, {grain}, but `parameters` is {parameters:,}. Ask for at "
-            "least so many, or give the layer smaller options."
+            f"fit_size: {spec(grain)!r} on {task.name!r} has {least:,} parameters at "
+            f"the smallest width, {grain}, but `parameters` is {parameters:,}. Ask for "
+            "at least so many, give the layer smaller options, or, if there is a "
+            "`state`, ask for a smaller one."
         )
 
     def fits(n: int) -> bool:
@@ -94,41 +96,53 @@ def _with_state(layer: str, d_model: int, state: int) -> str:
             "`d_value`, or `d_state`, and not be given them already. Leave out `state` "
             "or the layer."
         )
-    # A matrix is of a head; a vector is divided by heads, or into pairs.
-    grain = 1 if len(options) == 2 else math.lcm(2, heads(layer))
+    grain = _state_grain(layer, options)
 
     def count(n: int) -> int:
         made = make_shapes(_join(layer, options, n * grain), d_model)
         return count_numbers(eqx.filter_eval_shape(lambda m: m.init_state(), made))
 
-    if (least := count(1)) > state:
+    if (least := count(1)) > state or count(2) <= least:
         raise ValueError(
             f"fit_size: {layer!r} has a state of {least} numbers at the least, at a "
             f"width of {d_model}, but `state` is {state}. Ask for a larger one, or "
-            "leave out the layer."
+            "leave out the layer, as one on images, which has none."
         )
-    return _join(layer, options, grain * _largest(lambda n: count(n) <= state))
+    # A state has no fewer numbers than its option says.
+    n = _largest(lambda n: count(n) <= state, max(1, state // grain))
+    return _join(layer, options, grain * n)
 
 
 def _takes(layer: str, d_model: int, options: tuple[str, ...]) -> bool:
     if any(f"{option}=" in layer for option in options):
         return False
     try:
-        make_shapes(_join(layer, options, math.lcm(2, heads(layer))), d_model)
+        make_shapes(_join(layer, options, _state_grain(layer, options)), d_model)
     except ValueError:
         return False
     return True
+
+
+def _state_grain(layer: str, options: tuple[str, ...]) -> int:
+    """What the options must be a multiple of: a matrix is of one head; a vector is
+    divided by heads or blocks, and those into pairs."""
+    if len(options) == 2:
+        return 1
+    blocks = parse_spec("fit_size", layer)[1].get("blocks", 1)
+    return math.lcm(heads(layer), 2 * (blocks if isinstance(blocks, int) else 1))
 
 
 def _join(layer: str, options: tuple[str, ...], value: int) -> str:
     return ":".join([layer, *(f"{option}={value}" for option in options)])
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest n >= 1 that fits, if 1 does and fitting is monotone."""
+def _largest(fits: Callable[[int], bool], most: int | None = None) -> int:
+    """The largest n from 1 to `most` that fits, if 1 does and fitting is monotone."""
     low, high = 1, 2
-    while fits(high):
+    while (most is None or high <= most) and fits(high):
         low, high = high, 2 * high
+    if most is not None:
+        high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -1,7 +1,6 @@
 """`fused_scan`: recurrences whose factors and states are never stored."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +8,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Inexact, PyTree
 
 from ._arithmetic import multiply, promote
+from ._choose import FusedForm, choose_fused
 from ._linear_scan import check_reset, linear_scan
 from ._time_axis import time_shards
 from ._transitions import Diagonal
-
-# Mamba's recurrence, 16 states for each channel, float32, on 2 cores of an Intel Xeon
-# (jax 0.10.2), milliseconds (and MB of temporaries), median of 7:
-#
-# | B, T, channels | value: stored | fused   | with gradient: stored | fused    |
-# |----------------|---------------|---------|-----------------------|----------|
-# | 96, 40, 64     | 36 (60)       | 4 (4)   | 126 (180)             | 22 (21)  |
-# | 1, 4096, 128   | 143 (128)     | 8 (7)   | 1206 (384)            | 61 (41)  |
-# | 8, 1024, 128   | 176 (256)     | 14 (13) | 565 (768)             | 121 (77) |
-#
-# On a GPU, where a step is a launch, states are stored; not measured.
-FusedForm = Literal["auto", "fused", "stored"]
-FUSED_FORMS = ("auto", "fused", "stored")
 
 
 def fused_scan(
@@ -74,31 +61,34 @@ def fused_scan(
     steps = _length(inputs)
     check_reset("fused_scan", reset, None, steps)
     initial = _start(terms, inputs, jnp.asarray(initial))
-    if _is_fused(form, steps):
-        return _fused(terms, read, inputs, initial, reset)
-    return _stored(terms, read, inputs, initial, reset)
+
+    def whole(at_t):
+        return tuple(jnp.broadcast_to(v, initial.shape) for v in terms(at_t))
+
+    run = _fused if choose_fused(form, time_shards(steps)) else _stored
+    return run(whole, read, inputs, initial, reset)
 
 
-def _fused(terms, read, inputs, initial, reset):
+def _fused(whole, read, inputs, initial, reset):
     # All that the derivative stores is the states.
     @jax.checkpoint
     def step(state, at_t):
         inputs, reset = at_t
-        a, b = terms(inputs)
-        kept, b = multiply(a, state), jnp.broadcast_to(b, initial.shape)
-        if reset is not None:
-            kept = jnp.where(reset, jnp.zeros_like(kept), kept)
+        a, b = whole(inputs)
+        # Before the product for the derivative in the factor, which is a multiple of
+        # the state; behind it for a factor that is not finite.
+        kept = drop(reset, multiply(a, drop(reset, state)))
         state = (kept + b.astype(initial.dtype)).astype(initial.dtype)
         return state, read(state, inputs)
+
+    def drop(reset, v):
+        return v if reset is None else jnp.where(reset, jnp.zeros_like(v), v)
 
     last, outputs = lax.scan(step, initial, (inputs, reset))
     return outputs, last
 
 
-def _stored(terms, read, inputs, initial, reset):
-    def whole(inputs):
-        return tuple(jnp.broadcast_to(v, initial.shape) for v in terms(inputs))
-
+def _stored(whole, read, inputs, initial, reset):
     a, b = jax.vmap(whole)(inputs)
     if b.shape[0] == 0:
         return jax.vmap(read)(b.astype(initial.dtype), inputs), initial
@@ -127,10 +117,11 @@ def _start(terms, inputs, initial: Array) -> Array:
         lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[1:], jnp.result_type(v)), inputs
     )
     made = jax.eval_shape(terms, first)
-    if not isinstance(made, tuple) or len(made) != 2:
+    pair = isinstance(made, tuple) and len(made) == 2
+    if not pair or not all(isinstance(v, jax.ShapeDtypeStruct) for v in made):
         raise ValueError(
-            f"fused_scan: `terms` returned {made!r}, expected a pair, the factor and "
-            "the term of one step."
+            f"fused_scan: `terms` returned {made!r}, expected a pair of arrays, the "
+            "factor and the term of one step."
         )
     for name, v in zip(("factor", "term"), made, strict=True):
         if not _broadcasts(v.shape, initial.shape):
@@ -146,20 +137,3 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(
         n in (1, m) for n, m in zip(shape, tail, strict=True)
     )
-
-
-def _is_fused(form: FusedForm, steps: int) -> bool:
-    if form not in FUSED_FORMS:
-        raise ValueError(
-            f"fused_scan: unknown `form` {form!r}; there are {', '.join(FUSED_FORMS)}."
-        )
-    shared = time_shards(steps) > 1
-    if form == "fused" and shared:
-        raise ValueError(
-            "fused_scan: `form` is 'fused', one step after the other, but time lies "
-            'across devices (the mesh in context has an axis "time"), each of which '
-            "would wait for the one before. Pass 'stored', or leave it out."
-        )
-    if form != "auto":
-        return form == "fused"
-    return not shared and jax.default_backend() == "cpu"

@@ -76,8 +76,8 @@ def _pixels(size: int, side: Int[Array, ""], patch: int) -> Float[Array, "T d 2"
     step = jnp.arange(size, dtype=jnp.int32)
     corner = patch * jnp.stack([step // side, step % side], -1)
     inner = jnp.arange(patch * patch, dtype=jnp.int32)
-    within = jnp.stack([inner // patch, inner % patch], -1)
-    return (corner[:, None] + within[None]).astype(float) + 0.5
+    offset = jnp.stack([inner // patch, inner % patch], -1)
+    return (corner[:, None] + offset[None]).astype(float) + 0.5
 
 
 def _images(patch: int) -> Sampler:

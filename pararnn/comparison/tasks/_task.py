@@ -93,7 +93,7 @@ class Task:
             )
 
         lengths = [self.lengths, *([self.short] if self.short else [])]
-        if self.image and not all(map(_is_square, lengths)):
+        if self.image and not all(map(_are_images, lengths)):
             raise ValueError(
                 f"Task: {self.name!r} is on images, but has the lengths {lengths}, "
                 "expected squares, and one of them only in training."
@@ -104,7 +104,8 @@ class Task:
         return self.scored != "prefixes"
 
 
-def _is_square(lengths: Lengths) -> bool:
+def _are_images(lengths: Lengths) -> bool:
+    """Squares, and one of them only in training, where nothing may be padded."""
     counts = (*lengths.train, *lengths.test)
     square = all(math.isqrt(n) ** 2 == n for n in counts)
     return square and lengths.train[0] == lengths.train[1]
