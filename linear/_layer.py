@@ -101,6 +101,14 @@ class AbstractLayer(eqx.Module):
         ys, state = self(x[None], state)
         return ys[0], state
 
+    def recurrent_state(self, state: PyTree[Array]) -> PyTree[Array]:
+        """What of a state the recurrence carries: all of it, but for the windows of
+        short convolutions, which hold the last inputs.
+
+        **Arguments:** `state`, as of `init_state()`.
+        """
+        return state
+
     def precision(self) -> jnp.dtype:
         """The real dtype to compute in: the parameters', at least float32."""
         arrays = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))

@@ -243,7 +243,11 @@ def test_sizes_are_equal(layer, task):
     assert size.parameters == count_parameters(model)
     assert abs(size.parameters - wanted) < 0.01 * wanted
     assert size.d_hidden >= 2 * size.d_model
-    states = jax.tree.leaves(model.init_state())
+    states = model.init_state()
+    if layer.startswith(("deltanet", "mamba")):
+        # Without the windows of the convolutions.
+        states = states[-1]
+    states = jax.tree.leaves(states)
     factors = [2 if jnp.iscomplexobj(s) else 1 for s in states]
     assert size.state == sum(s.size * f for s, f in zip(states, factors, strict=True))
 
@@ -251,12 +255,12 @@ def test_sizes_are_equal(layer, task):
 # Layer, the state asked for, the option that it gets, and numbers in the state.
 STATES = {
     "deltanet:noconv": (150, "d_key=12:d_value=12", 144),
-    "deltanet": (260, "d_key=12:d_value=12", 252),
+    "deltanet": (150, "d_key=12:d_value=12", 144),
     "gla:heads=2": (130, "d_key=8:d_value=8", 128),
     "lru": (150, "d_state=74", 148),
     "lru:real": (150, "d_state=150", 150),
     "paralstm": (150, "d_state=74", 148),
-    "s5:blocks=3": (20, "d_state=18", 18),
+    "s5:blocks=4": (20, "d_state=16", 16),
     "paragru:heads=4": (150, "d_state=148", 148),
 }
 
@@ -277,7 +281,7 @@ def test_states_are_equal(layer):
     [
         ("rwkv7", 100, ["cannot be set apart", "`d_key`"]),
         ("lru:n=8", 100, ["cannot be set apart", "not be given them already"]),
-        ("mamba2", 40, ["at the least", "`state` is 40"]),
+        ("mamba2", 20, ["at the least", "`state` is 20"]),
         ("gru", 200, ["parameters at the smallest width", "'gru:d_state=200'"]),
         ("plstm_grid", 100, ["state of 0 numbers", "one on images"]),
     ],

@@ -139,6 +139,9 @@ class Mamba(AbstractLayer):
         state = complex_zeros(shape, dtype) if is_complex else jnp.zeros(shape, dtype)
         return jnp.zeros((WIDTH - 1, shape[0]), dtype), state
 
+    def recurrent_state(self, state):
+        return state[1]
+
     def mix(self, xs, state, reset):
         window, state = state
         u, z = jnp.split(linear(self.W_in, xs), 2, axis=-1)

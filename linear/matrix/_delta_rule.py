@@ -116,6 +116,9 @@ class AbstractDeltaRule(AbstractLayer):
             windows = [None, None, None]
         return *windows, jnp.zeros(matrix, dtype)
 
+    def recurrent_state(self, state):
+        return state[-1]
+
     def mix(self, xs, state, reset):
         *windows, matrix = state
         n, steps = self.W_k.shape[0], xs.shape[0]

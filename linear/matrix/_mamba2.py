@@ -122,6 +122,9 @@ class Mamba2(AbstractLayer):
             jnp.zeros((self.heads, self.d_state, inner // self.heads), dtype),
         )
 
+    def recurrent_state(self, state):
+        return state[1]
+
     def mix(self, xs, state, reset):
         window, state = state
         inner, convolved = len(self.norm_weight), len(self.conv_bias)

@@ -103,6 +103,9 @@ class MLSTM(AbstractLayer):
         shapes = (WIDTH - 1, self.d_model), (heads, d_key, d_value), (heads, d_key)
         return tuple(jnp.zeros(shape, dtype) for shape in (*shapes, (heads,)))
 
+    def recurrent_state(self, state):
+        return state[1:]
+
     def mix(self, xs, state, reset):
         window, matrix, normaliser, m0 = state
         c, window = short_convolution(

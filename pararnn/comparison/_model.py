@@ -1,5 +1,7 @@
 """The model of the comparison: inputs of either kind, blocks, an answer a step."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -125,12 +127,21 @@ def count_parameters(model: PyTree) -> int:
 
 
 def count_state(model: SequenceModel) -> int:
-    """How many real numbers the state of one sequence is."""
-    return count_numbers(eqx.filter_eval_shape(lambda m: m.init_state(), model))
+    """How many real numbers the recurrences carry for one sequence."""
+    shapes = eqx.filter_eval_shape(lambda m: m.init_state(), model)
+    return _count_recurrent(model.blocks.mixer, shapes)
 
 
-def count_numbers(state: PyTree) -> int:
-    """How many real numbers a state is, of arrays or of shapes."""
+def count_layer_state(layer: Any) -> int:
+    """How many real numbers the recurrence of a layer carries."""
+    shapes = eqx.filter_eval_shape(lambda m: m.init_state(), layer)
+    return _count_recurrent(layer, shapes)
+
+
+def _count_recurrent(layer: Any, state: PyTree) -> int:
+    # Windows of convolutions are left out where a layer tells them apart.
+    if hasattr(layer, "recurrent_state"):
+        state = layer.recurrent_state(state)
     return sum(
         leaf.size * (1 + jnp.issubdtype(leaf.dtype, jnp.complexfloating))
         for leaf in jax.tree.leaves(state)

@@ -20,8 +20,9 @@ class Protocol:
     parameters: int = 16_000
     """Of a model, maps in and out included."""
     state: int | None = None
-    """Real numbers in the state of each layer, where all should have as many; what the
-    width of the model makes of it if not given."""
+    """Real numbers that the recurrence of each layer carries, where all should have as
+    many, without windows of convolutions; what the width of the model makes of it if
+    not given."""
     depth: int = 1
     """Blocks."""
     steps: int = 1_500

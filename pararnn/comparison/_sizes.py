@@ -10,7 +10,7 @@ import jax.random as jr
 
 from .._specs import parse_spec
 from ._layers import heads, make_shapes
-from ._model import SequenceModel, count_numbers, count_parameters, count_state
+from ._model import SequenceModel, count_layer_state, count_parameters, count_state
 from ._protocol import Protocol
 from .tasks import Task
 
@@ -23,7 +23,7 @@ STATE_OPTIONS = (("d_key", "d_value"), ("d_state",))
 
 class Size(NamedTuple):
     """The layer with all options, widths, the number of parameters, and of real numbers
-    in the state."""
+    that its recurrence carries, without windows of convolutions."""
 
     layer: str
     d_model: int
@@ -99,8 +99,8 @@ def _with_state(layer: str, d_model: int, state: int) -> str:
     grain = _state_grain(layer, options)
 
     def count(n: int) -> int:
-        made = make_shapes(_join(layer, options, n * grain), d_model)
-        return count_numbers(eqx.filter_eval_shape(lambda m: m.init_state(), made))
+        spec = _join(layer, options, n * grain)
+        return count_layer_state(make_shapes(spec, d_model))
 
     if (least := count(1)) > state or count(2) <= least:
         raise ValueError(
