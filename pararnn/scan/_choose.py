@@ -114,7 +114,9 @@ def choose_form(
     steps = -(-steps // shards)
     on_cpu = jax.default_backend() == "cpu"
     if chunk is None:
-        chunk = _CHUNK // 2 if on_cpu and size <= _MEDIUM else _CHUNK
+        # Of several devices each has fewer steps, and every chunk exchanges a little.
+        halved = on_cpu and shards == 1 and size <= _MEDIUM
+        chunk = _CHUNK // 2 if halved else _CHUNK
         chunk = every * max(1, chunk // every)
         chunk = min(chunk, every << max(0, steps // every - 1).bit_length())
     if form != "auto":
