@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -47,10 +48,11 @@ def train(loss, model, batch, keep=lambda model: model) -> list[float]:
     return losses
 
 
-def main(address: str, number: int) -> None:
+def main(address: str, number: int, output: Path) -> None:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, num_processes=2, process_id=number)
+    runs = []
     for sizes in MESHES:
         mesh = pararnn.make_mesh(**sizes)
 
@@ -60,9 +62,10 @@ def main(address: str, number: int) -> None:
         with jax.set_mesh(mesh):
             model, batch = problem()
             batch = pararnn.shard_batch(batch, mesh)
-            losses = train(loss, keep(model), batch, keep)
-        print(json.dumps(losses))
+            runs.append(train(loss, keep(model), batch, keep))
+    # Not printed: Gloo's threads write to the standard output too, in pieces.
+    output.write_text(json.dumps(runs))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
