@@ -18,12 +18,13 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .scan._arithmetic import multiply_matrices
 from .solver._blocks import from_blocks, to_blocks, transition_factors
+from .solver._inputs import AbstractImplicitCell
 from .solver._recurrence import Recurrence
 from .solver._segments import largest
 from .solver._structure import find_structure
 
 
-class Implicit(eqx.Module):
+class Implicit(AbstractImplicitCell):
     r"""A cell whose next state is defined by an equation: $F(h_t, h_{t-1}, x_t) = 0$.
 
     Backward Euler, differential-algebraic equations of index 1 and implicit layers are
@@ -51,6 +52,17 @@ class Implicit(eqx.Module):
     block-diagonal one an inverse for each block, any other the inverse of a
     `width x width` matrix. The cell's own Jacobian keeps that structure, as far as
     $\partial_h F$ shares it.
+
+    Where every step is a segment, as with `pararnn.Newton()`, [`pararnn.solve`][] takes
+    the equations of all steps for one system and iterates on all states jointly,
+
+    $$\partial_z F\, \delta_t + \partial_h F\, \delta_{t-1}
+        = -F(h_t, h_{t-1}, x_t),$$
+
+    which costs one evaluation of F a step and not a whole inner iteration. The result
+    is checked against the cell itself, and where the system leads elsewhere the solve
+    goes on with whole steps. (Only if the cell is given as it is: a function that calls
+    it is a cell like others.)
 
     **A step that fails** has NaN in its whole state, so that [`pararnn.solve`][] ends
     with `RESULTS.nonfinite_states`. It fails if there is no solution, if $\partial_z F$
@@ -122,6 +134,26 @@ class Implicit(eqx.Module):
         """
         equation, arguments = _pose(self, h, x)
         return equation.state(_root(*arguments, equation=equation))
+
+    def refine(self, z: PyTree[Array], h: PyTree[Array], x: PyTree) -> PyTree[Array]:
+        r"""One step of Newton's method, from z towards the solution.
+
+        Its derivative is $-(\partial_z F)^{-1}\, \partial_h F$ with respect to h, and
+        none with respect to z: at the solution that of a call. [`pararnn.solve`][]
+        solves for all states at once with it, where each step is a segment.
+
+        **Arguments:** `z`, a state like `h`; the others as for a call.
+
+        **Returns:** a state like `h`.
+
+        **Raises:** as a call.
+        """
+        equation, (constants, h_leaves, x_leaves, _) = _pose(self, h, x)
+        v = lax.stop_gradient(equation.recurrence.ravel(_leaves(z)))
+        held = lax.stop_gradient((constants, h_leaves, x_leaves))
+        _, inverse = equation.residual_and_inverse(held[0], v, *held[1:])
+        value = equation.residual(constants, v, h_leaves, x_leaves)
+        return equation.state(v - equation.apply(inverse, value))
 
     def stats(self, h: PyTree[Array], x: PyTree) -> dict[str, Any]:
         """How the solve of one step ends, for finding out why one fails.

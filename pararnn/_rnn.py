@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from ._foreign_cells import as_cell
+from ._foreign_cells import FunctionCell, as_cell
 from .cells import AbstractCell
 from .solver import Auto, Solver, count_steps, solve
 
@@ -87,8 +87,10 @@ class RNN(eqx.Module):
         def guess(gates, state):
             return _without_derivative(cell.guess, gates, state, reset)
 
+        # A cell that is adapted for its outputs alone steps as it always did.
+        step = cell.function if isinstance(cell, FunctionCell) else cell
         solution = solve(
-            cell.update if split else cell,
+            cell.update if split else step,
             cell.gates(xs) if split else xs,
             state,
             solver=self.solver,

@@ -15,8 +15,11 @@ from tests.implicit_equations import (
     EQUATIONS,
     Equation,
     T,
+    at,
     diagonal,
     directions,
+    flat,
+    like,
     normal,
     numpy_curvature,
     numpy_loop,
@@ -160,6 +163,122 @@ def test_resets_under_vmap():
     got = jax.jit(jax.vmap(states))(batch)
     for one, point in zip(got, points, strict=True):
         close(one, numpy_loop(equation, point, None, reset, fresh)[0], 1e-11)
+
+
+# Steps of one system for all states, where each step is a segment.
+
+
+def numpy_system(equation, states):
+    """`F` at all states, its Jacobian `[T w, T w]`, and the blocks of `∂F/∂h_t`."""
+    steps, width = states.shape
+    p, xs, h0 = equation.point
+
+    def F(v):
+        z = v.reshape(steps, width)
+        before = [h0, *(like(h0, row) for row in z[:-1])]
+        rows = [
+            flat(equation.F(np, p, like(h0, z[t]), before[t], at(xs, t)))
+            for t in range(steps)
+        ]
+        return np.concatenate(rows)
+
+    v = states.reshape(-1)
+    columns = [F(v + e).imag / 1e-30 for e in 1e-30j * np.eye(v.size)]
+    jacobian = np.stack(columns, axis=1)
+    own = [jacobian[t : t + width, t : t + width] for t in range(0, v.size, width)]
+    return F(v), jacobian, own
+
+
+@pytest.mark.parametrize("name", ["van-der-pol", "implicit-rnn", "blocks"])
+def test_steps_are_those_of_one_system(name):
+    """Their defects, step by step, against Newton's method on a dense matrix."""
+    equation = EQUATIONS[name]
+    steps, exact = 6, numpy_loop(equation)[0]
+    guess = exact + 0.02 * normal(20, *exact.shape)
+    solver = Newton(history=steps)
+
+    def run(guess):
+        guess = jax.vmap(lambda v: like(equation.h0, v))(guess)
+        return solve(
+            equation.cell(), *equation.point[1:], solver=solver, initial_guess=guess
+        )
+
+    solution = jax.jit(run)(jnp.asarray(guess))
+    close(vectors(solution.states), exact, 1e-11)
+    taken = int(solution.stats["num_steps"])
+    assert 2 <= taken <= steps
+    states, expected = guess, []
+    for _ in range(taken):
+        value, jacobian, own = numpy_system(equation, states)
+        defects = np.linalg.solve(np.stack(own), value.reshape(*states.shape, 1))
+        expected.append(np.abs(defects[:-1]).max())
+        states = states - np.linalg.solve(jacobian, value).reshape(states.shape)
+    history = np.asarray(solution.stats["residual_history"])[:taken]
+    np.testing.assert_allclose(history, expected, rtol=1e-5, atol=1e-13)
+
+
+def test_a_system_that_finds_another_root_is_solved_again():
+    """z² = x has two; the cell's is the positive one, the guess is at the other."""
+
+    def F(z, h, x):
+        return z**2 - x - 0.1 * jnp.tanh(h)
+
+    cell = Implicit(F, guess=lambda h, x: 1 + x)
+    xs = 1 + jnp.asarray(normal(21, 2, T, 3)) ** 2
+
+    def run(xs, near, solver):
+        return solve(cell, xs, jnp.zeros(3), solver=solver, initial_guess=near)
+
+    # One sequence starts at the wrong root, the other at the right one.
+    near = jnp.asarray([-1.0, 1.0])[:, None, None] * jnp.sqrt(xs)
+    got = jax.jit(jax.vmap(ft.partial(run, solver=Newton())))(xs, near)
+    wanted = jax.jit(jax.vmap(ft.partial(run, solver=Sequential())))(xs, near).states
+    assert np.all(np.asarray(wanted) > 0)
+    close(got.states, wanted, 1e-13)
+    astray, right = got.stats["num_steps"]
+    assert right < astray <= 16
+
+
+def test_a_system_far_from_its_solution_is_solved_by_whole_steps():
+    """Newton's method on `tanh(z) = ...` runs away from a start beyond 1.09."""
+
+    def F(z, h, x):
+        return jnp.tanh(z) - 0.5 * jnp.tanh(h) - x
+
+    cell = Implicit(F, guess=lambda h, x: 0 * h)
+    xs = jnp.asarray(0.4 * np.cos(np.arange(T)))[:, None]
+    far = jnp.full((T, 1), 3.0)
+    solution = jax.jit(
+        lambda xs: solve(cell, xs, jnp.zeros(1), solver=Newton(), initial_guess=far)
+    )(xs)
+    h, wanted = 0.0, []
+    for x in np.asarray(xs)[:, 0]:
+        h = np.arctanh(0.5 * np.tanh(h) + x)
+        wanted.append([h])
+    close(solution.states, np.array(wanted), 1e-13)
+
+
+def test_one_round_and_its_derivative():
+    equation = EQUATIONS["implicit-rnn"]
+    p, xs, h0 = equation.point
+    cell, x = equation.cell(), xs[0]
+    z, u = normal(22, 4), normal(23, 4)
+
+    def parts(h):
+        value = equation.F(np, p, z, h, x)
+        jacobian = (
+            np.eye(4)
+            - (1 - np.tanh(p["W"] @ z + p["U"] @ h + p["V"] @ x)[:, None] ** 2) * p["W"]
+        )
+        return value, jacobian
+
+    value, jacobian = parts(h0)
+    got, pushed = jax.jit(
+        lambda h, u: jax.jvp(lambda h: cell.refine(jnp.asarray(z), h, x), (h,), (u,))
+    )(h0, u)
+    close(got, z - np.linalg.solve(jacobian, value), 1e-14)
+    moved = (parts(h0 + 1e-30j * u)[0]).imag / 1e-30
+    close(pushed, -np.linalg.solve(jacobian, moved), 1e-14)
 
 
 # Against what is known of the equations.

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import pararnn
-from pararnn import RESULTS, Auto, Newton, Sequential, solve
+from pararnn import RESULTS, Auto, Newton, Sequential, Structure, solve
+from pararnn.solver._auto import choose_ladder
 from tests.helpers import assert_close
 from tests.problems import (
     CELLS,
@@ -292,6 +293,67 @@ def test_auto_falls_back_for_a_whole_batch():
 
 def solve_pairs(f, xs, h0):
     return jax.vmap(lambda x, h: solve(f, x, h))(xs, h0)
+
+
+def blocks(width, size):
+    return Structure(np.arange(width).reshape(-1, size), width)
+
+
+@pytest.mark.parametrize(
+    "structure, batch, steps, segments",
+    [
+        (blocks(1024, 1), 1, 4096, 256),
+        (blocks(1024, 1), 1000, 4096, 256),
+        (blocks(256, 2), 16, 4096, 256),
+        (blocks(1024, 32), 4, 4096, 256),
+        (blocks(64, 64), 1, 4096, 256),
+        (blocks(128, 128), 1, 32, None),  # too short
+        (blocks(256, 256), 1, 4096, None),  # too much work for each step saved
+        (blocks(128, 128), 16, 4096, None),
+        (blocks(1024, 1), 1024, 2**17, 256),  # no room for 8192 segments
+        (blocks(4096, 1), 1024, 2**17, 64),
+    ],
+)
+def test_auto_off_the_cpu_goes_by_structure(
+    monkeypatch, structure, batch, steps, segments
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    channels = batch * structure.width
+    ladder = choose_ladder(Auto(), steps, channels, False, lambda: structure)
+    if segments is None:
+        assert ladder.methods == ()
+    else:
+        assert [method.segments for method in ladder.methods] == [segments] * 2
+
+
+@pytest.mark.parametrize("name", ["gru-diagonal", "lstm-blocks", "elman", "logistic"])
+def test_auto_off_the_cpu_is_right(monkeypatch, name):
+    """By the rule for a GPU, here: its ladder, and the loop where that fails."""
+    if name == "logistic":
+        f, h0, xs = logistic, jnp.asarray(0.37), jnp.zeros(256)
+    else:
+        cell = CELLS[name]
+        parameters, _, h0 = instance(name)
+        f, xs = cell.f(parameters), cell.xs(jr.key(5), 256, "float64")
+
+    def loss(xs, run):
+        states = run(f, xs, h0)
+        return sum(jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(states)), states
+
+    wanted = jax.jit(jax.grad(ft.partial(loss, run=scan), has_aux=True))(xs)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def auto(f, xs, h0):
+        return solve(f, xs, h0).states
+
+    sol = jax.jit(lambda xs: solve(f, xs, h0))(xs)
+    assert sol.stats["rung"] == (2 if name == "logistic" else 1)
+    got = jax.jit(jax.grad(ft.partial(loss, run=auto), has_aux=True))(xs)
+    steps = 20 if name == "logistic" else 256
+    first = jax.tree.map(lambda s: s[:steps], (got[1], wanted[1]))
+    assert_close(*first, 1e-9)
+    if name != "logistic":
+        assert_close(got[0], wanted[0], 1e-9)
 
 
 # Reporting what is not finite

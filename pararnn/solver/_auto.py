@@ -12,9 +12,17 @@ the forward solve, median of 7):
 | 16384  | 64       | 3.5        | 11                                       |
 
 XLA turns a small sequential loop into straight machine code, and 16 channels already
-fill its vector units: parallel time only helps a single narrow sequence. On a GPU
-(not measured yet) each sequential step is several kernel launches, so time is
-always cut, into segments of 16 steps.
+fill its vector units: parallel time only helps a single narrow sequence. Its structure
+is known: one number is diagonal. With blocks, Newton's method has still more to do per
+step, and the loop has not.
+
+GPU (a model of the cost; not measured yet): a step of the loop is a few kernel
+launches, some 10 us whatever the cell. Three sweeps of Newton push `size` tangents
+through blocks of `size`, 2 * 3 * 3 * channels * size^2 operations a step with three
+gates; at 20 Tflop/s that is 10 us at channels * size^2 = 1e7. Beyond that the loop runs
+at once: for a dense cell from a width of 200 on, for 16 of them from 80 on, for a
+diagonal one never. Below it time is cut into segments of 16 steps, or longer ones where
+the Jacobians of so many would take more than 1 GiB.
 
 No rung is damped. What a few steps of Newton's method cannot certify, a few damped ones
 cannot either: they save steps only where both need a hundred (dense Elman cell of width
@@ -27,16 +35,23 @@ Where time lies across devices, the loop would have one of them work at a time, 
 is always cut, on a CPU into one segment for each device.
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 
 from ._ladder import Ladder
+from ._structure import Structure
 from .methods import Jacobi, Newton
 from .methods._base import check_tolerances
 
+# On a GPU, per step: numbers times the square of a block's size; bytes of Jacobians.
+_WORTH_CUTTING = 10**7
+_LARGEST = 2**30
+
 
 class Auto(eqx.Module):
-    """Chooses the method by platform and size, and always returns the right answer.
+    """Chooses the method by platform, size and structure; the answer is always right.
 
     Where parallel time is faster, a [`pararnn.Ladder`][] of a few cheap steps is tried,
     on segments. If any sequence is not certified by then, the sequential loop runs, and
@@ -60,6 +75,7 @@ def choose_ladder(
     steps: int,
     channels: int,
     differentiated: bool,
+    find_structure: Callable[[], Structure],
     max_steps: int | None = None,
     shards: int = 1,
 ) -> Ladder:
@@ -71,7 +87,10 @@ def choose_ladder(
     """
     on_cpu = jax.default_backend() == "cpu"
     if shards > 1:
-        segments = shards if on_cpu else max(shards, steps // 16)
+        segments = shards
+        if not on_cpu:
+            size = find_structure().size
+            segments = max(shards, _count_segments(steps, channels, size, shards))
         limits = (1, 3) if on_cpu else (1, 8)
     elif on_cpu:
         # Segments are copies of the inputs. Beside a gradient, where the forward pass
@@ -79,12 +98,19 @@ def choose_ladder(
         if channels > 1 or steps < 4096 or differentiated:
             return Ladder(())
         segments, limits = 256, (1, 3)
-    elif steps < 64:
-        return Ladder(())
     else:
-        segments, limits = steps // 16, (1, 8)
+        size = find_structure().size
+        segments, limits = _count_segments(steps, channels, size), (1, 8)
+        if segments < 4 or channels * size**2 > _WORTH_CUTTING:
+            return Ladder(())
     methods = (
         Jacobi(segments, rtol=auto.rtol, atol=auto.atol),
         Newton(segments, rtol=auto.rtol, atol=auto.atol),
     )
     return Ladder(methods, limits if max_steps is None else max_steps)
+
+
+def _count_segments(steps: int, channels: int, size: int, devices: int = 1) -> int:
+    """Of 16 steps each, or as many as have room for their Jacobians."""
+    room = devices * _LARGEST // (4 * max(1, channels) * max(1, size))
+    return min(steps // 16, room)

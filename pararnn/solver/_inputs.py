@@ -1,5 +1,6 @@
 """What a user passes to a solver: adapted to `f(h, x) -> h`, and checked."""
 
+import abc
 import sys
 from collections.abc import Callable
 
@@ -7,10 +8,25 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from ..scan import check_reset
 from ._recurrence import Recurrence
+
+
+class AbstractImplicitCell(eqx.Module):
+    """A cell whose step `f(h, x)` is the end of an iteration."""
+
+    @abc.abstractmethod
+    def __call__(self, h: PyTree[Array], x: PyTree) -> PyTree[Array]:
+        """The end of the iteration."""
+
+    @abc.abstractmethod
+    def refine(self, z: PyTree[Array], h: PyTree[Array], x: PyTree) -> PyTree[Array]:
+        """One round of it, from z towards `f(h, x)`.
+
+        Its derivative with respect to h, where z is `f(h, x)`, is that of the cell.
+        """
 
 
 def as_step(cell: Callable) -> Callable:
@@ -38,9 +54,10 @@ def make_recurrence(where: str, f: Callable, xs: PyTree, h0: PyTree) -> Recurren
         )
     steps = count_steps(where, xs)
     _check_state(where, h0)
+    refine = f.refine if isinstance(f, AbstractImplicitCell) else None
     f = as_step(f)
     try:
-        recurrence = Recurrence(f, xs, h0)
+        recurrence = Recurrence(f, xs, h0, refine)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(

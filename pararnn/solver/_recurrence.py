@@ -27,9 +27,14 @@ class Recurrence:
 
     A reset is part of the step: it selects `fresh` for the state before it. So every
     solver and every derivative has resets, and none has to know of them.
+
+    A cell whose step is an iteration of its own may come with one round of it,
+    `refine(z, h, x)`, from z towards `f(h, x)`.
     """
 
-    def __init__(self, f: Callable, xs: PyTree, h0: PyTree):
+    def __init__(
+        self, f: Callable, xs: PyTree, h0: PyTree, refine: Callable | None = None
+    ):
         self.state_leaves, self.state_tree = jtu.tree_flatten(
             jtu.tree_map(_shape_dtype, h0)
         )
@@ -45,6 +50,16 @@ class Recurrence:
         closed, out = jax.make_jaxpr(flat, return_shape=True)(
             *self.state_leaves, *x_structs
         )
+        self.refinement = None
+        if refine is not None:
+
+            def flat_refine(z, h, x):
+                z, h = (jtu.tree_unflatten(state_tree, leaves) for leaves in (z, h))
+                return refine(z, h, jtu.tree_unflatten(x_tree, x))
+
+            self.refinement = jax.make_jaxpr(flat_refine)(
+                self.state_leaves, self.state_leaves, x_structs
+            )
         self.jaxpr: jex.core.Jaxpr = closed.jaxpr
         constants = [jnp.asarray(c) for c in closed.consts]
         self.constant_structs = [_shape_dtype(c) for c in constants]
@@ -66,6 +81,12 @@ class Recurrence:
         """The values the cell closed over, once: they may be tracers, which nothing
         that outlives the call may hold."""
         constants, self._constants = self._constants, []
+        if self.refinement is not None:
+            # Only where a solve arrives sooner depends on these.
+            constants += [
+                jax.lax.stop_gradient(jnp.asarray(c)) for c in self.refinement.consts
+            ]
+            self.refinement = self.refinement.jaxpr
         return constants
 
     def step(self, parameters, h, x):
@@ -84,10 +105,17 @@ class Recurrence:
     def _evaluate(self, parameters, h, x, *, inline):
         constants, fresh = parameters
         leaves, reset = x
-        if reset is not None:
-            h = tuple(jnp.where(reset, f, v) for f, v in zip(fresh, h, strict=True))
+        h = _select_fresh(reset, fresh, h)
         evaluate = _evaluate_inlined if inline else _evaluate
-        return tuple(evaluate(self.jaxpr, constants, *h, *leaves))
+        own = constants[: len(self.constant_structs)]
+        return tuple(evaluate(self.jaxpr, own, *h, *leaves))
+
+    def _refine(self, parameters, z, h, x):
+        constants, fresh = parameters
+        leaves, reset = x
+        h = _select_fresh(reset, fresh, h)
+        own = constants[len(self.constant_structs) :]
+        return tuple(_evaluate(self.refinement, own, *z, *h, *leaves))
 
     # The vector view: solvers that need a Jacobian see one real vector.
 
@@ -95,6 +123,11 @@ class Recurrence:
         """`step`, or `smooth_step`, from one real vector to the next."""
         step = self.smooth_step if smooth else self.step
         return self.ravel(step(parameters, self.unravel(v), x))
+
+    def vector_refine(self, parameters, z: Array, v: Array, x) -> Array:
+        """One round from z towards `vector_step(parameters, v, x)`."""
+        end = self._refine(parameters, self.unravel(z), self.unravel(v), x)
+        return self.ravel(end)
 
     @ft.cached_property
     def dtype(self):
@@ -171,6 +204,12 @@ class Batch:
         for _ in self.levels:
             fn = jax.vmap(fn)
         return fn
+
+
+def _select_fresh(reset, fresh, h):
+    if reset is None:
+        return h
+    return tuple(jnp.where(reset, f, v) for f, v in zip(fresh, h, strict=True))
 
 
 def _shape_dtype(x, drop_time: bool = False):

@@ -12,9 +12,9 @@ from jax import lax
 from ..scan import time_shards
 from ._auto import Auto, choose_ladder
 from ._ladder import Ladder
+from ._multiple_shooting import solve_on_segments
 from ._recurrence import Batch
 from ._relay import solve_in_turns
-from ._segments import solve_on_segments
 from ._sequential import Sequential, solve_sequentially
 from ._structure import Structure
 from ._windows import Windows, solve_windows
@@ -42,6 +42,7 @@ class Run(NamedTuple):
                 steps,
                 channels,
                 self.differentiated,
+                self.find_structure,
                 max_steps,
                 time_shards(steps),
             )

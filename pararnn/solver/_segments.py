@@ -15,7 +15,7 @@ how the correction is solved for is the method's (`methods/`); the rest stands h
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool
 
 from ..scan import join_time, shift, split_time, spread, time_shards
 from ._recurrence import Batch
-from ._sequential import all_zero
 from ._structure import Structure
 
 if TYPE_CHECKING:
@@ -80,51 +79,6 @@ class Attempt(NamedTuple):
     carry: Carry
 
 
-def solve_on_segments(
-    batch: Batch,
-    parameters,
-    inputs,
-    h0,
-    guess,
-    find_structure: Callable[[], Structure],
-    method: "AbstractMethod",
-    max_steps: int | None,
-) -> tuple[tuple[Array, ...], dict[str, Any]]:
-    """States `[T, *batch, ...]` by leaf, and what every method reports.
-
-    `guess` holds the leaves of a trajectory `[T, *batch, ...]`, or is `None`.
-    """
-    segments = Segments(batch, parameters, inputs, h0, find_structure, method)
-    limit = segments.count if max_steps is None else min(max_steps, segments.count)
-
-    def unfinished(attempt: Attempt):
-        return jnp.any(~attempt.ended & (attempt.carry.num_steps < limit))
-
-    def attempt_again(attempt: Attempt):
-        carry = attempt.carry._replace(done=attempt.ended)
-        return segments.finish(segments.iterate(carry, limit))
-
-    # One attempt is steps until the correction predicts convergence, and a plain pass
-    # that certifies it; seldom is a second one needed.
-    start = segments.start(guess, may_fail=limit < segments.count)
-    first = segments.finish(segments.iterate(start, limit))
-    attempt = lax.while_loop(unfinished, attempt_again, first)
-    attempt = segments.or_best(attempt)
-    return attempt.states, {
-        "num_steps": attempt.carry.num_steps,
-        "residual": attempt.residual,
-        "certified_steps": attempt.certified_steps,
-        "sequential": False,
-        "nonfinite": attempt.carry.nonfinite,
-        "certified": attempt.certified,
-        # The loop's last pass may overflow in padding, so the states are looked at.
-        "finite": all_zero(
-            tuple(jnp.sum(s * 0, axis=0) for s in attempt.states), len(batch.levels)
-        ),
-        "residual_history": attempt.carry.history,
-    }
-
-
 class Segments:
     """The segmented problem: everything that stays the same from step to step."""
 
@@ -157,6 +111,8 @@ class Segments:
         # Where an iterate has overflowed. A reset may drop an h0 that is not finite.
         self.restart = jnp.where(jnp.isfinite(self.h0), self.h0, 0)
         self.rank = len(batch.levels)
+        # Joint steps, if any, went before those that make segments exact.
+        self.first_step: int | Array = 0
         self.rtol = 64 * recurrence.eps if method.rtol is None else method.rtol
         self.atol = recurrence.eps if method.atol is None else method.atol
 
@@ -213,16 +169,20 @@ class Segments:
 
         return self.over.lift(self.recurrence.vector_step)(self.parameters, h, x)
 
-    def _push(self, h, x, tangents):
+    def _smooth_step(self, parameters, h, x):
+        """The step that is linearised, on one vector."""
+        return self.recurrence.vector_step(parameters, h, x, smooth=True)
+
+    def _push(self, h, x, tangents, *others):
         """One step of states, and of tangents `[size, segments, *batch, width]`.
 
-        Tangents `[size, width]` are the same for all segments.
+        Tangents `[size, width]` are the same for all segments. `others` are what else
+        `_smooth_step` takes, like `h`.
         """
-        recurrence = self.recurrence
 
-        def one(parameters, h, x, tangents):
+        def one(parameters, h, x, tangents, *others):
             def step(h):
-                return recurrence.vector_step(parameters, h, x, smooth=True)
+                return self._smooth_step(parameters, h, x, *others)
 
             ahead, tangents = self.push(step, h, tangents)
             reset = x[1]
@@ -232,8 +192,9 @@ class Segments:
             return ahead, tangents
 
         axis = 1 if tangents.ndim > 2 else None
-        lifted = self.over.lift(one, extra=(axis,), out=(0, 1))
-        return lifted(self.parameters, h, x, tangents)
+        extra = (axis, *(0 for _ in others))
+        lifted = self.over.lift(one, extra=extra, out=(0, 1))
+        return lifted(self.parameters, h, x, tangents, *others)
 
     def _sweep(self, starts):
         """Ends of the segments and their Jacobians, compressed by the structure."""
@@ -336,7 +297,7 @@ class Segments:
         amplifies. Behind them, the next start is the end of its segment.
         """
         old, place = carry.starts, self._place(carry.starts.ndim)
-        exact = carry.num_steps[None, ..., None]
+        exact = self._count_exact(carry)[None, ..., None]
         entering = shift(self.h0, ends)
         defects = jnp.where(place <= exact, 0, entering - old)
         # From segment to start. The first start is never corrected, so that nothing is
@@ -348,6 +309,10 @@ class Segments:
         )
         new = jnp.where(place == exact + 1, entering, new)
         return jnp.where(place <= exact, old, new), defects
+
+    def _count_exact(self, carry: Carry) -> Array:
+        """How many segments behind the first start from where they should."""
+        return carry.num_steps - self.first_step
 
     def _place(self, ndim: int) -> Array:
         """The number of each segment, to stand beside `[segments, ...]`."""

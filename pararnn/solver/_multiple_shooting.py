@@ -1,0 +1,69 @@
+"""Attempts on a segmented problem, until one of them is certified."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ._joint_segments import JOINT_STEPS, JointSegments
+from ._recurrence import Batch
+from ._segments import Attempt, Segments
+from ._sequential import all_zero
+from ._structure import Structure
+
+if TYPE_CHECKING:
+    from .methods import AbstractMethod
+
+
+def solve_on_segments(
+    batch: Batch,
+    parameters,
+    inputs,
+    h0,
+    guess,
+    find_structure: Callable[[], Structure],
+    method: "AbstractMethod",
+    max_steps: int | None,
+) -> tuple[tuple[Array, ...], dict[str, Any]]:
+    """States `[T, *batch, ...]` by leaf, and what every method reports.
+
+    `guess` holds the leaves of a trajectory `[T, *batch, ...]`, or is `None`.
+    """
+    problem = batch, parameters, inputs, h0, find_structure, method
+    segments = Segments(*problem)
+    limit = segments.count if max_steps is None else min(max_steps, segments.count)
+
+    def unfinished(attempt: Attempt):
+        return jnp.any(~attempt.ended & (attempt.carry.num_steps < limit))
+
+    def attempt_again(attempt: Attempt):
+        carry = attempt.carry._replace(done=attempt.ended)
+        return segments.finish(segments.iterate(carry, limit))
+
+    # One attempt is steps until the correction predicts convergence, and a plain pass
+    # that certifies it; seldom is a second one needed.
+    may_fail = limit < segments.count
+    if segments.length == 1 and batch.recurrence.refinement is not None:
+        start = JointSegments(*problem).approach(guess, limit, may_fail=may_fail)
+        segments.first_step = start.num_steps
+        # Joint steps make nothing exact; as many whole ones can still be needed.
+        limit = limit if may_fail else limit + JOINT_STEPS
+    else:
+        start = segments.start(guess, may_fail=may_fail)
+    first = segments.finish(segments.iterate(start, limit))
+    attempt = lax.while_loop(unfinished, attempt_again, first)
+    attempt = segments.or_best(attempt)
+    return attempt.states, {
+        "num_steps": attempt.carry.num_steps,
+        "residual": attempt.residual,
+        "certified_steps": attempt.certified_steps,
+        "sequential": False,
+        "nonfinite": attempt.carry.nonfinite,
+        "certified": attempt.certified,
+        # The loop's last pass may overflow in padding, so the states are looked at.
+        "finite": all_zero(
+            tuple(jnp.sum(s * 0, axis=0) for s in attempt.states), len(batch.levels)
+        ),
+        "residual_history": attempt.carry.history,
+    }
