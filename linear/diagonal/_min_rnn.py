@@ -8,7 +8,7 @@ from pararnn._parameters import affine, linear
 from pararnn.scan import Diagonal, linear_scan
 
 from .._layer import AbstractLayer
-from ..parts import Draw, check_sizes
+from ..parts import Draw, check_sizes, share
 
 
 def positive(x: Array) -> Array:
@@ -127,14 +127,9 @@ class MinLSTM(AbstractLayer):
         return jnp.zeros((self.d_state,), self.precision())
 
     def mix(self, xs, state, reset):
-        log_f = jax.nn.log_sigmoid(affine(self.W_f, xs, self.b_f))
-        log_i = jax.nn.log_sigmoid(affine(self.W_i, xs, self.b_i))
-        candidate = positive(affine(self.W_h, xs, self.b_h))
-        # f / (f + i), also where both underflow.
-        states = linear_scan(
-            Diagonal(jax.nn.sigmoid(log_f - log_i)),
-            jax.nn.sigmoid(log_i - log_f) * candidate,
-            state,
-            reset=reset,
+        forget, enter = share(
+            affine(self.W_f, xs, self.b_f), affine(self.W_i, xs, self.b_i)
         )
+        candidate = positive(affine(self.W_h, xs, self.b_h))
+        states = linear_scan(Diagonal(forget), enter * candidate, state, reset=reset)
         return linear(self.W_out, states), states[-1]

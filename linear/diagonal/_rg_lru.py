@@ -8,7 +8,7 @@ from pararnn._parameters import affine, check_number, check_size, widen
 from pararnn.scan import Diagonal, linear_scan
 
 from .._layer import AbstractLayer
-from ..parts import Draw, check_divisor, leading
+from ..parts import Draw, check_divisor, decay, leading
 
 
 class RGLRU(AbstractLayer):
@@ -89,11 +89,11 @@ class RGLRU(AbstractLayer):
         inputs = jax.nn.sigmoid(affine(self.W_x, xs, self.b_x))
         Lambda, gate, inputs, xs = widen(self.Lambda, gate, inputs, xs)
         log_a = -8 * gate * leading(jax.nn.softplus(Lambda), 2)
-        # a is 1 + e and 1 - a² is -e (2 + e), which does not round to zero where a is
-        # nearly one. The root of zero has no derivative.
-        e = jnp.expm1(log_a)
-        scale = jnp.sqrt(jnp.maximum(-e * (2 + e), jnp.finfo(e.dtype).tiny))
+        # The root of zero has no derivative.
+        tiny = jnp.finfo(log_a.dtype).tiny
+        a, rest = decay(log_a)
+        scale = jnp.sqrt(jnp.maximum(rest, tiny))
         if reset is not None:
             scale = jnp.where(reset[:, None], 1, scale)
-        states = linear_scan(Diagonal(1 + e), scale * inputs * xs, state, reset=reset)
+        states = linear_scan(Diagonal(a), scale * inputs * xs, state, reset=reset)
         return states, states[-1]
