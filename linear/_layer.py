@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 from pararnn._parameters import wide_dtype
 from pararnn.scan import check_reset
 
+from ._windows import mix_in_windows
+
 
 class AbstractLayer(eqx.Module):
     """A sequence of features to a sequence of features, with a state in between.
@@ -60,7 +62,8 @@ class AbstractLayer(eqx.Module):
 
         **Returns:** outputs `[T, d_model]` in the dtype of `xs`, and the state after
         the last step that was taken (of `T = 0` steps: `state`). Computed in the
-        parameters' precision, at least float32.
+        parameters' precision, at least float32. On a CPU, 65536 steps and more are
+        taken in windows, so that a gradient needs little more memory than its inputs.
 
         **Raises:** `ValueError` on a shape that does not fit or an `xs` that is not
         real floating point; `TypeError` on a `reset` that is not bool.
@@ -78,10 +81,9 @@ class AbstractLayer(eqx.Module):
         inputs, precision = xs, self.precision()
         if jnp.finfo(xs.dtype).bits > jnp.finfo(precision).bits:
             inputs = xs.astype(precision)
-        ys, last = self.mix(inputs, state, reset)
+        ys, last = mix_in_windows(self.mix, inputs, state, reset)
         if reverse:
             ys = jnp.flip(ys, 0)
-        last = jax.tree.map(lambda new, old: new.astype(old.dtype), last, state)
         return ys.astype(xs.dtype), last
 
     def step(

@@ -13,11 +13,13 @@ from jax import lax
 
 import linear
 import tests.numpy_reference as reference
+from linear import _windows as windows
 from pararnn.scan import _choose as choose
-from tests.helpers import assert_close, decoded, in_two_parts
+from tests.helpers import assert_close, decoded, in_two_parts, whole
 from tests.layers import D_MODEL, ROWS, disturbed, make, random_state
 
 T = 40  # long enough for derivatives to be chunkwise
+PARTS = ("steps", "two parts", "windows")
 RESETS = np.isin(np.arange(T), [0, 4, 5, 20, T - 2])
 each_layer = pytest.mark.parametrize("name", ROWS)
 
@@ -39,6 +41,14 @@ def in_steps(layer, xs, state, reset):
     return ys, state
 
 
+def in_windows(layer, xs, state, reset=None):
+    """As if `xs` was long: three windows and a rest. To be called while tracing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows, "_LONG", 1)
+        patch.setattr(windows, "_WINDOW", 12)
+        return layer(xs, state, reset=reset)
+
+
 @each_layer
 def test_equals_the_equations(name):
     layer, xs, state = problem(name)
@@ -53,6 +63,7 @@ def test_equals_the_equations(name):
             "reset": layer(xs, state, reset=reset),
             "reset in steps": in_steps(layer, xs, state, reset),
             "reset in two parts": in_two_parts(layer, xs, state, reset),
+            "reset in windows": in_windows(layer, xs, state, reset),
             "reversed": layer(xs, state, reset=reset, reverse=True),
         }
 
@@ -64,7 +75,7 @@ def test_equals_the_equations(name):
     assert_close(got["fresh"], loop(xs, layer.init_state()))
     for case in ("continued", "decoded"):
         assert_close(got[case], loop(xs, state))
-    for case in ("reset", "reset in steps", "reset in two parts"):
+    for case in ("reset", *(f"reset in {parts}" for parts in PARTS)):
         assert_close(got[case], loop(xs, state, RESETS))
     # Backwards, a sequence starts at the step before the first one of the next.
     ends = np.append(RESETS[1:], False)[::-1]
@@ -72,8 +83,14 @@ def test_equals_the_equations(name):
     assert_close(got["reversed"], (ys[::-1], last))
 
 
-@each_layer
-def test_derivatives_by_finite_differences(name):
+GRADIENTS = [
+    *((name, whole) for name in ROWS),
+    *((name, in_windows) for name in ("lru", "mamba", "s4d-scan", "deltanet")),
+]
+
+
+@pytest.mark.parametrize("name, run", GRADIENTS)
+def test_derivatives_by_finite_differences(name, run):
     layer, xs, state = problem(name)
     weights = np.random.default_rng(3).normal(size=(T, D_MODEL))
     arrays, static = eqx.partition(layer, eqx.is_inexact_array)
@@ -81,7 +98,8 @@ def test_derivatives_by_finite_differences(name):
     @jax.jit
     def gradient(arrays, xs, state):
         def loss(arrays, xs, state):
-            ys, last = eqx.combine(arrays, static)(xs, state, reset=jnp.asarray(RESETS))
+            layer = eqx.combine(arrays, static)
+            ys, last = run(layer, xs, state, jnp.asarray(RESETS))
             return jnp.sum(ys * weights) + sum(
                 jnp.sum(jnp.abs(v) ** 2) for v in jax.tree.leaves(last)
             )
