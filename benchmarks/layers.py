@@ -1,5 +1,6 @@
 """The layers of `linear`: chunks, bare scans, memax, and long sequences."""
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -113,19 +114,33 @@ def _measure_forms(kind: str, steps: int, settings: Settings):
 
     forms = ("recurrent", "chunkwise", "auto")
     values = {form: run(form) for form in forms}
+    floors = {f"floor {n}": functools.partial(_chunk_products, n) for n in (32, 64)}
     gradients = {f"{form} v&g": _with_gradient(run(form)) for form in forms}
-    programs = compile_all(values | gradients, q, k, v)
+    programs = compile_all(values | gradients | floors, q, k, v)
     times = time_in_turn(programs, q, k, v, quick=settings.quick)
     recurrent = programs["recurrent v&g"].temp_bytes
     return {
         "recurrent ms": times.ms("recurrent"),
         "chunkwise ratio": times.ratio("chunkwise", "recurrent"),
+        "floor ratio": times.ratio(min(floors, key=times.ms), "recurrent"),
         "auto ratio": times.ratio("auto", "recurrent"),
         "recurrent v&g ms": times.ms("recurrent v&g"),
         "chunkwise v&g ratio": times.ratio("chunkwise v&g", "recurrent v&g"),
         "auto v&g ratio": times.ratio("auto v&g", "recurrent v&g"),
         "auto v&g memory ratio": programs["auto v&g"].temp_bytes / recurrent,
     }
+
+
+def _chunk_products(length: int, q, k, v):
+    """Scores within a chunk, what they read, what the chunk writes, and what it reads
+    of the state that it starts from (here: of what it writes itself)."""
+    steps, heads, size = q.shape
+    shape = steps // length, length, heads, size
+    q, k, v = (x.reshape(shape).transpose(2, 0, 1, 3) for x in (q, k, v))
+    scores = jnp.einsum("hcik,hcjk->hcij", q, k)
+    written = jnp.einsum("hcik,hciv->hckv", k, v)
+    within = jnp.einsum("hcij,hcjv->hciv", scores, v)
+    return within + jnp.einsum("hcik,hckv->hciv", q, written)
 
 
 # ---- layers against bare scans

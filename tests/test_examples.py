@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks import interruptions
 
+pytestmark = pytest.mark.optimised
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 

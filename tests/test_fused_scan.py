@@ -9,6 +9,8 @@ from jax.test_util import check_grads
 from pararnn import fused_scan
 from tests.helpers import assert_close, refusal
 
+pytestmark = pytest.mark.optimised
+
 N, D = 3, 4
 FORMS = ("fused", "stored")
 

@@ -13,6 +13,8 @@ from pararnn import grid_scan, matrix_scan
 from tests import linear_reference
 from tests.helpers import assert_close
 
+pytestmark = pytest.mark.optimised
+
 HEADS, K, V, T = 2, 3, 2, 11
 NAMES = (
     *("queries", "keys", "values", "source", "mark", "direct"),

@@ -245,7 +245,7 @@ def test_derivative_of_a_batch(name, monkeypatch):
 
     wanted = jax.jit(jax.value_and_grad(looped))(arrays)
     for fn in (staged, checkpointed):
-        assert_close(jax.value_and_grad(fn)(arrays), wanted, 1e-11)
+        assert_close(jax.jit(jax.value_and_grad(fn))(arrays), wanted, 1e-11)
 
 
 @each_layer

@@ -11,6 +11,8 @@ from test_transitions import STRUCTURES, Structure
 
 from pararnn import Dense, Diagonal, Scalar, linear_scan
 
+pytestmark = pytest.mark.optimised
+
 BACKENDS = ("sequential", "associative", "chunked")
 # One for each path through the engine; the laws of the others are tested elsewhere.
 SCANNED = (
