@@ -53,8 +53,9 @@ class Implicit(AbstractImplicitCell):
     `width x width` matrix. The cell's own Jacobian keeps that structure, as far as
     $\partial_h F$ shares it.
 
-    Where every step is a segment, as with `pararnn.Newton()`, [`pararnn.solve`][] takes
-    the equations of all steps for one system and iterates on all states jointly,
+    Where every step is a segment of Newton's method, as with `pararnn.Newton()`,
+    [`pararnn.solve`][] takes the equations of all steps for one system and iterates on
+    all states jointly,
 
     $$\partial_z F\, \delta_t + \partial_h F\, \delta_{t-1}
         = -F(h_t, h_{t-1}, x_t),$$

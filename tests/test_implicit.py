@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from pararnn import RESULTS, RNN, Auto, Newton, Sequential, jacobian_structure, solve
+from pararnn import (
+    RESULTS,
+    RNN,
+    Auto,
+    Jacobi,
+    Newton,
+    Sequential,
+    jacobian_structure,
+    solve,
+)
 from pararnn._implicit import Implicit
 from tests.implicit_equations import (
     EQUATIONS,
@@ -256,6 +265,23 @@ def test_a_system_far_from_its_solution_is_solved_by_whole_steps():
         h = np.arctanh(0.5 * np.tanh(h) + x)
         wanted.append([h])
     close(solution.states, np.array(wanted), 1e-13)
+
+
+@pytest.mark.parametrize("method", [Jacobi, Newton])
+def test_who_takes_many_steps_takes_whole_ones(method):
+    """Newton's method alone goes jointly: the same steps as of a function or not."""
+    equation = EQUATIONS["implicit-rnn"]
+    cell, arguments = equation.cell(), equation.point[1:]
+
+    def whole(h, x):
+        return cell(h, x)
+
+    def count(f):
+        run = ft.partial(solve, f, solver=method(history=T))
+        return jax.jit(lambda xs, h0: run(xs, h0).stats["residual_history"])(*arguments)
+
+    same = np.array_equal(count(cell), count(whole), equal_nan=True)
+    assert same == (method is Jacobi)
 
 
 def test_one_round_and_its_derivative():

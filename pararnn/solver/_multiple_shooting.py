@@ -44,7 +44,7 @@ def solve_on_segments(
     # One attempt is steps until the correction predicts convergence, and a plain pass
     # that certifies it; seldom is a second one needed.
     may_fail = limit < segments.count
-    if segments.length == 1 and batch.recurrence.refinement is not None:
+    if segments.can_be_joint:
         start = JointSegments(*problem).approach(guess, limit, may_fail=may_fail)
         segments.first_step = start.num_steps
         # Joint steps make nothing exact; as many whole ones can still be needed.

@@ -116,6 +116,13 @@ class Segments:
         self.rtol = 64 * recurrence.eps if method.rtol is None else method.rtol
         self.atol = recurrence.eps if method.atol is None else method.atol
 
+    @property
+    def can_be_joint(self) -> bool:
+        """Whether `JointSegments` are worth a try: a method that takes many steps takes
+        still more of them jointly."""
+        refinable = self.recurrence.refinement is not None
+        return self.length == 1 and refinable and self.method.quadratic
+
     def _split(self, x):
         """`[T, ...]` to `[length, segments, ...]`; the last segment repeats its end."""
         return split_time(x, self.count)
