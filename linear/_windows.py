@@ -68,7 +68,9 @@ def mix_in_windows(
     state, ys = lax.scan(run, state, jax.tree.map(whole, at))
     ys = ys.reshape(count * length, *ys.shape[2:])
     if rest:
-        state, tail = window(state, jax.tree.map(lambda x: x[count * length :], at))
+        state, tail = jax.checkpoint(window)(
+            state, jax.tree.map(lambda x: x[count * length :], at)
+        )
         ys = jnp.concatenate([ys, tail])
     return ys, state
 

@@ -53,17 +53,18 @@ class Implicit(AbstractImplicitCell):
     `width x width` matrix. The cell's own Jacobian keeps that structure, as far as
     $\partial_h F$ shares it.
 
-    Where every step is a segment of Newton's method, as with `pararnn.Newton()`,
-    [`pararnn.solve`][] takes the equations of all steps for one system and iterates on
-    all states jointly,
+    Where every step is a segment of Newton's method and there is no limit on its
+    steps, as with `solver=pararnn.Newton()` alone, [`pararnn.solve`][] takes the
+    equations of all steps for one system and iterates on all states jointly,
 
     $$\partial_z F\, \delta_t + \partial_h F\, \delta_{t-1}
         = -F(h_t, h_{t-1}, x_t),$$
 
     which costs one evaluation of F a step and not a whole inner iteration. The result
-    is checked against the cell itself, and where the system leads elsewhere the solve
-    goes on with whole steps. (Only if the cell is given as it is: a function that calls
-    it is a cell like others.)
+    is checked against the cell itself, and where 16 such steps lead elsewhere the solve
+    starts again with whole ones. `stats["num_steps"]` and the residual history count
+    both, the latter with $(\partial_z F)^{-1} F$ for the joint ones. (Only if the cell
+    is given as it is: a function that calls it is a cell like others.)
 
     **A step that fails** has NaN in its whole state, so that [`pararnn.solve`][] ends
     with `RESULTS.nonfinite_states`. It fails if there is no solution, if $\partial_z F$

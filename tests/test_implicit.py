@@ -248,6 +248,26 @@ def test_a_system_that_finds_another_root_is_solved_again():
     assert right < astray <= 16
 
 
+@pytest.mark.parametrize("limit", [2, 5, T, T + 1])
+def test_a_limit_leaves_whole_steps(limit):
+    """As many as were allowed, from a guess at which the system goes astray."""
+
+    def F(z, h, x):
+        return z**2 - x - 0.1 * jnp.tanh(h)
+
+    cell, h0 = Implicit(F, guess=lambda h, x: 1 + x), jnp.zeros(3)
+    xs = 1 + jnp.asarray(normal(21, T, 3)) ** 2
+
+    def run(f):
+        options = {"initial_guess": -jnp.sqrt(xs), "throw": False, "max_steps": limit}
+        return solve(f, xs, h0, solver=Newton(), **options)
+
+    got, wanted = jax.jit(lambda: (run(cell), run(lambda h, x: cell(h, x))))()
+    assert got.stats["num_steps"] == wanted.stats["num_steps"] <= limit
+    assert got.result == wanted.result
+    close(got.states, wanted.states, 1e-14)
+
+
 def test_a_system_far_from_its_solution_is_solved_by_whole_steps():
     """Newton's method on `tanh(z) = ...` runs away from a start beyond 1.09."""
 

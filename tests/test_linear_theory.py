@@ -198,6 +198,10 @@ def test_shares_of_gates_that_underflow(dtype):
     forget, enter = jax.jit(share)(u, w)
     # log of f / i, of which the share is the logistic function.
     ratio = np.logaddexp(0, -w.astype(float)) - np.logaddexp(0, -u.astype(float))
+    never = np.full_like(logits, -np.inf)
+    shut, whole = np.zeros_like(logits), np.ones_like(logits)
+    np.testing.assert_array_equal(share(never, logits), (shut, whole))
+    np.testing.assert_array_equal(share(logits, never), (whole, shut))
     eps, tiny = jnp.finfo(dtype).eps, jnp.finfo(dtype).tiny
     for got, sign in ((forget, 1), (enter, -1)):
         wanted = np.exp(-np.logaddexp(0, -sign * ratio))

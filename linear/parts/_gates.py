@@ -25,6 +25,8 @@ def share(
 
     $$\frac{f}{f + i} = \frac{1 + e^{-w}}{2 + e^{-u} + e^{-w}}.$$
     """
+    # A gate that is shut for good has a logit of -inf.
+    u, w = (jnp.maximum(v, jnp.finfo(v.dtype).min / 2) for v in (u, w))
     # The quotient does not depend on what both are divided by.
     largest = jax.lax.stop_gradient(jnp.maximum(0, -jnp.minimum(u, w)))
     one, at_u, at_w = jnp.exp(-largest), jnp.exp(-u - largest), jnp.exp(-w - largest)

@@ -20,9 +20,9 @@ GPU (a model of the cost; not measured yet): a step of the loop is a few kernel
 launches, some 10 us whatever the cell. Three sweeps of Newton push `size` tangents
 through blocks of `size`, 2 * 3 * 3 * channels * size^2 operations a step with three
 gates; at 20 Tflop/s that is 10 us at channels * size^2 = 1e7. Beyond that the loop runs
-at once: for a dense cell from a width of 200 on, for 16 of them from 80 on, for a
-diagonal one never. Below it time is cut into segments of 16 steps, or longer ones where
-the Jacobians of so many would take more than 1 GiB.
+at once: for a dense cell from a width of 200 on, for 16 of them from 80 on, for
+diagonal ones hardly ever. Below it time is cut into segments of 16 steps, or longer
+ones where the Jacobians of so many would take more than 1 GiB in float32.
 
 No rung is damped. What a few steps of Newton's method cannot certify, a few damped ones
 cannot either: they save steps only where both need a hundred (dense Elman cell of width
@@ -98,6 +98,8 @@ def choose_ladder(
         if channels > 1 or steps < 4096 or differentiated:
             return Ladder(())
         segments, limits = 256, (1, 3)
+    elif steps < 64:
+        return Ladder(())
     else:
         size = find_structure().size
         segments, limits = _count_segments(steps, channels, size), (1, 8)

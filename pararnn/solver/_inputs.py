@@ -44,8 +44,13 @@ def as_step(cell: Callable) -> Callable:
     return cell
 
 
-def make_recurrence(where: str, f: Callable, xs: PyTree, h0: PyTree) -> Recurrence:
-    """Trace the cell, and refuse one that does not map states to states."""
+def make_recurrence(
+    where: str, f: Callable, xs: PyTree, h0: PyTree, *, refine: bool = False
+) -> Recurrence:
+    """Trace the cell, and refuse one that does not map states to states.
+
+    With `refine` a round of an implicit cell's iteration is traced too.
+    """
     if not callable(f):
         raise TypeError(
             f"{where}: the cell is a {type(f).__name__}, which cannot be called; "
@@ -54,10 +59,10 @@ def make_recurrence(where: str, f: Callable, xs: PyTree, h0: PyTree) -> Recurren
         )
     steps = count_steps(where, xs)
     _check_state(where, h0)
-    refine = f.refine if isinstance(f, AbstractImplicitCell) else None
-    f = as_step(f)
+    implicit = refine and isinstance(f, AbstractImplicitCell)
+    step = as_step(f)
     try:
-        recurrence = Recurrence(f, xs, h0, refine)
+        recurrence = Recurrence(step, xs, h0, f.refine if implicit else None)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ..scan import shift, spread
 from ._segments import Carry, Segments
 
-# Joint steps, at most: where they converge at all it is quadratically, in 4 to 8.
+# Joint steps, at most: where they converge it is quadratically, mostly in 4 to 8.
 JOINT_STEPS = 16
 
 
@@ -21,17 +21,18 @@ class JointSegments(Segments):
     is that of $h_t = f(h_{t-1}, x_t)$ with one round of the cell's iteration, from the
     iterate of $h_t$, in place of $f$. So a step costs one round and not all of them. No
     segment becomes exact by that; where it does not converge, the solve starts
-    again with whole steps.
+    again with whole steps. So it is for solves without a limit on their steps.
     """
 
-    def approach(self, guess, limit: int, *, may_fail: bool) -> Carry:
+    def approach(self, guess) -> Carry:
         """Starts near the solution where it gets there, else as it found them."""
-        start = self.start(guess, may_fail=may_fail)
-        near = self.iterate(start, min(limit, JOINT_STEPS))
+        start = self.start(guess, may_fail=False)
+        near = self.iterate(start, JOINT_STEPS)
         kept = near.done[None, ..., None]
         return near._replace(
             starts=jnp.where(kept, near.starts, start.starts),
             correction=jnp.where(near.done, near.correction, start.correction),
+            nonfinite=jnp.where(near.done, near.nonfinite, start.nonfinite),
         )
 
     def _step(self, h, x):

@@ -43,14 +43,13 @@ def solve_on_segments(
 
     # One attempt is steps until the correction predicts convergence, and a plain pass
     # that certifies it; seldom is a second one needed.
-    may_fail = limit < segments.count
-    if segments.can_be_joint:
-        start = JointSegments(*problem).approach(guess, limit, may_fail=may_fail)
+    if max_steps is None and segments.can_be_joint:
+        start = JointSegments(*problem).approach(guess)
         segments.first_step = start.num_steps
         # Joint steps make nothing exact; as many whole ones can still be needed.
-        limit = limit if may_fail else limit + JOINT_STEPS
+        limit += JOINT_STEPS
     else:
-        start = segments.start(guess, may_fail=may_fail)
+        start = segments.start(guess, may_fail=limit < segments.count)
     first = segments.finish(segments.iterate(start, limit))
     attempt = lax.while_loop(unfinished, attempt_again, first)
     attempt = segments.or_best(attempt)

@@ -22,7 +22,7 @@ from ._run import Run, Solver
 from ._solution import RESULTS, Solution
 from ._structure import Structure, declared_structure, find_structure
 from ._windows import Windows
-from .methods import is_count
+from .methods import AbstractMethod, is_count
 
 # A trajectory, a name, or a function of (xs, h0); see `solve`.
 Guess = PyTree | str | Callable[[PyTree, PyTree], PyTree] | None
@@ -69,7 +69,8 @@ def solve(
         `None` for a few steps from `h0` with the inputs just before each segment. Only
         speed depends on it, and no derivative. Where it is not finite, `h0` stands in.
     - `max_steps`: limit on the steps of a method. `None` is the number of segments,
-        after which the answer is exact but for rounding; `Auto` and `Ladder` then take
+        after which the answer is exact but for rounding (and some more for a
+        [`pararnn.Implicit`][], see there); `Auto` and `Ladder` then take
         the few steps that they can afford.
     - `structure`: a claim about `∂f/∂h`, `"diagonal"`, `"dense"` or a
         [`pararnn.Structure`][]; it is checked. Found automatically if not given.
@@ -87,7 +88,9 @@ def solve(
     """
     where = "solve"
     _check_options(where, solver, adjoint, max_steps)
-    recurrence = make_recurrence(where, f, xs, h0)
+    # What takes a few steps and then another way has no use for joint ones.
+    refine = max_steps is None and isinstance(solver, AbstractMethod | Windows)
+    recurrence = make_recurrence(where, f, xs, h0, refine=refine)
     h0 = jtu.tree_map(jnp.asarray, h0)
     steps = count_steps(where, xs)
     _check_windows(where, solver, steps)
