@@ -16,7 +16,7 @@ import linear
 import pararnn
 
 from ._case import Case, Settings
-from ._timing import compile_all, time_in_turn
+from ._timing import compile_all, memory_ratio, time_in_turn
 
 TABLES = {
     "matrix_scan": "`pararnn.matrix_scan`, 4 heads, K = V = 64: the recurrent form, "
@@ -27,6 +27,9 @@ TABLES = {
     "by hand, `d_model` = 64.",
     "memax": "Layers that memax has too, at the same sizes: `ratio` is our time over "
     "theirs.",
+    "windows": "Long sequences in windows, as the layers take them on a CPU, against "
+    "all steps at once: time of the value, of value and gradient, and temporary memory "
+    "of the latter.",
     "long layers": "Time at great length, as a ratio to that of a sequence of T / 8, "
     "over 8.",
 }
@@ -58,6 +61,13 @@ def cases(settings: Settings) -> Iterator[Case]:
                 "memax",
                 {"layer": name, "T": steps},
                 lambda n=name, t=steps: _measure_peer(n, t, settings),
+            )
+    for steps in settings.steps(65536):
+        for name in ("lru", "s5", "min_gru", "rg_lru", "gla", "deltanet", "mamba"):
+            yield Case(
+                "windows",
+                {"layer": name, "T": steps},
+                lambda n=name, t=steps: _measure_windows(n, t, settings),
             )
     for steps in settings.steps(131072):
         for name in ("lru", "min_gru", "rg_lru", "deltanet", "mamba2", "gla"):
@@ -309,6 +319,32 @@ def _measure_peer(name: str, steps: int, settings: Settings):
 
 
 # ---- long sequences
+
+
+def _measure_windows(name: str, steps: int, settings: Settings):
+    layer = linear.make_layer(name, D, key=jr.key(0))
+    arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    def in_windows(arrays, xs):
+        return eqx.combine(arrays, static)(xs)
+
+    def at_once(arrays, xs):
+        layer = eqx.combine(arrays, static)
+        return layer.mix(xs, layer.init_state(), None)
+
+    programs = {"windows": in_windows, "at once": at_once}
+    programs |= {f"{n} v&g": _with_gradient(fn) for n, fn in programs.items()}
+    xs = _normal(steps, D)
+    compiled = compile_all(programs, arrays, xs)
+    times = time_in_turn(compiled, arrays, xs, quick=settings.quick)
+    return {
+        "at once ms": times.ms("at once"),
+        "ratio": times.ratio("windows", "at once"),
+        "v&g ratio": times.ratio("windows v&g", "at once v&g"),
+        "v&g memory ratio": memory_ratio(
+            compiled["windows v&g"], compiled["at once v&g"]
+        ),
+    }
 
 
 def _measure_length(name: str, steps: int, settings: Settings):

@@ -11,6 +11,7 @@ from pararnn.scan import time_shards
 
 # In windows over at once (2 cores of an Intel Xeon, jax 0.10.2, d_model = 64, windows
 # of 2048 steps): time of the value, of value and gradient, and memory of the latter.
+# The column in the middle is measured again by `python -m benchmarks layers`.
 #
 # | layer    | T = 32768         | T = 65536         | T = 131072        |
 # |----------|-------------------|-------------------|-------------------|

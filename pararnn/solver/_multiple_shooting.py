@@ -43,9 +43,9 @@ def solve_on_segments(
 
     # One attempt is steps until the correction predicts convergence, and a plain pass
     # that certifies it; seldom is a second one needed.
-    if max_steps is None and segments.can_be_joint:
+    if segments.length == 1 and batch.recurrence.refinement is not None:
         start = JointSegments(*problem).approach(guess)
-        segments.first_step = start.num_steps
+        segments = Segments(*problem, first_step=start.num_steps)
         # Joint steps make nothing exact; as many whole ones can still be needed.
         limit += JOINT_STEPS
     else:

@@ -50,23 +50,27 @@ class Recurrence:
         closed, out = jax.make_jaxpr(flat, return_shape=True)(
             *self.state_leaves, *x_structs
         )
-        self.refinement = None
+        self.refinement: jex.core.Jaxpr | None = None
+        refining = []
         if refine is not None:
 
             def flat_refine(z, h, x):
                 z, h = (jtu.tree_unflatten(state_tree, leaves) for leaves in (z, h))
                 return refine(z, h, jtu.tree_unflatten(x_tree, x))
 
-            self.refinement = jax.make_jaxpr(flat_refine)(
+            traced = jax.make_jaxpr(flat_refine)(
                 self.state_leaves, self.state_leaves, x_structs
             )
+            self.refinement = traced.jaxpr
+            # No derivative depends on these: they only lead to the solution sooner.
+            refining = [jax.lax.stop_gradient(jnp.asarray(c)) for c in traced.consts]
         self.jaxpr: jex.core.Jaxpr = closed.jaxpr
         constants = [jnp.asarray(c) for c in closed.consts]
         self.constant_structs = [_shape_dtype(c) for c in constants]
         # Integer constants that are known (index tables, mostly) sharpen the sparsity
         # pattern; floating-point values never do.
         self.known = [_known_value(c) for c in closed.consts]
-        self._constants = constants
+        self._constants = [*constants, *refining]
         self.key_kinds = [
             jax.random.key_impl(v) if is_key(v) else None
             for v in (*constants, *x_leaves)
@@ -81,12 +85,6 @@ class Recurrence:
         """The values the cell closed over, once: they may be tracers, which nothing
         that outlives the call may hold."""
         constants, self._constants = self._constants, []
-        if self.refinement is not None:
-            # Only where a solve arrives sooner depends on these.
-            constants += [
-                jax.lax.stop_gradient(jnp.asarray(c)) for c in self.refinement.consts
-            ]
-            self.refinement = self.refinement.jaxpr
         return constants
 
     def step(self, parameters, h, x):

@@ -90,6 +90,7 @@ class Segments:
         h0,
         find_structure: Callable[[], Structure],
         method: "AbstractMethod",
+        first_step: int | Array = 0,
     ):
         self.batch, self.parameters, self.method = batch, parameters, method
         self.recurrence = recurrence = batch.recurrence
@@ -111,17 +112,10 @@ class Segments:
         # Where an iterate has overflowed. A reset may drop an h0 that is not finite.
         self.restart = jnp.where(jnp.isfinite(self.h0), self.h0, 0)
         self.rank = len(batch.levels)
-        # Joint steps, if any, went before those that make segments exact.
-        self.first_step: int | Array = 0
+        # Those before it were joint steps, which make no segment exact.
+        self.first_step = first_step
         self.rtol = 64 * recurrence.eps if method.rtol is None else method.rtol
         self.atol = recurrence.eps if method.atol is None else method.atol
-
-    @property
-    def can_be_joint(self) -> bool:
-        """Whether `JointSegments` are worth a try: a method that takes many steps takes
-        still more of them jointly."""
-        refinable = self.recurrence.refinement is not None
-        return self.length == 1 and refinable and self.method.quadratic
 
     def _split(self, x):
         """`[T, ...]` to `[length, segments, ...]`; the last segment repeats its end."""

@@ -88,8 +88,7 @@ def solve(
     """
     where = "solve"
     _check_options(where, solver, adjoint, max_steps)
-    # What takes a few steps and then another way has no use for joint ones.
-    refine = max_steps is None and isinstance(solver, AbstractMethod | Windows)
+    refine = _may_go_jointly(solver, max_steps)
     recurrence = make_recurrence(where, f, xs, h0, refine=refine)
     h0 = jtu.tree_map(jnp.asarray, h0)
     steps = count_steps(where, xs)
@@ -232,6 +231,17 @@ def _check_options(where: str, solver: Any, adjoint: Any, max_steps: Any) -> Non
             f"{where}: `max_steps` is {max_steps!r}; expected a whole number >= 1, or "
             "None for as many as can ever be needed."
         )
+
+
+def _may_go_jointly(solver: Solver, max_steps: int | None) -> bool:
+    """Whether a solve of an implicit cell has use for a round of the cell's iteration.
+
+    Not one with a limit, which whole steps are to use, and no method that takes many
+    steps: it takes still more of them jointly.
+    """
+    method = solver.solver if isinstance(solver, Windows) else solver
+    quadratic = isinstance(method, AbstractMethod) and method.quadratic
+    return max_steps is None and quadratic
 
 
 def _check_windows(where: str, solver: Solver, steps: int) -> None:
