@@ -76,6 +76,12 @@ REQUIREMENTS = (
         "matrix_scan",
         ("chunkwise v&g ratio",),
     ),
+    Requirement(
+        "layers: chunks over a plain loop, value and gradient",
+        1 / 3,
+        "matrix_scan",
+        ("chunkwise v&g over plain",),
+    ),
     Requirement("layers: over bare scans, value", 1.3, "bare scans", ("ratio",)),
     Requirement(
         "layers: over bare scans, value and gradient",

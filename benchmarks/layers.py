@@ -20,8 +20,10 @@ from ._timing import compile_all, memory_ratio, time_in_turn
 
 TABLES = {
     "matrix_scan": "`pararnn.matrix_scan`, 4 heads, K = V = 64: the recurrent form, "
-    "the chunkwise form and the default; ratios are to the recurrent form, of the "
-    "value and of value and gradient.",
+    "the chunkwise form and the default, and the same recurrence as a plain `lax.scan` "
+    "of einsums that JAX differentiates; ratios are to the recurrent form, or where it "
+    "says so to the plain loop, of the value and of value and gradient. `floor` are "
+    "the four matrix products that no chunkwise form can do without.",
     "layers": "Every layer, `d_model` = 64, one sequence.",
     "bare scans": "Diagonal layers against their projections and a `lax.scan` written "
     "by hand, `d_model` = 64.",
@@ -114,34 +116,52 @@ def _measure_forms(kind: str, steps: int, settings: Settings):
     gate = jax.nn.sigmoid(3 + _normal(steps, heads, size, seed=3))
     each_head, each_key, erases = KINDS[kind]
     decay = gate[..., 0] if each_head else gate if each_key else None
-    read = k if erases else None
 
     def run(form):
-        def fn(q, k, v):
+        def fn(q, k, v, decay):
+            read = k if erases else None
             return pararnn.matrix_scan(q, k, v, decay, read=read, form=form)
 
         return fn
 
-    forms = ("recurrent", "chunkwise", "auto")
-    values = {form: run(form) for form in forms}
+    forms = {n: run(n) for n in ("recurrent", "chunkwise", "auto")}
+    forms["plain"] = functools.partial(_plain_loop, erases)
     floors = {f"floor {n}": functools.partial(_chunk_products, n) for n in (32, 64)}
-    gradients = {f"{form} v&g": _with_gradient(run(form)) for form in forms}
-    programs = compile_all(values | gradients | floors, q, k, v)
-    times = time_in_turn(programs, q, k, v, quick=settings.quick)
-    recurrent = programs["recurrent v&g"].temp_bytes
+    gradients = {f"{n} v&g": _with_gradient(fn) for n, fn in forms.items()}
+    programs = compile_all(forms | gradients | floors, q, k, v, decay)
+    times = time_in_turn(programs, q, k, v, decay, quick=settings.quick)
+    plain = programs["plain v&g"]
     return {
         "recurrent ms": times.ms("recurrent"),
         "chunkwise ratio": times.ratio("chunkwise", "recurrent"),
         "floor ratio": times.ratio(min(floors, key=times.ms), "recurrent"),
-        "auto ratio": times.ratio("auto", "recurrent"),
+        "auto over plain": times.ratio("auto", "plain"),
         "recurrent v&g ms": times.ms("recurrent v&g"),
         "chunkwise v&g ratio": times.ratio("chunkwise v&g", "recurrent v&g"),
-        "auto v&g ratio": times.ratio("auto v&g", "recurrent v&g"),
-        "auto v&g memory ratio": programs["auto v&g"].temp_bytes / recurrent,
+        "chunkwise v&g over plain": times.ratio("chunkwise v&g", "plain v&g"),
+        "auto v&g over plain": times.ratio("auto v&g", "plain v&g"),
+        "auto v&g memory over plain": memory_ratio(programs["auto v&g"], plain),
     }
 
 
-def _chunk_products(length: int, q, k, v):
+def _plain_loop(erases: bool, q, k, v, decay):
+    """The recurrence as one would write it down."""
+
+    def step(state, at_t):
+        q, k, v, decay = at_t
+        if erases:
+            v = v - jnp.einsum("hkv,hk->hv", state, k)
+        if decay is not None:
+            state = state * decay.reshape(decay.shape + (1,) * (3 - decay.ndim))
+        state = state + jnp.einsum("hk,hv->hkv", k, v)
+        return state, jnp.einsum("hkv,hk->hv", state, q)
+
+    start = jnp.zeros((*k.shape[1:], v.shape[-1]), v.dtype)
+    last, outputs = lax.scan(step, start, (q, k, v, decay))
+    return outputs, last
+
+
+def _chunk_products(length: int, q, k, v, decay):
     """Scores within a chunk, what they read, what the chunk writes, and what it reads
     of the state that it starts from (here: of what it writes itself)."""
     steps, heads, size = q.shape

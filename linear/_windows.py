@@ -3,11 +3,9 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from pararnn.scan import time_shards
+from pararnn.scan import in_windows, time_shards
 
 # In windows over at once (2 cores of an Intel Xeon, jax 0.10.2, d_model = 64, windows
 # of 2048 steps): time of the value, of value and gradient, and memory of the latter.
@@ -42,37 +40,16 @@ def mix_in_windows(
     state: PyTree[Array],
     reset: Bool[Array, " T"] | None,
 ) -> tuple[Float[Array, "T d_model"], PyTree[Array]]:
-    """`mix(xs, state, reset)`, in windows where the sequence is long.
-
-    The state is carried from window to window, and what a window computes is computed
-    again for its derivative. So the memory of a gradient, beyond inputs and outputs, is
-    that of one window.
-    """
+    """`mix(xs, state, reset)`, in windows where the sequence is long: beyond inputs and
+    outputs, the memory of a gradient is then that of one window."""
 
     def window(state, at):
         ys, last = mix(at[0], state, at[1])
         return jax.tree.map(lambda new, old: new.astype(old.dtype), last, state), ys
 
     steps = xs.shape[0]
-    if not _goes_in_windows(steps):
-        state, ys = window(state, (xs, reset))
-        return ys, state
-    count = steps // _WINDOW
-    length = steps // count
-    rest = steps - count * length
-
-    def whole(x):
-        return x[: count * length].reshape(count, length, *x.shape[1:])
-
-    run = jax.checkpoint(window, prevent_cse=False)
-    at = (xs, reset)
-    state, ys = lax.scan(run, state, jax.tree.map(whole, at))
-    ys = ys.reshape(count * length, *ys.shape[2:])
-    if rest:
-        state, tail = jax.checkpoint(window)(
-            state, jax.tree.map(lambda x: x[count * length :], at)
-        )
-        ys = jnp.concatenate([ys, tail])
+    length = _WINDOW if _goes_in_windows(steps) else steps
+    state, ys = in_windows(window, state, (xs, reset), length)
     return ys, state
 
 

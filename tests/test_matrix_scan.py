@@ -194,6 +194,51 @@ def test_batch(form, monkeypatch):
         assert_close(tuple(v[i] for v in got), one, 1e-13)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("decay, erasure", [("head", "none"), ("key", "write")])
+def test_in_windows(decay, erasure, every, monkeypatch):
+    given = problem(42, every, decay, erasure, True)
+    given["reset"][13] = True
+    wanted = loop(**given)
+    given = {name: jnp.asarray(v) for name, v in given.items()}
+    reset = given.pop("reset")
+
+    def loss(given, form):
+        outputs, last = matrix_scan(**given, reset=reset, **FORMS[form])
+        return jnp.sum(jnp.sin(outputs)) + jnp.sum(last**2), (outputs, last)
+
+    run = jax.grad(loss, has_aux=True)
+    at_once, _ = jax.jit(lambda given: run(given, "recurrent"))(given)
+    monkeypatch.setattr(choose, "_SMALL", 0)
+    monkeypatch.setattr(choose, "_LONG", 0)
+    monkeypatch.setattr(choose, "_WINDOW", 14)
+    monkeypatch.setattr(choose, "_STEPPED", 14)
+    for form in ("recurrent", "chunks of 12", "auto"):
+        got, found = jax.jit(lambda given, form=form: run(given, form))(given)
+        assert_close(found, wanted, 1e-12)
+        assert_close(jax.tree.leaves(got), jax.tree.leaves(at_once), 1e-12)
+    batch = jax.tree.map(lambda v: jnp.stack([v, 0 * v, v]), given)
+    got, _ = jax.jit(jax.vmap(lambda given: run(given, "auto")))(batch)
+    last = jax.tree.map(lambda v: v[2], got)
+    assert_close(jax.tree.leaves(last), jax.tree.leaves(at_once), 1e-12)
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunkwise"])
+def test_windows_bound_the_memory_of_a_gradient(form):
+    @jax.jit
+    @jax.grad
+    def run(x):
+        return jnp.sum(matrix_scan(x, x, x, read=x, form=form)[0] ** 2)
+
+    def memory(steps):
+        x = jax.ShapeDtypeStruct((steps, 2, 16), jnp.float32)
+        return run.lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    # In numbers a step. Inputs and outputs are 32 each, a state would be 512.
+    grown = (memory(8192) - memory(4096)) / 4096 / 4
+    assert grown < 6 * 32, grown
+
+
 def test_the_form_of_values_and_derivatives(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     small, large = choose._SMALL, choose._SMALL + 1
@@ -201,16 +246,18 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
         choose.choose_form("auto", None, *sizes)
         for sizes in ((4096, 1, small), (4096, 1, large), (31, 1, large))
     ]
-    forms = [choice[:2] for choice in found]
-    both = ("recurrent", "recurrent")
-    assert forms == [both, ("recurrent", "chunkwise"), both]
+    stepped = ("recurrent", None)
+    windows = ("recurrent", choose._STEPPED), ("chunkwise", choose._WINDOW)
+    assert [choice[0] for choice in found] == [stepped] * 3
+    assert [choice[1] for choice in found] == [*windows, stepped]
     chunks = [
         choose.choose_form("auto", None, 4096, every, entries).chunk
         for every, entries in ((1, choose._MEDIUM), (1, choose._MEDIUM + 1), (3, large))
     ]
     assert chunks == [32, 64, 30]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choose.choose_form("auto", None, 4096, 1, small)[:2] == ("chunkwise",) * 2
+    on_gpu = choose.choose_form("auto", None, 4096, 1, small)
+    assert on_gpu[:2] == (("chunkwise", None),) * 2
 
 
 def test_strong_repeated_erasure_does_not_overflow():

@@ -39,3 +39,4 @@ from ._tree import (
     tree_reduce as tree_reduce,
     tree_state as tree_state,
 )
+from ._windows import in_windows as in_windows

@@ -56,11 +56,18 @@ Form = Literal["auto", "recurrent", "chunkwise"]
 FORMS = ("auto", "recurrent", "chunkwise")
 
 
+class Pass(NamedTuple):
+    """How to go over a sequence: by which form, and in windows of how many steps."""
+
+    form: Literal["recurrent", "chunkwise"]
+    window: int | None
+
+
 class FormChoice(NamedTuple):
     """How to run `matrix_scan`, when its value and when its derivative is wanted."""
 
-    value: Literal["recurrent", "chunkwise"]
-    derivative: Literal["recurrent", "chunkwise"]
+    value: Pass
+    derivative: Pass
     chunk: int
 
 
@@ -69,29 +76,43 @@ class FormChoice(NamedTuple):
 #
 # | kind                | B, T, heads, K | recurrent | chunks of 16 | 32  | 64  |
 # |---------------------|----------------|-----------|--------------|-----|-----|
-# | delta rule          | 96, 40, 4, 8   | 3         | 24           | 23  | 60  |
-# |                     | 32, 256, 1, 16 | 12        | 18           | 19  | 22  |
-# |                     | 32, 256, 1, 32 | 51        | 27           | 18  | 26  |
-# |                     | 1, 4096, 4, 16 | 23        | 38           | 35  | 40  |
-# |                     | 1, 4096, 4, 64 | 284       | 181          | 134 | 111 |
-# | decay for each head | 96, 40, 4, 8   | 4         | 12           | 13  | 42  |
-# |                     | 32, 256, 1, 16 | 12        | 11           | 12  | 16  |
-# |                     | 32, 256, 1, 32 | 40        | 17           | 17  | 18  |
-# |                     | 1, 4096, 4, 64 | 253       | 191          | 108 | 91  |
-# | decay for each key  | 96, 40, 4, 8   | 4         | 14           | 24  | 52  |
-# |                     | 32, 256, 1, 16 | 12        | 20           | 27  | 25  |
-# |                     | 32, 256, 1, 32 | 56        | 27           | 40  | 55  |
-# |                     | 1, 4096, 4, 64 | 258       | 228          | 232 | 191 |
+# | delta rule          | 96, 40, 4, 8   | 6         | 27           | 32  | 49  |
+# |                     | 32, 256, 1, 16 | 9         | 14           | 11  | 13  |
+# |                     | 32, 256, 1, 32 | 34        | 22           | 25  | 25  |
+# |                     | 1, 4096, 4, 16 | 27        | 44           | 47  | 48  |
+# |                     | 1, 4096, 4, 32 | 79        | 84           | 48  | 60  |
+# |                     | 1, 4096, 4, 64 | 175       | 129          | 88  | 103 |
+# | decay for each head | 96, 40, 4, 8   | 6         | 12           | 15  | 40  |
+# |                     | 32, 256, 1, 16 | 11        | 8            | 11  | 14  |
+# |                     | 32, 256, 1, 32 | 38        | 20           | 11  | 15  |
+# |                     | 1, 4096, 4, 16 | 17        | 15           | 13  | 17  |
+# |                     | 1, 4096, 4, 32 | 67        | 19           | 18  | 19  |
+# |                     | 1, 4096, 4, 64 | 185       | 69           | 45  | 46  |
+# | decay for each key  | 96, 40, 4, 8   | 5         | 15           | 16  | 47  |
+# |                     | 32, 256, 1, 16 | 12        | 17           | 21  | 23  |
+# |                     | 32, 256, 1, 32 | 42        | 28           | 37  | 49  |
+# |                     | 1, 4096, 4, 16 | 20        | 36           | 26  | 37  |
+# |                     | 1, 4096, 4, 32 | 74        | 39           | 35  | 42  |
+# |                     | 1, 4096, 4, 64 | 169       | 101          | 97  | 74  |
 #
-# The value alone is 2 to 4 times faster step by step at every size (`python -m
-# benchmarks layers`): one fused loop over a state that stays in the cache, with a third
-# of the multiplications. Its derivative stores all states, which is cheap while they
-# are small. A GPU, where a step is a launch, takes the products of matrices; not
-# measured.
+# The value alone is no slower step by step (`python -m benchmarks layers`), but for
+# the lightest kind on the newer machine: one fused loop over a state that stays in the
+# cache, with a third of the multiplications. A GPU, where a step is a launch, takes the
+# products of matrices; not measured.
+#
+# Windows are what fits into the cache. T = 4096, 4 heads of K = V = 64, with gradient
+# (and MB of temporaries), chunks of 64, steps:
+#
+# | kind                | chunks: at once | windows of 512 | steps: at once | of 32    |
+# |---------------------|-----------------|----------------|----------------|----------|
+# | delta rule          | 99 (67)         | 83 (16)        | 231 (281)      | 160 (22) |
+# | decay for each head | 34 (42)         | 24 (12)        | 209 (277)      | 120 (17) |
+# | decay for each key  | 59 (97)         | 42 (19)        | 244 (277)      | 135 (17) |
 _CHUNK, _SHORT = 64, 32
 # Entries of a head's matrix: on a CPU, up to so many a derivative steps too, and up to
 # so many chunks are half as long.
 _SMALL, _MEDIUM = 24 * 24, 32 * 32
+_WINDOW, _STEPPED, _LONG = 512, 32, 512
 
 
 def choose_form(
@@ -112,20 +133,20 @@ def choose_form(
             "which would wait for the one before. Pass 'chunkwise', or leave it out."
         )
     steps = -(-steps // shards)
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = shards == 1 and jax.default_backend() == "cpu"
     if chunk is None:
         # Of several devices each has fewer steps, and every chunk exchanges a little.
-        halved = on_cpu and shards == 1 and size <= _MEDIUM
+        halved = on_cpu and size <= _MEDIUM
         chunk = _CHUNK // 2 if halved else _CHUNK
         chunk = every * max(1, chunk // every)
         chunk = min(chunk, every << max(0, steps // every - 1).bit_length())
-    if form != "auto":
-        return FormChoice(form, form, chunk)
-    if shards > 1:
-        return FormChoice("chunkwise", "chunkwise", chunk)
-    if steps < _SHORT or (on_cpu and size <= _SMALL):
-        return FormChoice("recurrent", "recurrent", chunk)
-    return FormChoice("recurrent" if on_cpu else "chunkwise", "chunkwise", chunk)
+    stepped = Pass("recurrent", None)
+    small = (shards == 1 and steps < _SHORT) or (on_cpu and size <= _SMALL)
+    if form == "recurrent" or (form == "auto" and small):
+        again = Pass("recurrent", _STEPPED) if steps >= _LONG else stepped
+        return FormChoice(stepped, again, chunk)
+    chunks = Pass("chunkwise", max(_WINDOW, chunk) if on_cpu else None)
+    return FormChoice(stepped if on_cpu and form == "auto" else chunks, chunks, chunk)
 
 
 # Mamba's recurrence, 16 states for each channel, float32, on 2 cores of an Intel Xeon

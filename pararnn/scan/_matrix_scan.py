@@ -16,6 +16,7 @@ from ._linear_scan import check_reset, linear_scan
 from ._prefix import running_max
 from ._time_axis import shift, spread, time_shards
 from ._transitions import BlockDiagonal, Diagonal
+from ._windows import in_windows
 
 
 def matrix_scan(
@@ -42,8 +43,9 @@ def matrix_scan(
 
     The chunkwise form turns every stretch of C steps into matrix products and runs
     [`pararnn.linear_scan`][] over the stretches; the recurrent form steps. They agree
-    to rounding, gradients too. Decays may be zero and negative, and products of them
-    may underflow: nothing is divided by them.
+    to rounding, gradients too. Where sequences are long, derivatives store the state
+    before each window of time, and compute the window again. Decays may be zero and
+    negative, and products of them may underflow: nothing is divided by them.
 
     **Arguments:**
 
@@ -104,14 +106,19 @@ def matrix_scan(
         return jnp.zeros((0, *values.shape[1:]), dtype), start.astype(dtype)
     entries = size * values.shape[-1]
     choice = choose_form(form, chunk, steps, every, entries, time_shards(steps))
-    run = {
-        "recurrent": ft.partial(_recurrent, every=every, emit=emit),
-        "chunkwise": ft.partial(_chunkwise, every=every, emit=emit, chunk=choice.chunk),
+    forms = {
+        "recurrent": _recurrent,
+        "chunkwise": ft.partial(_chunkwise, chunk=choice.chunk),
     }
-    compute = run[choice.value]
+
+    def by(schedule):
+        run = ft.partial(forms[schedule.form], every=every, emit=emit)
+        return ft.partial(_in_windows, run, every, schedule.window)
+
+    compute = by(choice.value)
     if choice.value != choice.derivative:
         compute = jax.custom_jvp(compute)
-        compute.defjvp(ft.partial(jax.jvp, run[choice.derivative]))
+        compute.defjvp(ft.partial(jax.jvp, by(choice.derivative)))
     outputs, last = compute(queries, terms, start, reset)
     return outputs.astype(dtype), last.astype(dtype)
 
@@ -125,13 +132,31 @@ class _Terms(NamedTuple):
     read: Array | None
     write: Array | None
 
-    @property
-    def each_key(self) -> bool:
-        return self.decay is not None and self.decay.ndim == self.keys.ndim
+
+def _in_windows(run, every, window: int | None, queries, terms: _Terms, start, reset):
+    """`run(queries, terms, start, reset)`, on windows of time; outputs, last state."""
+
+    def on_window(state, at):
+        queries, grouped = at
+        terms, reset = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), grouped)
+        outputs, state = run(queries, terms, state, reset)
+        return state, outputs
+
+    grouped = jax.tree.map(lambda v: v.reshape(-1, every, *v.shape[1:]), (terms, reset))
+    count = len(queries) if window is None else max(1, window // every)
+    last, outputs = in_windows(on_window, start, (queries, grouped), count)
+    # JAX takes the batch axes of a `custom_jvp` rule to be those of its function, and a
+    # loop leaves the batch of a `vmap` behind time, where matrix products have it in
+    # front. The rule that batches a reshape moves it to the front in both.
+    return tuple(v.reshape(-1).reshape(v.shape) for v in (outputs, last))
 
 
 def _recurrent(queries, terms: _Terms, start, reset, every, emit):
     """One step after the other; the state is the carry of a loop."""
+    if terms.decay is not None and terms.decay.ndim < terms.keys.ndim:
+        # As a product with whole heads it takes twice the time.
+        decay = jnp.broadcast_to(terms.decay[..., None], terms.keys.shape)
+        terms = terms._replace(decay=decay)
 
     def step(state, at_t):
         term, reset = at_t
@@ -139,8 +164,7 @@ def _recurrent(queries, terms: _Terms, start, reset, every, emit):
             state = jnp.where(reset, jnp.zeros_like(state), state)
         written, kept = term.values, state
         if term.decay is not None:
-            axes = "hk" if terms.each_key else "h"
-            kept = _product(f"{axes},hkv->hkv", term.decay, state)
+            kept = _product("hk,hkv->hkv", term.decay, state)
         if term.read is not None:
             erased = _read(term.read, state)
             if term.write is None:
@@ -161,18 +185,7 @@ def _recurrent(queries, terms: _Terms, start, reset, every, emit):
         return state, _read(query, shown)
 
     grouped = jax.tree.map(lambda v: v.reshape(-1, every, *v.shape[1:]), (terms, reset))
-    last, outputs = lax.scan(steps_to_output, start, (queries, grouped))
-    return _batch_first(outputs), _batch_first(last)
-
-
-def _batch_first(v):
-    """`v`, with the batch of a `vmap` in front of time, as the chunkwise form has it.
-
-    A loop leaves it behind time. JAX takes the batch axes of a `custom_jvp` rule to be
-    those of its function, so that both must agree; the rule that batches a reshape
-    moves them to the front.
-    """
-    return v.reshape(-1).reshape(v.shape)
+    return lax.scan(steps_to_output, start, (queries, grouped))[::-1]
 
 
 def _read(vectors, state):
@@ -242,8 +255,8 @@ def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):
         return v + jnp.where(where, jnp.nan, 0).astype(v.dtype)
 
     return (
-        _batch_first(spoil(outputs, poisoned[..., None])),
-        _batch_first(spoil(states[-1], last_poisoned[:, None, None])),
+        spoil(outputs, poisoned[..., None]),
+        spoil(states[-1], last_poisoned[:, None, None]),
     )
 
 

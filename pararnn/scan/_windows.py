@@ -1,0 +1,54 @@
+"""Long sequences, one window of time after the other, for the sake of memory."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PyTree, Shaped
+
+
+def in_windows(
+    run: Callable[[PyTree[Array], PyTree[Array]], tuple[PyTree[Array], PyTree[Array]]],
+    carry: PyTree[Array],
+    xs: PyTree[Shaped[Array, "T ..."]],
+    length: int,
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """`run(carry, xs)`, as the same on windows of about `length` steps.
+
+    `run` returns the next carry and arrays with the time axis of `xs`. The carry is
+    handed from window to window, and what a window computes is computed again for its
+    derivative. So a gradient stores the carry before each window, and of the rest what
+    a single window takes.
+    """
+    steps = jax.tree.leaves(xs)[0].shape[0]
+    count, size = _divide(steps, length)
+    if count < 2:
+        return run(carry, xs)
+
+    def whole(x):
+        return x[: count * size].reshape(count, size, *x.shape[1:])
+
+    # A loop keeps the two passes apart by itself.
+    again = jax.checkpoint(run, prevent_cse=False)
+    carry, ys = lax.scan(again, carry, jax.tree.map(whole, xs))
+    ys = jax.tree.map(lambda y: y.reshape(count * size, *y.shape[2:]), ys)
+    if count * size < steps:
+        rest = jax.tree.map(lambda x: x[count * size :], xs)
+        carry, tail = jax.checkpoint(run)(carry, rest)
+        ys = jax.tree.map(lambda *parts: jnp.concatenate(parts), ys, tail)
+    return carry, ys
+
+
+def _divide(steps: int, length: int) -> tuple[int, int]:
+    """How many windows, and how many steps each.
+
+    All of the same size where there are such of `length / 2` to `2 length` steps: what
+    is left over is a program of its own to compile.
+    """
+    near = steps // length
+    several = range(max(2, near // 2), 2 * near + 1)
+    for count in sorted(several, key=lambda n: abs(n - near)):
+        if steps % count == 0:
+            return count, steps // count
+    return near, steps // max(near, 1)
