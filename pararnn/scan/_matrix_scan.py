@@ -136,15 +136,17 @@ class _Terms(NamedTuple):
 def _in_windows(run, every, window: int | None, queries, terms: _Terms, start, reset):
     """`run(queries, terms, start, reset)`, on windows of time; outputs, last state."""
 
+    if window is None:
+        window = len(terms.keys)
+
     def on_window(state, at):
-        queries, grouped = at
-        terms, reset = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), grouped)
+        queries, groups = at
+        terms, reset = groups if every == 1 else jax.tree.map(_join_groups, groups)
         outputs, state = run(queries, terms, state, reset)
         return state, outputs
 
-    grouped = jax.tree.map(lambda v: v.reshape(-1, every, *v.shape[1:]), (terms, reset))
-    count = len(queries) if window is None else max(1, window // every)
-    last, outputs = in_windows(on_window, start, (queries, grouped), count)
+    at = queries, _groups((terms, reset), every)
+    last, outputs = in_windows(on_window, start, at, max(1, window // every))
     # JAX takes the batch axes of a `custom_jvp` rule to be those of its function, and a
     # loop leaves the batch of a `vmap` behind time, where matrix products have it in
     # front. The rule that batches a reshape moves it to the front in both.
@@ -176,16 +178,31 @@ def _recurrent(queries, terms: _Terms, start, reset, every, emit):
     # All that the derivative stores is the states.
     @jax.checkpoint
     def steps_to_output(state, at_t):
-        query, inner = at_t
+        query, group = at_t
         for i in range(every):
-            earlier, state = state, step(state, jax.tree.map(lambda v: v[i], inner))
+            inner = group if every == 1 else jax.tree.map(lambda v: v[i], group)
+            earlier, state = state, step(state, inner)
         shown = earlier if emit == "before" else state
         if emit == "before" and reset is not None:
-            shown = jnp.where(inner[1][every - 1], jnp.zeros_like(shown), shown)
+            shown = jnp.where(inner[1], jnp.zeros_like(shown), shown)
         return state, _read(query, shown)
 
-    grouped = jax.tree.map(lambda v: v.reshape(-1, every, *v.shape[1:]), (terms, reset))
-    return lax.scan(steps_to_output, start, (queries, grouped))[::-1]
+    at = queries, _groups((terms, reset), every)
+    return lax.scan(steps_to_output, start, at)[::-1]
+
+
+def _groups(tree, every: int):
+    """The steps between two queries side by side, `[Q, every, ...]`.
+
+    Single steps stay `[Q, ...]`: XLA would copy the arrays for an axis of length 1.
+    """
+    if every == 1:
+        return tree
+    return jax.tree.map(lambda v: v.reshape(-1, every, *v.shape[1:]), tree)
+
+
+def _join_groups(v):
+    return v.reshape(-1, *v.shape[2:])
 
 
 def _read(vectors, state):

@@ -47,8 +47,10 @@ def _divide(steps: int, length: int) -> tuple[int, int]:
     is left over is a program of its own to compile.
     """
     near = steps // length
+    if near < 2:
+        return 1, steps
     several = range(max(2, near // 2), 2 * near + 1)
     for count in sorted(several, key=lambda n: abs(n - near)):
         if steps % count == 0:
             return count, steps // count
-    return near, steps // max(near, 1)
+    return near, steps // near
