@@ -143,10 +143,15 @@ def choose_form(
     stepped = Pass("recurrent", None)
     small = (shards == 1 and steps < _SHORT) or (on_cpu and size <= _SMALL)
     if form == "recurrent" or (form == "auto" and small):
-        again = Pass("recurrent", _STEPPED) if steps >= _LONG else stepped
+        again = Pass("recurrent", choose_window(steps))
         return FormChoice(stepped, again, chunk)
     chunks = Pass("chunkwise", max(_WINDOW, chunk) if on_cpu else None)
     return FormChoice(stepped if on_cpu and form == "auto" else chunks, chunks, chunk)
+
+
+def choose_window(steps: int) -> int | None:
+    """Steps between two states that the derivative of a loop stores; all if `None`."""
+    return _STEPPED if steps >= _LONG else None
 
 
 # Mamba's recurrence, 16 states for each channel, float32, on 2 cores of an Intel Xeon
@@ -157,6 +162,9 @@ def choose_form(
 # | 96, 40, 64     | 36 (60)       | 4 (4)   | 126 (180)             | 22 (21)  |
 # | 1, 4096, 128   | 143 (128)     | 8 (7)   | 1206 (384)            | 61 (41)  |
 # | 8, 1024, 128   | 176 (256)     | 14 (13) | 565 (768)             | 121 (77) |
+#
+# Since then the fused form stores a state for every window only, where there are many:
+# the recurrence of the second row by itself takes 31 for 49 ms, and 5 for 38 MB.
 #
 # On a GPU, where a step is a launch, states are stored; not measured.
 FusedForm = Literal["auto", "fused", "stored"]

@@ -1,5 +1,6 @@
 """`fused_scan`: recurrences whose factors and states are never stored."""
 
+import functools as ft
 from collections.abc import Callable
 
 import jax
@@ -8,10 +9,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Inexact, PyTree
 
 from ._arithmetic import multiply, promote
-from ._choose import FusedForm, choose_fused
+from ._choose import FusedForm, choose_fused, choose_window
 from ._linear_scan import check_reset, linear_scan
 from ._time_axis import time_shards
 from ._transitions import Diagonal
+from ._windows import in_windows
 
 
 def fused_scan(
@@ -30,9 +32,10 @@ def fused_scan(
 
     as in selective state spaces, where a few numbers of each channel become 16 states.
     The fused form makes factors and terms one step at a time and reads each state while
-    it is at hand; its derivative stores the states alone and makes the rest again. The
-    stored form makes all factors, runs [`pararnn.linear_scan`][] in parallel over time,
-    and reads all states. They agree to rounding, derivatives of any order too.
+    it is at hand; its derivative stores the states alone (where there are many, one for
+    each window of time) and makes the rest again. The stored form makes all factors,
+    runs [`pararnn.linear_scan`][] in parallel over time, and reads all states. They
+    agree to rounding, derivatives of any order too.
 
     **Arguments:**
 
@@ -71,7 +74,7 @@ def fused_scan(
 
 def _fused(whole, read, inputs, initial, reset):
     # All that the derivative stores is the states.
-    @jax.checkpoint
+    @ft.partial(jax.checkpoint, prevent_cse=False)
     def step(state, at_t):
         inputs, reset = at_t
         a, b = whole(inputs)
@@ -84,7 +87,12 @@ def _fused(whole, read, inputs, initial, reset):
     def drop(reset, v):
         return v if reset is None else jnp.where(reset, jnp.zeros_like(v), v)
 
-    last, outputs = lax.scan(step, initial, (inputs, reset))
+    def loop(state, at):
+        return lax.scan(step, state, at)
+
+    steps = _length(inputs)
+    window = choose_window(steps) or steps
+    last, outputs = in_windows(loop, initial, (inputs, reset), window)
     return outputs, last
 
 

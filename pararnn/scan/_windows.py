@@ -22,7 +22,7 @@ def in_windows(
     a single window takes.
     """
     steps = jax.tree.leaves(xs)[0].shape[0]
-    count, size = _divide(steps, length)
+    count, size = _divide(steps, max(1, length))
     if count < 2:
         return run(carry, xs)
 
