@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pararnn import matrix_scan
-from pararnn.scan import _choose as choose
+from pararnn.scan import _choose as choose, _matrix_scan as implementation
 from tests.helpers import assert_close
 
 H, K, V = 2, 5, 3
@@ -194,6 +194,28 @@ def test_batch(form, monkeypatch):
         assert_close(tuple(v[i] for v in got), one, 1e-13)
 
 
+@pytest.mark.parametrize("decay, erasure", [("none", "keys"), ("key", "write")])
+def test_chunks_that_erase_in_parallel(decay, erasure, monkeypatch):
+    """As on a GPU, where transitions are multiplied out and scanned."""
+    given = problem(42, 1, decay, erasure, True)
+    given["reset"][13] = True
+
+    def loss(given):
+        outputs, last = matrix_scan(
+            **given, reset=reset, form="chunkwise", chunk=8, emit="before"
+        )
+        return jnp.sum(jnp.sin(outputs)) + jnp.sum(last**2), (outputs, last)
+
+    wanted = loop(**given, emit="before")
+    reset = given.pop("reset")
+    in_turn, _ = jax.jit(lambda given: jax.grad(loss, has_aux=True)(given))(given)
+    parallel = choose.Choice("associative", 4)
+    monkeypatch.setattr(implementation, "choose_backend", lambda *_: parallel)
+    got, found = jax.jit(lambda given: jax.grad(loss, has_aux=True)(given))(given)
+    assert_close(found, wanted, 1e-12)
+    assert_close(jax.tree.leaves(got), jax.tree.leaves(in_turn), 1e-12)
+
+
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("decay, erasure", [("head", "none"), ("key", "write")])
 def test_in_windows(decay, erasure, every, monkeypatch):
@@ -243,7 +265,7 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     small, large = choose._SMALL, choose._SMALL + 1
     found = [
-        choose.choose_form("auto", None, *sizes)
+        choose.choose_form("auto", None, *sizes, erases=False)
         for sizes in ((4096, 1, small), (4096, 1, large), (31, 1, large))
     ]
     stepped = ("recurrent", None)
@@ -251,12 +273,17 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
     assert [choice[0] for choice in found] == [stepped] * 3
     assert [choice[1] for choice in found] == [*windows, stepped]
     chunks = [
-        choose.choose_form("auto", None, 4096, every, entries).chunk
-        for every, entries in ((1, choose._MEDIUM), (1, choose._MEDIUM + 1), (3, large))
+        choose.choose_form("auto", None, 4096, every, entries, erases=erases).chunk
+        for every, entries, erases in (
+            (1, choose._MEDIUM, False),
+            (1, choose._MEDIUM + 1, False),
+            (1, choose._MEDIUM + 1, True),
+            (3, large, False),
+        )
     ]
-    assert chunks == [32, 64, 30]
+    assert chunks == [32, 64, 32, 30]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    on_gpu = choose.choose_form("auto", None, 4096, 1, small)
+    on_gpu = choose.choose_form("auto", None, 4096, 1, small, erases=False)
     assert on_gpu[:2] == (("chunkwise", None),) * 2
 
 

@@ -110,19 +110,28 @@ class FormChoice(NamedTuple):
 # | decay for each key  | 59 (97)         | 42 (19)        | 244 (277)      | 135 (17) |
 _CHUNK, _SHORT = 64, 32
 # Entries of a head's matrix: on a CPU, up to so many a derivative steps too, and up to
-# so many chunks are half as long.
+# so many chunks are half as long. (They are where something is erased, too: there is
+# less to do for the triangular systems. 84 for 91, 84 for 91, 178 for 200 ms.)
 _SMALL, _MEDIUM = 24 * 24, 32 * 32
 _WINDOW, _STEPPED, _LONG = 512, 32, 512
 
 
 def choose_form(
-    form: Form, chunk: int | None, steps: int, every: int, size: int, shards: int = 1
+    form: Form,
+    chunk: int | None,
+    steps: int,
+    every: int,
+    size: int,
+    *,
+    erases: bool,
+    shards: int = 1,
 ) -> FormChoice:
     """Settle how `matrix_scan` runs, from what is known while tracing.
 
     **Arguments:** `every`, how many steps lie between two readings, which divides a
-    chunk; `size`, the entries of one head's matrix; `shards`, how many devices share
-    time, each of which has whole chunks.
+    chunk; `size`, the entries of one head's matrix; `erases`, whether what is written
+    depends on the state; `shards`, how many devices share time, each of which has whole
+    chunks.
 
     **Raises:** `ValueError` for the recurrent form where devices share time.
     """
@@ -136,7 +145,7 @@ def choose_form(
     on_cpu = shards == 1 and jax.default_backend() == "cpu"
     if chunk is None:
         # Of several devices each has fewer steps, and every chunk exchanges a little.
-        halved = on_cpu and size <= _MEDIUM
+        halved = on_cpu and (erases or size <= _MEDIUM)
         chunk = _CHUNK // 2 if halved else _CHUNK
         chunk = every * max(1, chunk // every)
         chunk = min(chunk, every << max(0, steps // every - 1).bit_length())

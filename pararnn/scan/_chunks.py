@@ -64,7 +64,7 @@ class HeadDecay(NamedTuple):
         r"""$l_t^\top (a_{s+1} \cdots a_t) r_s$ for $s \le t$; if `before`, what step t
         finds: $l_t^\top (a_{s+1} \cdots a_{t-1}) r_s$ for $s < t$."""
         between = _shift(self.between, 0) if before else self.between
-        return _matmul(left, _transpose(right)) * between
+        return matmul(left, _transpose(right)) * between
 
 
 class KeyDecay(NamedTuple):
@@ -108,7 +108,7 @@ class KeyDecay(NamedTuple):
             pairs = (left.shape[-2] // (2 * size), 2, size, left.shape[-1])
             later = left.reshape(*left.shape[:-2], *pairs)[..., 1, :, :] * since
             earlier = right.reshape(*right.shape[:-2], *pairs)[..., 0, :, :]
-            across = _matmul(later, _transpose(earlier * to[..., ::2, :, :]))
+            across = matmul(later, _transpose(earlier * to[..., ::2, :, :]))
             scores = _join(scores[..., ::2, :, :], across, scores[..., 1::2, :, :])
         return scores[..., 0, :whole, :whole]
 
@@ -153,14 +153,14 @@ def invert_unit_lower(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch
     while inverse.shape[-1] < steps:
         first, second = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
         below = _tiles(lower, inverse.shape[-1], 1)[..., ::2, :, :]
-        inverse = _join(first, -_matmul(second, _matmul(below, first)), second)
+        inverse = _join(first, -matmul(second, matmul(below, first)), second)
     return inverse[..., 0, :whole, :whole]
 
 
 @invert_unit_lower.defjvp
 def _(primals, tangents):
     inverse = invert_unit_lower(*primals)
-    return inverse, -_matmul(inverse, _matmul(tangents[0], inverse))
+    return inverse, -matmul(inverse, matmul(tangents[0], inverse))
 
 
 # Blocks up to this size are inverted row by row, all of them side by side.
@@ -193,24 +193,73 @@ def _substitute(lower: Array) -> Array:
     return jnp.moveaxis(jnp.stack(inverse), (0, 1), (-2, -1))
 
 
-def _matmul(a: Array, b: Array) -> Array:
+def matmul(a: Array, b: Array) -> Array:
+    """At full float32 precision."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 class Chunk(NamedTuple):
     """A chunk as an affine map of the state that it starts from, `[K, V]`.
 
-    The state at its end is `transition @ state + term` (elementwise along K where
-    nothing is erased), its outputs are `reading @ state + outputs`.
+    The state at its end is `kept * state + term` (elementwise along K), its outputs are
+    `reading @ state + outputs`.
     """
 
-    transition: Float[Array, "*batch K K"] | Float[Array, "*batch K"]
+    kept: Float[Array, "*batch K"]
     term: Float[Array, "*batch K V"]
     reading: Float[Array, "*batch Q K"]
     outputs: Float[Array, "*batch Q V"]
 
+    def read(self, state: Array) -> Array:
+        return matmul(self.reading, state) + self.outputs
 
-def summarise(queries, keys, values, decay, read, write, *, before: bool) -> Chunk:
+
+class ErasingChunk(NamedTuple):
+    """A chunk that takes something away of the state that it starts from.
+
+    With `e = wanted - found @ state`, to the end of a `Chunk` comes `written @ e` and
+    to its outputs `seen @ e`. `term` and `outputs` are `None` where all that is written
+    is part of e.
+    """
+
+    kept: Float[Array, "*batch K"]
+    term: Float[Array, "*batch K V"] | None
+    reading: Float[Array, "*batch Q K"]
+    outputs: Float[Array, "*batch Q V"] | None
+    wanted: Float[Array, "*batch C V"]
+    found: Float[Array, "*batch C K"]
+    written: Float[Array, "*batch K C"]
+    seen: Float[Array, "*batch Q C"]
+
+    def advance(self, state: Array) -> tuple[Array, Array]:
+        """The state at the end of the chunk, and e."""
+        e = self.wanted - matmul(self.found, state)
+        ahead = self.kept[..., None] * state + matmul(self.written, e)
+        return _plus(self.term, ahead), e
+
+    def read(self, state: Array, e: Array) -> Array:
+        outputs = matmul(self.reading, state) + matmul(self.seen, e)
+        return _plus(self.outputs, outputs)
+
+    def multiply_out(self) -> tuple[Array, Chunk]:
+        """The transition `[K, K]`, in place of `kept` of the chunk."""
+        eye = jnp.eye(self.kept.shape[-1], dtype=self.kept.dtype)
+        kept = multiply(self.kept[..., None], eye)
+        return kept - matmul(self.written, self.found), Chunk(
+            self.kept,
+            _plus(self.term, matmul(self.written, self.wanted)),
+            self.reading - matmul(self.seen, self.found),
+            _plus(self.outputs, matmul(self.seen, self.wanted)),
+        )
+
+
+def _plus(a: Array | None, b: Array) -> Array:
+    return b if a is None else a + b
+
+
+def summarise(
+    queries, keys, values, decay, read, write, *, before: bool
+) -> Chunk | ErasingChunk:
     r"""The affine map of one chunk.
 
     `decay` is `[..., C]` for one factor a step or `[..., C, K]` for one each key;
@@ -227,29 +276,26 @@ def summarise(queries, keys, values, decay, read, write, *, before: bool) -> Chu
 
     asked = _spread(queries, every)
     reading = queries * _of_queries(since_before if before else since, every)
-    last = jnp.broadcast_to(since[..., -1, :], (*keys.shape[:-2], keys.shape[-1]))
+    kept = jnp.broadcast_to(since[..., -1, :], (*keys.shape[:-2], keys.shape[-1]))
     attention, end = seen_by_queries(keys), _transpose(keys * decay.until_end)
     if read is None:
-        term, outputs = _matmul(end, values), _matmul(attention, values)
-        return Chunk(last, term, reading, outputs)
+        term, outputs = matmul(end, values), matmul(attention, values)
+        return Chunk(kept, term, reading, outputs)
+    found = read * since_before
     if write is None:
-        # e + v is written along the keys: U - W S_0 with one and the same factor.
+        # e + v is written along the keys, and both are one solution of the system.
         inverse = invert_unit_lower(decay.scores(read, keys, before=True))
-        U, written, seen_written = values, end, attention
+        wanted, term, outputs = matmul(inverse, values), None, None
+        written, seen = end, attention
     else:
         inverse = invert_unit_lower(decay.scores(read, write, before=True))
-        U = -_matmul(decay.scores(read, keys, before=True), values)
+        taken = matmul(decay.scores(read, keys, before=True), values)
+        wanted = -matmul(inverse, taken)
+        term, outputs = matmul(end, values), matmul(attention, values)
         written = _transpose(write * decay.until_end)
-        seen_written = seen_by_queries(write)
-    U, W = _matmul(inverse, U), _matmul(inverse, read * since_before)
-    term, outputs = _matmul(written, U), _matmul(seen_written, U)
-    if write is not None:
-        term = term + _matmul(end, values)
-        outputs = outputs + _matmul(attention, values)
-    kept = multiply(last[..., None], jnp.eye(last.shape[-1], dtype=last.dtype))
-    return Chunk(
-        kept - _matmul(written, W), term, reading - _matmul(seen_written, W), outputs
-    )
+        seen = seen_by_queries(write)
+    found = matmul(inverse, found)
+    return ErasingChunk(kept, term, reading, outputs, wanted, found, written, seen)
 
 
 def _of_queries(v: Array, every: int) -> Array:
