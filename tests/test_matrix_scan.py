@@ -196,7 +196,7 @@ def test_batch(form, monkeypatch):
 
 @pytest.mark.parametrize("decay, erasure", [("none", "keys"), ("key", "write")])
 def test_chunks_that_erase_in_parallel(decay, erasure, monkeypatch):
-    """As on a GPU, where transitions are multiplied out and scanned."""
+    """As on a GPU, where transitions are multiplied out."""
     given = problem(42, 1, decay, erasure, True)
     given["reset"][13] = True
 
@@ -231,18 +231,24 @@ def test_in_windows(decay, erasure, every, monkeypatch):
 
     run = jax.grad(loss, has_aux=True)
     at_once, _ = jax.jit(lambda given: run(given, "recurrent"))(given)
-    monkeypatch.setattr(choose, "_SMALL", 0)
-    monkeypatch.setattr(choose, "_LONG", 0)
+    # Three windows of 42 steps, or two of 14 groups; several chunks in each.
+    for name, value in (("_SMALL", 0), ("_LONG", 0), ("_CHUNK", 12)):
+        monkeypatch.setattr(choose, name, value)
     monkeypatch.setattr(choose, "_WINDOW", 14)
     monkeypatch.setattr(choose, "_STEPPED", 14)
-    for form in ("recurrent", "chunks of 12", "auto"):
+    for form in ("recurrent", "chunkwise", "auto"):
         got, found = jax.jit(lambda given, form=form: run(given, form))(given)
         assert_close(found, wanted, 1e-12)
         assert_close(jax.tree.leaves(got), jax.tree.leaves(at_once), 1e-12)
-    batch = jax.tree.map(lambda v: jnp.stack([v, 0 * v, v]), given)
-    got, _ = jax.jit(jax.vmap(lambda given: run(given, "auto")))(batch)
-    last = jax.tree.map(lambda v: v[2], got)
-    assert_close(jax.tree.leaves(last), jax.tree.leaves(at_once), 1e-12)
+
+    # A batch that is staged before it is differentiated, as long as the sequence.
+    steps = len(given["keys"])
+    batch = jax.tree.map(lambda v: jnp.stack([v, *(0 * v,) * (steps - 1)]), given)
+    for form in ("recurrent", "auto"):
+        losses = jax.jit(jax.vmap(lambda given, form=form: loss(given, form)[0]))
+        got = jax.jit(jax.grad(lambda batch, of=losses: jnp.sum(of(batch))))(batch)
+        first = jax.tree.map(lambda v: v[0], got)
+        assert_close(jax.tree.leaves(first), jax.tree.leaves(at_once), 1e-12)
 
 
 @pytest.mark.parametrize("form", ["recurrent", "chunkwise"])

@@ -57,7 +57,8 @@ FORMS = ("auto", "recurrent", "chunkwise")
 
 
 class Pass(NamedTuple):
-    """How to go over a sequence: by which form, and in windows of how many steps."""
+    """How to go over a sequence: by which form, and in windows of how many steps (all
+    at once if `None`)."""
 
     form: Literal["recurrent", "chunkwise"]
     window: int | None
@@ -95,13 +96,13 @@ class FormChoice(NamedTuple):
 # |                     | 1, 4096, 4, 32 | 74        | 39           | 35  | 42  |
 # |                     | 1, 4096, 4, 64 | 169       | 101          | 97  | 74  |
 #
-# The value alone is no slower step by step (`python -m benchmarks layers`), but for
-# the lightest kind on the newer machine: one fused loop over a state that stays in the
-# cache, with a third of the multiplications. A GPU, where a step is a launch, takes the
-# products of matrices; not measured.
+# (Erasing chunks have since become a fifth faster, see `_step_through_chunks`.) The
+# value alone is as fast step by step or faster (`python -m benchmarks layers`): one
+# fused loop over a state that stays in the cache, with a third of the multiplications.
+# A GPU, where a step is a launch, takes the products of matrices; not measured.
 #
-# Windows are what fits into the cache. T = 4096, 4 heads of K = V = 64, with gradient
-# (and MB of temporaries), chunks of 64, steps:
+# Windows are what fits into the cache. With gradient (and MB of temporaries), another
+# day, T = 4096, 4 heads of K = V = 64, chunks of 64, and steps:
 #
 # | kind                | chunks: at once | windows of 512 | steps: at once | of 32    |
 # |---------------------|-----------------|----------------|----------------|----------|
@@ -110,10 +111,12 @@ class FormChoice(NamedTuple):
 # | decay for each key  | 59 (97)         | 42 (19)        | 244 (277)      | 135 (17) |
 _CHUNK, _SHORT = 64, 32
 # Entries of a head's matrix: on a CPU, up to so many a derivative steps too, and up to
-# so many chunks are half as long. (They are where something is erased, too: there is
-# less to do for the triangular systems. 84 for 91, 84 for 91, 178 for 200 ms.)
+# so many chunks are half as long; where something is erased, always.
 _SMALL, _MEDIUM = 24 * 24, 32 * 32
-_WINDOW, _STEPPED, _LONG = 512, 32, 512
+# Steps of a window of chunks and of one that is stepped through, and how many steps
+# there must be. Of fewer all fits, or is a window of something else (`linear` takes
+# 2048 steps at a time of very long sequences): nothing gains from windows of windows.
+_WINDOW, _STEPPED, _LONG = 512, 32, 4096
 
 
 def choose_form(
@@ -154,7 +157,8 @@ def choose_form(
     if form == "recurrent" or (form == "auto" and small):
         again = Pass("recurrent", choose_window(steps))
         return FormChoice(stepped, again, chunk)
-    chunks = Pass("chunkwise", max(_WINDOW, chunk) if on_cpu else None)
+    windows = on_cpu and steps >= _LONG
+    chunks = Pass("chunkwise", max(_WINDOW, chunk) if windows else None)
     return FormChoice(stepped if on_cpu and form == "auto" else chunks, chunks, chunk)
 
 

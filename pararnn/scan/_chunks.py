@@ -201,11 +201,11 @@ def matmul(a: Array, b: Array) -> Array:
 class Chunk(NamedTuple):
     """A chunk as an affine map of the state that it starts from, `[K, V]`.
 
-    The state at its end is `kept * state + term` (elementwise along K), its outputs are
-    `reading @ state + outputs`.
+    The state at its end is `transition @ state + term` (elementwise along K where
+    nothing is erased), its outputs are `reading @ state + outputs`.
     """
 
-    kept: Float[Array, "*batch K"]
+    transition: Float[Array, "*batch K K"] | Float[Array, "*batch K"]
     term: Float[Array, "*batch K V"]
     reading: Float[Array, "*batch Q K"]
     outputs: Float[Array, "*batch Q V"]
@@ -217,9 +217,10 @@ class Chunk(NamedTuple):
 class ErasingChunk(NamedTuple):
     """A chunk that takes something away of the state that it starts from.
 
-    With `e = wanted - found @ state`, to the end of a `Chunk` comes `written @ e` and
-    to its outputs `seen @ e`. `term` and `outputs` are `None` where all that is written
-    is part of e.
+    With `e = wanted - found @ state`, the state at its end is
+    `kept * state + term + written @ e` (`kept` along K), its outputs are
+    `reading @ state + outputs + seen @ e`. `term` and `outputs` are `None` where all
+    that is written is part of e.
     """
 
     kept: Float[Array, "*batch K"]
@@ -231,22 +232,25 @@ class ErasingChunk(NamedTuple):
     written: Float[Array, "*batch K C"]
     seen: Float[Array, "*batch Q C"]
 
-    def advance(self, state: Array) -> tuple[Array, Array]:
-        """The state at the end of the chunk, and e."""
-        e = self.wanted - matmul(self.found, state)
+    def erase(self, state: Array) -> Array:
+        """e"""
+        return self.wanted - matmul(self.found, state)
+
+    def advance(self, state: Array, e: Array) -> Array:
+        """The state at the end of the chunk."""
         ahead = self.kept[..., None] * state + matmul(self.written, e)
-        return _plus(self.term, ahead), e
+        return _plus(self.term, ahead)
 
     def read(self, state: Array, e: Array) -> Array:
         outputs = matmul(self.reading, state) + matmul(self.seen, e)
         return _plus(self.outputs, outputs)
 
-    def multiply_out(self) -> tuple[Array, Chunk]:
-        """The transition `[K, K]`, in place of `kept` of the chunk."""
+    def multiply_out(self) -> Chunk:
+        """The same, as a map of the state alone."""
         eye = jnp.eye(self.kept.shape[-1], dtype=self.kept.dtype)
         kept = multiply(self.kept[..., None], eye)
-        return kept - matmul(self.written, self.found), Chunk(
-            self.kept,
+        return Chunk(
+            kept - matmul(self.written, self.found),
             _plus(self.term, matmul(self.written, self.wanted)),
             self.reading - matmul(self.seen, self.found),
             _plus(self.outputs, matmul(self.seen, self.wanted)),

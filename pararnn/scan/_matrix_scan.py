@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._arithmetic import promote
-from ._choose import FORMS, Form, choose_backend, choose_form
+from ._choose import FORMS, Form, Pass, choose_backend, choose_form
 from ._chunks import Chunk, ErasingChunk, summarise
 from ._linear_scan import check_reset, linear_scan
 from ._prefix import running_max
@@ -41,11 +41,11 @@ def matrix_scan(
     attention, with `decay` gated linear attention, and with `read`
     $r_t = \hat{k}_t$, `keys` $k_t = \beta_t \hat{k}_t$ the delta rule.
 
-    The chunkwise form turns every stretch of C steps into matrix products and runs
-    [`pararnn.linear_scan`][] over the stretches; the recurrent form steps. They agree
-    to rounding, gradients too. Where sequences are long, derivatives store the state
-    before each window of time, and compute the window again. Decays may be zero and
-    negative, and products of them may underflow: nothing is divided by them.
+    The chunkwise form turns every stretch of C steps into matrix products and scans
+    over the stretches; the recurrent form steps. They agree to rounding, gradients too.
+    On one CPU, and where steps are taken, the derivative of a long sequence stores the
+    state before each window of time and computes the window again. Decays may be zero
+    and negative, and products of them may underflow: nothing is divided by them.
 
     **Arguments:**
 
@@ -119,9 +119,9 @@ def matrix_scan(
         "chunkwise": ft.partial(_chunkwise, chunk=choice.chunk),
     }
 
-    def by(schedule):
-        run = ft.partial(forms[schedule.form], every=every, emit=emit)
-        return ft.partial(_in_windows, run, every, schedule.window)
+    def by(way: Pass):
+        run = ft.partial(forms[way.form], every=every, emit=emit)
+        return ft.partial(_over_time, run, every, way.window)
 
     compute = by(choice.value)
     if choice.value != choice.derivative:
@@ -141,11 +141,8 @@ class _Terms(NamedTuple):
     write: Array | None
 
 
-def _in_windows(run, every, window: int | None, queries, terms: _Terms, start, reset):
-    """`run(queries, terms, start, reset)`, on windows of time; outputs, last state."""
-
-    if window is None:
-        window = len(terms.keys)
+def _over_time(run, every: int, window: int | None, queries, terms, start, reset):
+    """`run(queries, terms, start, reset)`, in windows if any: outputs, last state."""
 
     def on_window(state, at):
         queries, groups = at
@@ -153,8 +150,12 @@ def _in_windows(run, every, window: int | None, queries, terms: _Terms, start, r
         outputs, state = run(queries, terms, state, reset)
         return state, outputs
 
-    at = queries, _groups((terms, reset), every)
-    last, outputs = in_windows(on_window, start, at, max(1, window // every))
+    # Windows of a few groups would store as many states as no windows.
+    if window is None or window < 4 * every:
+        outputs, last = run(queries, terms, start, reset)
+    else:
+        at = queries, _groups((terms, reset), every)
+        last, outputs = in_windows(on_window, start, at, window // every)
     # JAX takes the batch axes of a `custom_jvp` rule to be those of its function, and a
     # loop leaves the batch of a `vmap` behind time, where matrix products have it in
     # front. The rule that batches a reshape moves it to the front in both.
@@ -184,7 +185,7 @@ def _recurrent(queries, terms: _Terms, start, reset, every, emit):
         return kept + _product("hk,hv->hkv", term.keys, written)
 
     # All that the derivative stores is the states.
-    @jax.checkpoint
+    @ft.partial(jax.checkpoint, prevent_cse=False)
     def steps_to_output(state, at_t):
         query, group = at_t
         for i in range(every):
@@ -268,14 +269,13 @@ def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):
 
     chunks = summary(split(queries, chunk // every), keys, values, decay, read, write)
     anew = None if reset is None else jnp.any(split(reset[:, None], chunk)[:, 0], -1)
-    backend = choose_backend("auto", "matrix", whole, keys.shape[-1]).backend
+    backend = choose_backend("auto", "matrix", whole, terms.keys.shape[-1]).backend
     if isinstance(chunks, Chunk):
-        outputs, last = _scan_chunks(chunks.kept, chunks, start, anew)
+        outputs, last = _scan_chunks(chunks, start, anew)
     elif shards == 1 and backend == "sequential":
         outputs, last = _step_through_chunks(chunks, start, anew)
     else:
-        transition, chunks = chunks.multiply_out()
-        outputs, last = _scan_chunks(transition, chunks, start, anew)
+        outputs, last = _scan_chunks(chunks.multiply_out(), start, anew)
     outputs = jnp.moveaxis(outputs, 2, 1)
     outputs = outputs.reshape(-1, *outputs.shape[2:])[: queries.shape[0]]
 
@@ -288,14 +288,14 @@ def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):
     )
 
 
-def _scan_chunks(transition, chunks: Chunk, start, anew) -> tuple[Array, Array]:
+def _scan_chunks(chunks: Chunk, start, anew) -> tuple[Array, Array]:
     """Outputs `[chunks, heads, Q, V]` and the last state, in parallel over chunks."""
     count, heads, size, width = chunks.term.shape
     flat = (heads * size, width)
-    if transition.ndim == 3:
-        transition = Diagonal(transition.reshape(count, -1))
+    if chunks.transition.ndim == 3:
+        transition = Diagonal(chunks.transition.reshape(count, -1))
     else:
-        transition = BlockDiagonal(transition)
+        transition = BlockDiagonal(chunks.transition)
     states = linear_scan(
         transition, chunks.term.reshape(count, *flat), start.reshape(flat), reset=anew
     ).reshape(count, heads, size, width)
@@ -311,15 +311,15 @@ def _step_through_chunks(chunks: ErasingChunk, start, anew) -> tuple[Array, Arra
 
     def step(state, at):
         chunk, anew = at
-        ahead, e = chunk.advance(state)
+        e = for_end = chunk.erase(state)
+        kept = state
         if anew is not None:
-            # Steps before the reset still find the state.
-            ahead, _ = chunk.advance(jnp.where(anew, jnp.zeros_like(state), state))
-        return ahead, (state, e)
+            # Steps before the reset still find the state, the end does not.
+            kept = jnp.where(anew, jnp.zeros_like(state), state)
+            for_end = jnp.where(anew, chunk.wanted, e)
+        return chunk.advance(kept, for_end), (state, e)
 
-    count = chunks.reading.shape[0]
-    each = jax.tree.map(lambda v: jnp.broadcast_to(v, (count, *v.shape[1:])), chunks)
-    last, (first, e) = lax.scan(step, start, (each, anew))
+    last, (first, e) = lax.scan(step, start, (chunks, anew))
     return chunks.read(first, e), last
 
 

@@ -49,7 +49,7 @@ def _divide(steps: int, length: int) -> tuple[int, int]:
     near = steps // length
     if near < 2:
         return 1, steps
-    several = range(max(2, near // 2), 2 * near + 1)
+    several = range(max(2, -(-steps // (2 * length))), 2 * near + 1)
     for count in sorted(several, key=lambda n: abs(n - near)):
         if steps % count == 0:
             return count, steps // count
