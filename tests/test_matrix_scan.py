@@ -219,7 +219,7 @@ def test_chunks_that_erase_in_parallel(decay, erasure, monkeypatch):
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("decay, erasure", [("head", "none"), ("key", "write")])
 def test_in_windows(decay, erasure, every, monkeypatch):
-    given = problem(42, every, decay, erasure, True)
+    given = problem(42 * every, every, decay, erasure, True)
     given["reset"][13] = True
     wanted = loop(**given)
     given = {name: jnp.asarray(v) for name, v in given.items()}
@@ -231,10 +231,10 @@ def test_in_windows(decay, erasure, every, monkeypatch):
 
     run = jax.grad(loss, has_aux=True)
     at_once, _ = jax.jit(lambda given: run(given, "recurrent"))(given)
-    # Three windows of 42 steps, or two of 14 groups; several chunks in each.
-    for name, value in (("_SMALL", 0), ("_LONG", 0), ("_CHUNK", 12)):
+    # Windows of one and a half chunks, and of 14 steps and more.
+    for name, value in (("_SMALL", 0), ("_LONG", 0), ("_CHUNK", 8 * every)):
         monkeypatch.setattr(choose, name, value)
-    monkeypatch.setattr(choose, "_WINDOW", 14)
+    monkeypatch.setattr(choose, "_WINDOW", 1)
     monkeypatch.setattr(choose, "_STEPPED", 14)
     for form in ("recurrent", "chunkwise", "auto"):
         got, found = jax.jit(lambda given, form=form: run(given, form))(given)
@@ -259,27 +259,35 @@ def test_windows_bound_the_memory_of_a_gradient(form):
         return jnp.sum(matrix_scan(x, x, x, read=x, form=form)[0] ** 2)
 
     def memory(steps):
-        x = jax.ShapeDtypeStruct((steps, 2, 16), jnp.float32)
+        x = jax.ShapeDtypeStruct((steps, 4, 64), jnp.float32)
         return run.lower(x).compile().memory_analysis().temp_size_in_bytes
 
-    # In numbers a step. Inputs and outputs are 32 each, a state would be 512.
+    # In numbers a step. Inputs and outputs are 256 each, a state would be 16384, and
+    # what chunks are summarised by, all at once, is some 4000.
     grown = (memory(8192) - memory(4096)) / 4096 / 4
-    assert grown < 6 * 32, grown
+    assert grown < 8 * 256, grown
 
 
 def test_the_form_of_values_and_derivatives(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     small, large = choose._SMALL, choose._SMALL + 1
     found = [
-        choose.choose_form("auto", None, *sizes, erases=False)
+        choose.choose_form("auto", None, *sizes, heads=4, erases=False)
         for sizes in ((4096, 1, small), (4096, 1, large), (31, 1, large))
     ]
     stepped = ("recurrent", None)
-    windows = ("recurrent", choose._STEPPED), ("chunkwise", choose._WINDOW)
+    again = [("recurrent", choose._STEPPED), ("chunkwise", None), stepped]
     assert [choice[0] for choice in found] == [stepped] * 3
-    assert [choice[1] for choice in found] == [*windows, stepped]
+    assert [choice[1] for choice in found] == again
+    windows = [
+        choose.choose_form("auto", None, 4096, 1, 64 * 64, heads=heads, erases=False)
+        for heads in (3, 4, 32, 1000)
+    ]
+    assert [choice.derivative.window for choice in windows] == [None, 512, 64, 64]
     chunks = [
-        choose.choose_form("auto", None, 4096, every, entries, erases=erases).chunk
+        choose.choose_form(
+            "auto", None, 4096, every, entries, heads=1, erases=erases
+        ).chunk
         for every, entries, erases in (
             (1, choose._MEDIUM, False),
             (1, choose._MEDIUM + 1, False),
@@ -289,7 +297,7 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
     ]
     assert chunks == [32, 64, 32, 30]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    on_gpu = choose.choose_form("auto", None, 4096, 1, small, erases=False)
+    on_gpu = choose.choose_form("auto", None, 4096, 1, small, heads=1, erases=False)
     assert on_gpu[:2] == (("chunkwise", None),) * 2
 
 

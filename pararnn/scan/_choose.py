@@ -113,10 +113,11 @@ _CHUNK, _SHORT = 64, 32
 # Entries of a head's matrix: on a CPU, up to so many a derivative steps too, and up to
 # so many chunks are half as long; where something is erased, always.
 _SMALL, _MEDIUM = 24 * 24, 32 * 32
-# Steps of a window of chunks and of one that is stepped through, and how many steps
-# there must be. Of fewer all fits, or is a window of something else (`linear` takes
-# 2048 steps at a time of very long sequences): nothing gains from windows of windows.
-_WINDOW, _STEPPED, _LONG = 512, 32, 4096
+# Entries, steps times those of all heads' matrices, of a window of chunks; steps of one
+# that is stepped through, and how many there must be. Of fewer all fits (chunks of one
+# head of 32 x 64 took 1.3 of the time in windows of 512), or is a window of something
+# else (`linear` takes 2048 steps at a time of very long sequences).
+_WINDOW, _STEPPED, _LONG = 512 * 4 * 64 * 64, 32, 4096
 
 
 def choose_form(
@@ -126,15 +127,16 @@ def choose_form(
     every: int,
     size: int,
     *,
+    heads: int,
     erases: bool,
     shards: int = 1,
 ) -> FormChoice:
     """Settle how `matrix_scan` runs, from what is known while tracing.
 
     **Arguments:** `every`, how many steps lie between two readings, which divides a
-    chunk; `size`, the entries of one head's matrix; `erases`, whether what is written
-    depends on the state; `shards`, how many devices share time, each of which has whole
-    chunks.
+    chunk; `size`, the entries of one of the `heads`' matrices; `erases`, whether what
+    is written depends on the state; `shards`, how many devices share time, each of
+    which has whole chunks.
 
     **Raises:** `ValueError` for the recurrent form where devices share time.
     """
@@ -157,8 +159,10 @@ def choose_form(
     if form == "recurrent" or (form == "auto" and small):
         again = Pass("recurrent", choose_window(steps))
         return FormChoice(stepped, again, chunk)
-    windows = on_cpu and steps >= _LONG
-    chunks = Pass("chunkwise", max(_WINDOW, chunk) if windows else None)
+    # As many steps as together hold so many entries, in whole chunks.
+    window = max(1, _WINDOW // (heads * size * chunk)) * chunk
+    several = on_cpu and steps >= max(_LONG, 8 * window)
+    chunks = Pass("chunkwise", window if several else None)
     return FormChoice(stepped if on_cpu and form == "auto" else chunks, chunks, chunk)
 
 

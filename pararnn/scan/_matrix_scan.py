@@ -111,6 +111,7 @@ def matrix_scan(
         steps,
         every,
         entries,
+        heads=heads,
         erases=read is not None,
         shards=time_shards(steps),
     )
