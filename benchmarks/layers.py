@@ -98,6 +98,15 @@ def _with_gradient(fn: Callable) -> Callable:
     return run
 
 
+def _compare(programs: dict[str, Callable], arrays, steps: int, settings: Settings):
+    """Functions of a layer's arrays and one sequence: compiled, and timed in turn,
+    each also with its gradient, as `"name v&g"`."""
+    programs = programs | {f"{n} v&g": _with_gradient(f) for n, f in programs.items()}
+    xs = _normal(steps, D)
+    compiled = compile_all(programs, arrays, xs)
+    return compiled, time_in_turn(compiled, arrays, xs, quick=settings.quick)
+
+
 # ---- chunks against steps
 
 KINDS = {
@@ -276,11 +285,7 @@ def _measure_against_bare(name: str, steps: int, settings: Settings):
     def bare(arrays, xs):
         return (BARE[name](eqx.combine(arrays, static), xs),)
 
-    programs = {"ours": ours, "bare": bare}
-    programs |= {f"{n} v&g": _with_gradient(fn) for n, fn in programs.items()}
-    xs = _normal(steps, D)
-    compiled = compile_all(programs, arrays, xs)
-    times = time_in_turn(compiled, arrays, xs, quick=settings.quick)
+    _, times = _compare({"ours": ours, "bare": bare}, arrays, steps, settings)
     return {
         "ours ms": times.ms("ours"),
         "bare ms": times.ms("bare"),
@@ -324,17 +329,13 @@ def _measure_peer(name: str, steps: int, settings: Settings):
         return layer(layer.initialize_carry(), (xs, start))[::-1]
 
     programs = {"ours": run_ours, "theirs": run_theirs}
-    programs |= {f"{n} v&g": _with_gradient(fn) for n, fn in programs.items()}
-    xs = _normal(steps, D)
-    compiled = compile_all(programs, arrays, xs)
-    times = time_in_turn(compiled, arrays, xs, quick=settings.quick)
+    compiled, times = _compare(programs, arrays, steps, settings)
     return {
         "ours ms": times.ms("ours"),
         "memax ms": times.ms("theirs"),
         "ratio": times.ratio("ours", "theirs"),
         "v&g ratio": times.ratio("ours v&g", "theirs v&g"),
-        "v&g memory ratio": compiled["ours v&g"].temp_bytes
-        / compiled["theirs v&g"].temp_bytes,
+        "v&g memory ratio": memory_ratio(compiled["ours v&g"], compiled["theirs v&g"]),
     }
 
 
@@ -353,10 +354,7 @@ def _measure_windows(name: str, steps: int, settings: Settings):
         return layer.mix(xs, layer.init_state(), None)
 
     programs = {"windows": in_windows, "at once": at_once}
-    programs |= {f"{n} v&g": _with_gradient(fn) for n, fn in programs.items()}
-    xs = _normal(steps, D)
-    compiled = compile_all(programs, arrays, xs)
-    times = time_in_turn(compiled, arrays, xs, quick=settings.quick)
+    compiled, times = _compare(programs, arrays, steps, settings)
     return {
         "at once ms": times.ms("at once"),
         "ratio": times.ratio("windows", "at once"),

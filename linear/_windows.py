@@ -13,13 +13,15 @@ from pararnn.scan import in_windows, time_shards
 #
 # | layer    | T = 32768         | T = 65536         | T = 131072        |
 # |----------|-------------------|-------------------|-------------------|
-# | min_gru  | 1.02, 0.89, 0.23  | 0.89, 0.85, 0.23  | 0.75, 0.85, 0.22  |
-# | rg_lru   | 0.98, 0.73, 0.19  | 0.80, 0.83, 0.18  | 0.93, 0.75, 0.18  |
-# | lru      | 0.52, 0.66, 0.16  | 0.52, 0.75, 0.16  | 0.64, 0.73, 0.16  |
-# | s5       | 1.29, 0.83, 0.34  | 0.78, 0.92, 0.34  | 0.80, 0.88, 0.34  |
-# | gla      |                   | 0.84, 0.85, 0.07  |                   |
-# | deltanet |                   | 0.71, 0.91, 0.06  |                   |
-# | mamba    |                   | 0.80, 0.72, 0.05  |                   |
+# | min_gru  | 1.02, 0.89, 0.23  | 0.77, 0.96, 0.23  | 0.75, 0.85, 0.22  |
+# | rg_lru   | 0.98, 0.73, 0.19  | 0.81, 0.96, 0.19  | 0.93, 0.75, 0.18  |
+# | lru      | 0.52, 0.66, 0.16  | 0.60, 0.75, 0.16  | 0.64, 0.73, 0.16  |
+# | s5       | 1.29, 0.83, 0.34  | 0.68, 0.93, 0.34  | 0.80, 0.88, 0.34  |
+# | gla      |                   | 0.76, 0.93, 0.15  |                   |
+# | deltanet |                   | 0.69, 0.84, 0.08  |                   |
+# | mamba    |                   | 0.66, 1.13, 0.08  |                   |
+#
+# (The lower three, at once, have windows in their own recurrences.)
 #
 # What is computed twice is cheaper than what does not fit into the caches. For fewer
 # steps it depends on the batch, which nothing inside of a `vmap` knows: of 16 sequences
