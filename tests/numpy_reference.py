@@ -188,18 +188,17 @@ def qkan_map(p, v):
     theta_z, theta_y, w, b = (
         np.asarray(a, np.float64) for a in (p.theta_z, p.theta_y, p.w, p.b)
     )
-    layers, outputs, inputs = w.shape
-    total = np.zeros(outputs)
-    for j in range(outputs):
-        for i in range(inputs):
-            qubit = np.array([1, 1]) / np.sqrt(2)
-            for l in range(layers + 1):
-                if l:
-                    qubit = rotation_z(w[l - 1, j, i] * v[i] + b[l - 1, j, i]) @ qubit
-                qubit = rotation_y(theta_y[l, j, i]) @ (
-                    rotation_z(theta_z[l, j, i]) @ qubit
-                )
-            total[j] += abs(qubit[0]) ** 2 - abs(qubit[1]) ** 2
+    layers, gates, outputs, inputs = w.shape
+    total = np.zeros((gates, outputs))
+    for g, j, i in np.ndindex(gates, outputs, inputs):
+        qubit = np.array([1, 1]) / np.sqrt(2)
+        for l in range(layers + 1):
+            if l:
+                turn = w[l - 1, g, j, i] * v[i] + b[l - 1, g, j, i]
+                qubit = rotation_z(turn) @ qubit
+            qubit = rotation_z(theta_z[l, g, j, i]) @ qubit
+            qubit = rotation_y(theta_y[l, g, j, i]) @ qubit
+        total[g, j] += abs(qubit[0]) ** 2 - abs(qubit[1]) ** 2
     return total
 
 
@@ -207,10 +206,7 @@ def qkanlstm(p, xs, state):
     c, h = state
     hs = []
     for x in xs:
-        i, f, g, o = (
-            qkan_map(of_x, x) + qkan_map(of_h, h)
-            for of_x, of_h in zip(p.of_x, p.of_h, strict=True)
-        )
+        i, f, g, o = qkan_map(p.of_x, x) + qkan_map(p.of_h, h)
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
         hs.append(h)

@@ -285,11 +285,10 @@ def test_initial_angles_and_frequencies():
     n, layers = 60, 3
     cell = QKANLSTMCell(20, n, layers=layers, key=jr.key(0))
     for maps, d_from in ((cell.of_x, 20), (cell.of_h, n)):
-        for each in maps:
-            variance = (layers + 1) * (d_from + n)
-            for theta in (each.theta_z, each.theta_y):
-                assert theta.shape == (layers + 1, n, d_from)
-                assert abs(np.var(theta) * variance - 1) < 0.1
-            assert np.all(each.w == 1) and not np.any(each.b)
-    angles = np.concatenate([np.ravel(m.theta_z) for m in cell.of_x + cell.of_h])
+        variance = (layers + 1) * (d_from + n)
+        for theta in (maps.theta_z, maps.theta_y):
+            assert theta.shape == (layers + 1, 4, n, d_from)
+            assert np.all(abs(np.var(theta, axis=(0, 2, 3)) * variance - 1) < 0.1)
+        assert np.all(maps.w == 1) and not np.any(maps.b)
+    angles = np.concatenate([np.ravel(m.theta_z) for m in (cell.of_x, cell.of_h)])
     assert len(np.unique(angles)) == angles.size

@@ -60,8 +60,8 @@ class QKANLSTMCell(AbstractCell):
         Activation Functions Empower Kolmogorov-Arnold Networks" (2509.14026).
     """
 
-    of_x: tuple[ReuploadingMap, ...]
-    of_h: tuple[ReuploadingMap, ...]
+    of_x: ReuploadingMap
+    of_h: ReuploadingMap
     d_input: int
     d_state: int
     layers: int
@@ -94,22 +94,17 @@ class QKANLSTMCell(AbstractCell):
         dtype = check_dtype("QKANLSTMCell", dtype)
         check_key("QKANLSTMCell", key)
 
-        def maps(key: PRNGKeyArray, d_from: int) -> tuple[ReuploadingMap, ...]:
-            return tuple(
-                ReuploadingMap(d_from, self.d_state, self.layers, dtype, k)
-                for k in jr.split(key, GATES)
-            )
-
         inputs, hidden = jr.split(key)
-        self.of_x = maps(inputs, self.d_input)
-        self.of_h = maps(hidden, self.d_state)
+        options = {"gates": GATES, "layers": self.layers, "dtype": dtype}
+        self.of_x = ReuploadingMap(self.d_input, self.d_state, **options, key=inputs)
+        self.of_h = ReuploadingMap(self.d_state, self.d_state, **options, key=hidden)
 
     def gates(
         self, x: Float[Array, "*time d_input"]
     ) -> tuple[Float[Array, "*time d_state"], ...]:
         """What `x` adds to i, f, g and o; see [`pararnn.AbstractCell.gates`][]."""
         x = check_input("QKANLSTMCell", x, self.d_input)
-        return tuple(phi(x) for phi in self.of_x)
+        return self.of_x(x)
 
     def update(
         self,
@@ -117,8 +112,7 @@ class QKANLSTMCell(AbstractCell):
         gates: tuple[Float[Array, " d_state"], ...],
     ) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
         """The next $(c, h)$, each `[d_state]`, in the dtypes of `state`."""
-        recurrent = (phi(state[1]) for phi in self.of_h)
-        c, _, *sums = widen(*state, *gates, *recurrent)
+        c, _, *sums = widen(*state, *gates, *self.of_h(state[1]))
         i, f, g, o = (a + b for a, b in zip(sums[:GATES], sums[GATES:], strict=True))
         c = sigmoid(f) * c + sigmoid(i) * jnp.tanh(g)
         h = sigmoid(o) * jnp.tanh(c)
@@ -127,7 +121,7 @@ class QKANLSTMCell(AbstractCell):
     def init_state(self) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
         """Zeros $(c, h)$, each `[d_state]`, at least float32."""
         # Two buffers: one given twice could not be donated.
-        dtype = self.of_h[0].w.dtype
+        dtype = self.of_h.w.dtype
         return zeros(self.d_state, dtype), zeros(self.d_state, dtype)
 
     def output(
