@@ -151,12 +151,10 @@ CASES = {
     "MLSTM": Case(*layered(lambda key: linear.MLSTM(WIDTH, key=key)), reset=True),
 }
 # Every case on time and batch; a few on the other meshes too.
-ALSO = ("diagonal", "matrix_scan", "Auto", "RNN", "LRU")
 ROWS = [
-    (name, mesh)
-    for mesh in MESHES
-    for name in CASES
-    if mesh == "data=2,time=4" or name in ALSO
+    *((name, "time=8") for name in ("diagonal", "matrix_scan", "RNN")),
+    *((name, "data=2,time=4") for name in CASES),
+    *((name, "data=2,fsdp=2,time=2") for name in ("LRU", "RNN")),
 ]
 
 

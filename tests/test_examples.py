@@ -8,12 +8,11 @@ import pytest
 
 from benchmarks import interruptions
 
-pytestmark = pytest.mark.optimised
-
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_train_neural_ode(tmp_path):
     figure = tmp_path / "figure.png"
     script = EXAMPLES / "train_neural_ode.py"
@@ -41,6 +40,7 @@ def run_example(name, *arguments, under=()):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_model_is_trained_and_speaks(tmp_path):
     folder = tmp_path / "run"
     trained = run_example("train_lm.py", "--out", folder, *TINY)

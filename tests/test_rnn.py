@@ -12,7 +12,7 @@ import pytest
 import linear
 import pararnn
 from pararnn import RNN, Bidirectional, Newton, Sequential
-from tests.helpers import assert_close, decoded, whole
+from tests.helpers import assert_close, whole
 
 IN, WIDTH, T = 3, 4, 19
 
@@ -67,13 +67,6 @@ def inputs(steps=T, seed=1):
     return jr.normal(jr.key(seed), (steps, IN))
 
 
-@each_cell
-def test_call_equals_step_by_step_decoding(name):
-    layer, xs = layer_of(name), inputs()
-    wanted = decoded(layer, xs, layer.init_state())
-    assert_close(whole(layer, xs), wanted, 1e-11)
-
-
 @pytest.mark.parametrize("solver", [pararnn.Auto(), Sequential(), Newton()])
 def test_the_solver_changes_nothing(solver):
     wanted = whole(layer_of("eqx.GRUCell"), inputs())
@@ -92,20 +85,6 @@ def test_cut_and_continued(name, cut):
 
 
 @each_cell
-def test_a_reset_starts_a_separate_sequence(name):
-    layer, xs = layer_of(name), inputs()
-    starts = np.array([0, 6, 7, T])
-    reset = jnp.zeros(T, bool).at[starts[:-1]].set(True)
-    ys, state = whole(layer, xs, None, reset)
-    parts = [
-        decoded(layer, xs[a:b], layer.init_state())
-        for a, b in itertools.pairwise(starts)
-    ]
-    assert_close(ys, jnp.concatenate([part[0] for part in parts]), 1e-11)
-    assert_close(state, parts[-1][1], 1e-11)
-
-
-@each_cell
 def test_no_steps_return_the_state_as_it_was(name):
     layer = layer_of(name)
     fresh = layer.init_state()
@@ -115,27 +94,6 @@ def test_no_steps_return_the_state_as_it_was(name):
     wanted = jax.eval_shape(lambda x, s: layer.step(x, s)[0], inputs()[0], fresh)
     assert ys.shape == (0, *wanted.shape) and ys.dtype == wanted.dtype
     assert_close(whole(layer, inputs(0))[1], fresh, 0)
-
-
-@each_cell
-def test_the_gradient_reaches_every_parameter(name):
-    layer, xs = layer_of(name), inputs()
-
-    @eqx.filter_jit
-    @eqx.filter_grad
-    def gradient(layer):
-        # Off the fresh state, which may be a parameter: where nothing is stored, some
-        # parameters (the sLSTM's b_i) change nothing.
-        ys, _ = layer(xs, jax.tree.map(lambda s: s + 0.3, layer.init_state()))
-        return jnp.sum(jnp.sin(jnp.arange(ys.size)).reshape(ys.shape) * ys)
-
-    got = gradient(layer)
-    if name.startswith("nnx"):
-        got = got.cell.parameters  # Flax has no trainable fresh state.
-    leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(got, eqx.is_inexact_array))
-    assert leaves or name == "function"
-    for path, leaf in leaves:
-        assert np.all(np.isfinite(leaf)) and np.any(leaf), path
 
 
 @pytest.mark.parametrize(
