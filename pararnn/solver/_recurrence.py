@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from ..scan import promote
+from ._program import JITTED, evaluate, evaluate_inlined, primitives_of
 
 
 class Recurrence:
@@ -77,7 +78,7 @@ class Recurrence:
         ]
         self.x_structs = x_structs
         self.output = out
-        primitives = _primitives(self.jaxpr)
+        primitives = primitives_of(self.jaxpr)
         self.has_custom_vjp = "custom_vjp_call" in primitives
         self.has_custom_jvp = "custom_jvp_call" in primitives
 
@@ -104,16 +105,21 @@ class Recurrence:
         constants, fresh = parameters
         leaves, reset = x
         h = _select_fresh(reset, fresh, h)
-        evaluate = _evaluate_inlined if inline else _evaluate
         own = constants[: len(self.constant_structs)]
-        return tuple(evaluate(self.jaxpr, own, *h, *leaves))
+        if inline:
+            calls = JITTED | {"custom_vjp_call"}
+            ends = evaluate_inlined(self.jaxpr, own, *h, *leaves, calls=calls)
+        else:
+            ends = evaluate(self.jaxpr, own, *h, *leaves)
+        return tuple(ends)
 
     def _refine(self, parameters, z, h, x):
+        assert self.refinement is not None
         constants, fresh = parameters
         leaves, reset = x
         h = _select_fresh(reset, fresh, h)
         own = constants[len(self.constant_structs) :]
-        return tuple(_evaluate(self.refinement, own, *z, *h, *leaves))
+        return tuple(evaluate(self.refinement, own, *z, *h, *leaves))
 
     # The vector view: solvers that need a Jacobian see one real vector.
 
@@ -233,58 +239,3 @@ def _is_inexact(x) -> bool:
 
 def _is_complex(x) -> bool:
     return jnp.issubdtype(x.dtype, jnp.complexfloating)
-
-
-def _subjaxprs(params):
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, jex.core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, jex.core.Jaxpr):
-                yield item
-
-
-def _primitives(jaxpr) -> set[str]:
-    found = set()
-    for eqn in jaxpr.eqns:
-        found.add(eqn.primitive.name)
-        for inner in _subjaxprs(eqn.params):
-            found |= _primitives(inner)
-    return found
-
-
-def _evaluate(jaxpr, constants, *args):
-    return jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(jaxpr, constants))(*args)
-
-
-def _evaluate_inlined(jaxpr, constants, *args):
-    """Evaluate a jaxpr with `custom_vjp` functions replaced by their bodies."""
-    values = dict(zip(jaxpr.constvars, constants, strict=True))
-    values |= dict(zip(jaxpr.invars, args, strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
-
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if name in ("custom_vjp_call", "jit", "pjit"):
-            key = "call_jaxpr" if name == "custom_vjp_call" else "jaxpr"
-            inner = eqn.params[key]
-            operands = [read(v) for v in eqn.invars]
-            outs = _evaluate_inlined(inner.jaxpr, inner.consts, *operands)
-        else:
-            needed = [v for v in eqn.invars if isinstance(v, jex.core.Var)]
-            needed = list(dict.fromkeys(needed))
-            alone = jaxpr.replace(
-                constvars=[],
-                invars=needed,
-                outvars=list(eqn.outvars),
-                eqns=[eqn],
-                debug_info=jaxpr.debug_info._replace(
-                    arg_names=("",) * len(needed),
-                    result_paths=("",) * len(eqn.outvars),
-                ),
-            )
-            outs = _evaluate(alone, [], *(values[v] for v in needed))
-        values |= dict(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]

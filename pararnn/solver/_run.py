@@ -11,6 +11,7 @@ from jax import lax
 
 from ..scan import time_shards
 from ._auto import Auto, choose_ladder
+from ._input_part import InputPart
 from ._ladder import Ladder
 from ._multiple_shooting import solve_on_segments
 from ._recurrence import Batch
@@ -30,6 +31,7 @@ class Run(NamedTuple):
     parameters: Any
     find_structure: Callable[[], Structure]
     differentiated: bool
+    input_part: InputPart | None = None
 
     def __call__(self, solver: Solver, inputs, h0, guess, max_steps: int | None):
         """States `[T, *batch, ...]` by leaf, and the statistics of the solve."""
@@ -53,19 +55,31 @@ class Run(NamedTuple):
                 return self(solver.solver, inputs, h0, guess, max_steps)
 
             return solve_windows(window, steps, solver.length, inputs, h0, guess)
-        if isinstance(solver, Ladder):
-            states, stats = self._climb(solver, inputs, h0, guess, max_steps)
-        elif isinstance(solver, AbstractMethod):
-            states, stats = self._iterate(solver, inputs, h0, guess, max_steps)
+        if isinstance(solver, AbstractMethod):
+            run, inputs = self._prepare(inputs)
+            states, stats = run._iterate(solver, inputs, h0, guess, max_steps)
+        elif isinstance(solver, Ladder) and solver.methods:
+            run, inputs = self._prepare(inputs)
+            states, stats = run._climb(solver, inputs, h0, guess, max_steps)
         else:
             states, stats = self._step(inputs, h0)
         return states, self._complete(stats, steps, shape)
 
+    def _prepare(self, inputs):
+        """What is left to run, and its inputs, once their own part is computed."""
+        if self.input_part is None:
+            return self, inputs
+        inputs = self.input_part.prepare(self.parameters, inputs)
+        return self._replace(batch=self.input_part.batch, input_part=None), inputs
+
     def _step(self, inputs, h0):
         shards = time_shards(jtu.tree_leaves(inputs)[0].shape[0])
         if shards > 1:
-            return solve_in_turns(self.batch, self.parameters, inputs, h0, shards)
-        return solve_sequentially(self.batch, self.parameters, inputs, h0)
+            run, inputs = self._prepare(inputs)
+            return solve_in_turns(run.batch, self.parameters, inputs, h0, shards)
+        return solve_sequentially(
+            self.batch, self.parameters, inputs, h0, self.input_part
+        )
 
     def _iterate(self, method: AbstractMethod, inputs, h0, guess, max_steps):
         steps = jtu.tree_leaves(inputs)[0].shape[0]
@@ -89,8 +103,6 @@ class Run(NamedTuple):
 
     def _climb(self, ladder: Ladder, inputs, h0, guess, max_steps):
         """One rung after the other, as long as any sequence is not certified."""
-        if not ladder.methods:
-            return self._step(inputs, h0)
         steps = jtu.tree_leaves(inputs)[0].shape[0]
         shape = h0[0].shape[: len(self.batch.levels)]
 

@@ -1,10 +1,15 @@
 """The plain loop: the oracle, and a solver like the others."""
 
+import math
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
+from ..scan import in_windows
+from ._input_part import InputPart
 from ._recurrence import Batch
 
 
@@ -15,9 +20,15 @@ class Sequential(eqx.Module):
     """
 
 
-def solve_sequentially(batch: Batch, parameters, inputs, h0):
-    """States `[T, *batch, ...]` by leaf, and what every method reports."""
-    step = batch.lift(batch.recurrence.step)
+def solve_sequentially(
+    batch: Batch, parameters, inputs, h0, part: InputPart | None = None
+):
+    """States `[T, *batch, ...]` by leaf, and what every method reports.
+
+    Inputs that are to be prepared are so a window at a time, which stays in cache.
+    """
+    left = batch if part is None else part.batch
+    step = left.lift(left.recurrence.step)
 
     def body(carry, x):
         h, tainted = carry
@@ -27,9 +38,18 @@ def solve_sequentially(batch: Batch, parameters, inputs, h0):
         tainted = tuple(t + v * 0 for t, v in zip(tainted, h, strict=True))
         return (h, tainted), h
 
-    (_, tainted), states = lax.scan(
-        body, (h0, tuple(jnp.zeros_like(h) for h in h0)), inputs
-    )
+    def loop(carry, inputs):
+        if part is not None:
+            inputs = part.prepare(parameters, inputs)
+        return lax.scan(body, carry, inputs)
+
+    start = h0, tuple(jnp.zeros_like(h) for h in h0)
+    if part is None:
+        (_, tainted), states = loop(start, inputs)
+    else:
+        steps = jax.tree.leaves(inputs)[0].shape[0]
+        length = part.window(steps, math.prod(h0[0].shape[: len(batch.levels)]))
+        (_, tainted), states = in_windows(loop, start, inputs, length)
     return states, {
         "num_steps": 0,
         "residual": 0.0,

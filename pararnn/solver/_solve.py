@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, PyTree
 from ..scan import time_shards
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
 from ._auto import Auto
+from ._input_part import Division, InputPart, divide
 from ._inputs import as_step, check_like, check_resets, count_steps, make_recurrence
 from ._recurrence import Batch, Recurrence
 from ._report import as_result, raise_on_failure, report
@@ -135,6 +136,10 @@ class _Config:
         # Found when first needed: a sequential solve without gradient never is.
         return self._declared or find_structure(self.recurrence)
 
+    @ft.cached_property
+    def division(self) -> Division | None:
+        return divide(self.recurrence)
+
 
 @eqx.filter_custom_jvp
 def _evaluate(primals, guess, *, config: _Config):
@@ -204,7 +209,8 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess):
 
 def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
     shape = h0[0].shape[: len(batch.levels)]
-    run = Run(batch, parameters, lambda: config.structure, config.differentiated)
+    part = None if config.division is None else InputPart(batch, config.division)
+    run = Run(batch, parameters, lambda: config.structure, config.differentiated, part)
     states, stats = run(config.solver, inputs, h0, guess, config.max_steps)
     stats, good, find_code = report(
         batch, stats, states, (parameters, inputs, h0), shape

@@ -23,7 +23,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ._inputs import make_recurrence
-from ._recurrence import Recurrence, _is_inexact, _subjaxprs, is_key
+from ._program import inner_programs
+from ._recurrence import Recurrence, _is_inexact, is_key
 
 # From this width on, a dense cell is recognised by two numerical derivatives before
 # the pattern is worked out: asdex takes 0.04 s for a dense GRU at width 64, 0.9 s at
@@ -344,7 +345,7 @@ def _fingerprint(recurrence: Recurrence) -> str:
             for key in sorted(eqn.params):
                 # Functions are the derivative rules of custom calls: they take no part.
                 if not callable(eqn.params[key]) or list(
-                    _subjaxprs({"": eqn.params[key]})
+                    inner_programs({"": eqn.params[key]})
                 ):
                     add(key)
                     parameter(eqn.params[key])

@@ -1,0 +1,93 @@
+"""Programs of JAX, jaxprs, as data: what is in them, parts of them, their values."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend as jex
+from jaxtyping import Array
+
+# What a function that was jitted inside of another is called.
+JITTED = frozenset(("jit", "pjit"))
+
+
+def inner_programs(params: dict[str, Any]) -> Iterator[jex.core.Jaxpr]:
+    """The programs within an equation: bodies of loops, branches, called functions."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, jex.core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, jex.core.Jaxpr):
+                yield item
+
+
+def primitives_of(program: jex.core.Jaxpr) -> set[str]:
+    """The names of all that it does, inner programs included."""
+    found = set()
+    for eqn in program.eqns:
+        found.add(eqn.primitive.name)
+        for inner in inner_programs(eqn.params):
+            found |= primitives_of(inner)
+    return found
+
+
+def variables(atoms: Sequence) -> list[jex.core.Var]:
+    """Those that are no literals, each once."""
+    return list(dict.fromkeys(v for v in atoms if isinstance(v, jex.core.Var)))
+
+
+def part_of(
+    program: jex.core.Jaxpr, eqns, invars, outvars, constvars=()
+) -> jex.core.Jaxpr:
+    """The program that does some equations of another."""
+    return program.replace(
+        constvars=list(constvars),
+        invars=list(invars),
+        outvars=list(outvars),
+        eqns=list(eqns),
+        debug_info=program.debug_info._replace(
+            arg_names=("",) * len(invars), result_paths=("",) * len(outvars)
+        ),
+    )
+
+
+def evaluate(program: jex.core.Jaxpr, constants: Sequence, *args) -> list[Array]:
+    """What the program returns."""
+    return jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(program, constants))(*args)
+
+
+def evaluate_inlined(
+    program: jex.core.Jaxpr, constants: Sequence, *args, calls: Collection[str]
+) -> list[Array]:
+    """The same, with the calls of these names replaced by the bodies of the called."""
+    values = dict(zip(program.constvars, constants, strict=True))
+    values |= dict(zip(program.invars, args, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
+
+    for eqn in program.eqns:
+        if eqn.primitive.name in calls:
+            key = "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
+            inner = eqn.params[key]
+            operands = [read(v) for v in eqn.invars]
+            outs = evaluate_inlined(inner.jaxpr, inner.consts, *operands, calls=calls)
+        else:
+            needed = variables(eqn.invars)
+            alone = part_of(program, [eqn], needed, eqn.outvars)
+            outs = evaluate(alone, [], *(values[v] for v in needed))
+        values |= dict(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in program.outvars]
+
+
+def without_calls(program: jex.core.Jaxpr, *structs) -> jex.core.Jaxpr:
+    """The program on constants and arguments of these shapes, jitted calls inlined.
+
+    Its arguments are the constants of the given one and behind them its arguments.
+    """
+    count = len(program.constvars)
+
+    def run(*args):
+        return evaluate_inlined(program, args[:count], *args[count:], calls=JITTED)
+
+    return jax.make_jaxpr(run)(*structs).jaxpr
