@@ -22,6 +22,7 @@ from . import (
     linear_scan,
     methods,
     newton,
+    projections,
     reliability,
     scaling,
     segments,
@@ -33,6 +34,7 @@ from ._summary import render_summary
 
 GROUPS: dict[str, Group] = {
     "solve": solve,
+    "projections": projections,
     "linear_scan": linear_scan,
     "newton": newton,
     "segments": segments,

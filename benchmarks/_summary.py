@@ -36,6 +36,16 @@ REQUIREMENTS = (
     Requirement(
         "solve: memory, value and gradient", 0.4, "solve", ("v&g memory ratio",)
     ),
+    Requirement("projections: time, forward", 1.25, "projections", ("ratio",)),
+    Requirement(
+        "projections: time, value and gradient", 1.25, "projections", ("v&g ratio",)
+    ),
+    Requirement(
+        "projections: memory, value and gradient",
+        0.4,
+        "projections",
+        ("v&g memory ratio",),
+    ),
     Requirement("linear_scan: time", 1.2, "linear_scan", ("ratio",)),
     Requirement("newton: time", 1.0, "newton", ("ratio",)),
     Requirement("newton: time, diagonal", 0.2, "newton", ("ratio",), _is_diagonal),
