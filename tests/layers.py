@@ -58,10 +58,16 @@ ROWS = {
     ),
     "lssl": Row("lssl", reference.lssl, {"d_state": 4, "channels": 2}),
     "mamba": Row("mamba", reference.mamba, SMALL),
-    "mamba-signed": Row("mamba", reference.mamba, SMALL | SIGNED),
+    "mamba-signed": Row(
+        "mamba", reference.mamba, SIGNED | {"d_state": 1, "convolution": False}
+    ),
     "mamba-complex": Row("mamba", reference.mamba, SMALL | COMPLEX),
     "mamba2": Row("mamba2", reference.mamba2, SMALL | HEADS),
-    "mamba2-signed": Row("mamba2", reference.mamba2, SMALL | HEADS | SIGNED),
+    "mamba2-signed": Row(
+        "mamba2",
+        reference.mamba2,
+        SMALL | HEADS | SIGNED | {"convolution": False},
+    ),
     "gla": Row("gla", reference.gla, HEADS | {"d_key": 4}),
     "gla-signed": Row("gla", reference.gla, HEADS | SIGNED | {"d_key": 4}),
     "deltanet": Row("deltanet", reference.delta_rule, HEADS),
@@ -78,6 +84,7 @@ ROWS = {
     ),
     "rwkv7": Row("rwkv7", reference.rwkv7, HEADS),
     "mlstm": Row("mlstm", reference.mlstm, HEADS),
+    "mlstm-plain": Row("mlstm", reference.mlstm, HEADS | {"convolution": False}),
     "plstm": Row("plstm", reference.plstm, HEADS),
     "min_gru": Row("min_gru", reference.min_gru, SMALL),
     "min_lstm": Row("min_lstm", reference.min_lstm, SMALL),

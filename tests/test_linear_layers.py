@@ -391,7 +391,7 @@ BAD_ARGUMENTS = {
     "form": (("s4d",), {"form": "fft"}, "auto, scan, convolution"),
     "odd state": (("s4d",), {"d_state": 7}, "`d_state` must be even, got 7"),
     "convolution": (
-        ("deltanet", "gated_deltaproduct"),
+        ("deltanet", "gated_deltaproduct", "mamba", "mamba2", "mlstm"),
         {"convolution": 4},
         "must be True or False, got 4",
     ),

@@ -1,5 +1,6 @@
 """Mamba: a diagonal state space whose step size, B and C depend on the input."""
 
+import functools as ft
 import math
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear, widen
+from pararnn._parameters import affine, check_flag, check_size, linear, widen
 from pararnn.scan import fused_scan
 
 from .._layer import AbstractLayer
@@ -19,6 +20,7 @@ from ..parts import (
     check_choice,
     check_range,
     complex_zeros,
+    empty_window,
     leading,
     short_convolution,
     signed,
@@ -53,8 +55,8 @@ class Mamba(AbstractLayer):
     """
 
     W_in: Float[Array, "2*inner d_model"]
-    conv_weight: Float[Array, "inner 4"]
-    conv_bias: Float[Array, " inner"]
+    conv_weight: Float[Array, "inner 4"] | None
+    conv_bias: Float[Array, " inner"] | None
     W_x: Float[Array, "rank+2*d_state inner"]
     W_dt: Float[Array, "inner rank"]
     b_dt: Float[Array, " inner"]
@@ -76,6 +78,7 @@ class Mamba(AbstractLayer):
         eigenvalues: Eigenvalues = "positive",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        convolution: bool = True,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -89,6 +92,8 @@ class Mamba(AbstractLayer):
         - `eigenvalues`: `"positive"`, `"signed"` or `"complex"`.
         - `dt_min`, `dt_max`: at the start $\mathrm{softplus}(b_{dt})$ is log-uniform
             between them, and at least 1e-4.
+        - `convolution`: whether each channel of $u$ sees the three steps before;
+            without, $u$ is $\mathrm{SiLU}(u)$.
         - `dtype`: of the parameters; JAX's default floating point if not given.
         - `key`: a key of `jax.random`. $A = -(1, 2, \dots)$ at the start, with
             $A_{imag} = \pi (0, 1, \dots)$ and a real part of -1/2 where complex;
@@ -117,8 +122,10 @@ class Mamba(AbstractLayer):
             )
         self.eigenvalues = eigenvalues
         self.W_in = draw.weight(2 * inner, d_model)
-        self.conv_weight = draw.weight(inner, WIDTH)
-        self.conv_bias = draw.uniform((inner,), -(WIDTH**-0.5), WIDTH**-0.5)
+        self.conv_weight = self.conv_bias = None
+        if check_flag("Mamba", "convolution", convolution):
+            self.conv_weight = draw.weight(inner, WIDTH)
+            self.conv_bias = draw.uniform((inner,), -(WIDTH**-0.5), WIDTH**-0.5)
         self.W_x = draw.weight(rank + 2 * d_state, inner)
         self.W_dt = draw.weight(inner, rank)
         self.b_dt = draw.step_bias((inner,), dt_min, dt_max)
@@ -132,12 +139,12 @@ class Mamba(AbstractLayer):
             self.A_imag = draw.full(np.tile(np.pi * modes, (inner, 1)))
 
     def init_state(self):
-        """The last inputs of the convolution `[3, inner]`, and the state
-        `[inner, d_state]`, or complex `[inner, d_state // 2]`: zeros."""
+        """The last inputs of the convolution `[3, inner]`, if there is one, and the
+        state `[inner, d_state]`, or complex `[inner, d_state // 2]`: zeros."""
         shape, dtype = self.A_log.shape, self.precision()
         is_complex = self.A_imag is not None
         state = complex_zeros(shape, dtype) if is_complex else jnp.zeros(shape, dtype)
-        return jnp.zeros((WIDTH - 1, shape[0]), dtype), state
+        return empty_window(self.conv_weight, dtype), state
 
     def recurrent_state(self, state):
         return state[1]
@@ -159,24 +166,24 @@ class Mamba(AbstractLayer):
         if self.A_imag is not None:
             A = lax.complex(A, self.A_imag.astype(A.dtype))
             B, C = (lax.complex(*jnp.split(v, 2, axis=-1)) for v in (B, C))
-        # Channels last: what a loop vectorises over.
-        A, state = A.T, state.T
+        # Channels last: what a loop vectorises over. A single mode has no axis, along
+        # which XLA would sum several times slower than without it.
+        modes, A, last = A.shape[1:], A.T, state.T
+        full_product = ft.partial(jnp.tensordot, precision=lax.Precision.HIGHEST)
+        if modes == (1,):
+            A, last, B, C = A[0], last[0], B[:, 0], C[:, 0]
 
         def terms(at_t):
             dt, u, B, _ = at_t
-            decay = signed(jnp.exp(dt[None].astype(A.dtype) * A), self.eigenvalues)
-            return decay, _full("n,d->nd", B, (dt * u).astype(B.dtype))
+            exponent = jnp.broadcast_to(dt.astype(A.dtype), A.shape) * A
+            decay = signed(jnp.exp(exponent), self.eigenvalues)
+            return decay, full_product(B, (dt * u).astype(B.dtype), 0)
 
         def read(state, at_t):
             *_, C = at_t
-            return _full("nd,n->d", state, C)
+            return full_product(C, state, C.ndim)
 
-        ys, state = fused_scan(terms, read, (dt, u, B, C), state, reset=reset)
+        ys, last = fused_scan(terms, read, (dt, u, B, C), last, reset=reset)
         ys = ys if self.A_imag is None else 2 * ys.real
         ys = (ys + leading(D, 2) * u) * jax.nn.silu(z)
-        return linear(self.W_out, ys), (window, state.T)
-
-
-def _full(axes: str, a, b):
-    """A product at full float32 precision."""
-    return jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST)
+        return linear(self.W_out, ys), (window, last.reshape(*modes, -1).T)

@@ -125,9 +125,8 @@ class AbstractDeltaRule(AbstractLayer):
 
         def features(weight, conv, window):
             drive = linear(weight.reshape(-1, weight.shape[-1]), xs)
-            if conv is not None:
-                taps = conv.reshape(-1, WIDTH)
-                drive, window = short_convolution(drive, window, taps, reset=reset)
+            taps = None if conv is None else conv.reshape(-1, WIDTH)
+            drive, window = short_convolution(drive, window, taps, reset=reset)
             return jax.nn.silu(drive), window
 
         def substeps(v):

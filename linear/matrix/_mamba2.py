@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, linear, widen
+from pararnn._parameters import check_flag, check_size, linear, widen
 from pararnn.scan import matrix_scan
 
 from .._layer import AbstractLayer
@@ -15,6 +15,7 @@ from ..parts import (
     Draw,
     check_choice,
     check_range,
+    empty_window,
     log_decay,
     merge_heads,
     rms_norm,
@@ -47,8 +48,8 @@ class Mamba2(AbstractLayer):
     """
 
     W_in: Float[Array, "2*inner+2*d_state+heads d_model"]
-    conv_weight: Float[Array, "inner+2*d_state 4"]
-    conv_bias: Float[Array, " inner+2*d_state"]
+    conv_weight: Float[Array, "inner+2*d_state 4"] | None
+    conv_bias: Float[Array, " inner+2*d_state"] | None
     dt_bias: Float[Array, " heads"]
     A_log: Float[Array, " heads"]
     D: Float[Array, " heads"]
@@ -69,6 +70,7 @@ class Mamba2(AbstractLayer):
         eigenvalues: Literal["positive", "signed"] = "positive",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        convolution: bool = True,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -82,6 +84,8 @@ class Mamba2(AbstractLayer):
         - `eigenvalues`: `"positive"` or `"signed"`, the decays in (0, 1) or (-1, 1).
         - `dt_min`, `dt_max`: at the start $\mathrm{softplus}(b_{dt})$ is log-uniform
             between them, and at least 1e-4.
+        - `convolution`: whether each channel of $(u, B, C)$ sees the three steps
+            before; without, they pass the SiLU alone.
         - `dtype`: of the parameters; JAX's default floating point if not given.
         - `key`: a key of `jax.random`. $\exp(A^{\log})$ is uniform in [1, 16], $D = 1$.
 
@@ -105,8 +109,10 @@ class Mamba2(AbstractLayer):
         self.eigenvalues = eigenvalues
         convolved = inner + 2 * d_state
         self.W_in = draw.weight(inner + convolved + heads, d_model)
-        self.conv_weight = draw.weight(convolved, WIDTH)
-        self.conv_bias = draw.uniform((convolved,), -(WIDTH**-0.5), WIDTH**-0.5)
+        self.conv_weight = self.conv_bias = None
+        if check_flag("Mamba2", "convolution", convolution):
+            self.conv_weight = draw.weight(convolved, WIDTH)
+            self.conv_bias = draw.uniform((convolved,), -(WIDTH**-0.5), WIDTH**-0.5)
         self.dt_bias = draw.step_bias((heads,), dt_min, dt_max)
         self.A_log = draw.log_of_uniform((heads,), 1, 16)
         self.D = draw.full(jnp.ones(heads))
@@ -114,11 +120,11 @@ class Mamba2(AbstractLayer):
         self.W_out = draw.weight(d_model, inner)
 
     def init_state(self):
-        """The last inputs of the convolution `[3, inner + 2 * d_state]`, and the
-        matrices `[heads, d_state, inner // heads]`: zeros."""
+        """The last inputs of the convolution `[3, inner + 2 * d_state]`, if there is
+        one, and the matrices `[heads, d_state, inner // heads]`: zeros."""
         dtype, inner = self.precision(), len(self.norm_weight)
         return (
-            jnp.zeros((WIDTH - 1, inner + 2 * self.d_state), dtype),
+            empty_window(self.conv_weight, dtype),
             jnp.zeros((self.heads, self.d_state, inner // self.heads), dtype),
         )
 
@@ -127,8 +133,10 @@ class Mamba2(AbstractLayer):
 
     def mix(self, xs, state, reset):
         window, state = state
-        inner, convolved = len(self.norm_weight), len(self.conv_bias)
-        z, u, dt = jnp.split(linear(self.W_in, xs), [inner, inner + convolved], axis=-1)
+        inner = len(self.norm_weight)
+        z, u, dt = jnp.split(
+            linear(self.W_in, xs), [inner, 2 * (inner + self.d_state)], axis=-1
+        )
         u, window = short_convolution(
             u, window, self.conv_weight, self.conv_bias, reset=reset
         )

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear
+from pararnn._parameters import affine, check_flag, check_size, linear
 from pararnn.scan import matrix_scan, max_plus_scan, shift
 
 from .._layer import AbstractLayer
 from ..parts import (
     WIDTH,
     Draw,
+    empty_window,
     head_size,
     merge_heads,
     rms_norm,
@@ -44,8 +45,8 @@ class MLSTM(AbstractLayer):
     W_q: Float[Array, "features_k d_model"]
     W_k: Float[Array, "features_k d_model"]
     W_v: Float[Array, "features_v d_model"]
-    conv_weight: Float[Array, "d_model 4"]
-    conv_bias: Float[Array, " d_model"]
+    conv_weight: Float[Array, "d_model 4"] | None
+    conv_bias: Float[Array, " d_model"] | None
     W_i: Float[Array, "heads d_model"]
     W_f: Float[Array, "heads d_model"]
     b_i: Float[Array, " heads"]
@@ -63,6 +64,7 @@ class MLSTM(AbstractLayer):
         heads: int = 1,
         d_key: int | None = None,
         d_value: int | None = None,
+        convolution: bool = True,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
@@ -72,6 +74,8 @@ class MLSTM(AbstractLayer):
         - `heads`: number of states, each a matrix `[d_key, d_value]`.
         - `d_key`, `d_value`: sizes of a key and a value of one head;
             `d_model // heads` if not given.
+        - `convolution`: whether $c$ sees the three steps before; without, it is
+            SiLU of the input.
         - `dtype`: of the parameters; JAX's default floating point if not given.
         - `key`: a key of `jax.random`. The gates' weights are zero at the start, the
             forget biases evenly from 3 to 6, the input biases of deviation 0.1.
@@ -85,8 +89,10 @@ class MLSTM(AbstractLayer):
         features_v = heads * head_size("MLSTM", "d_value", d_value, d_model, heads)
         self.W_q, self.W_k = (draw.weight(features_k, d_model) for _ in range(2))
         self.W_v = draw.weight(features_v, d_model)
-        self.conv_weight = draw.weight(d_model, WIDTH)
-        self.conv_bias = draw.uniform((d_model,), -(WIDTH**-0.5), WIDTH**-0.5)
+        self.conv_weight = self.conv_bias = None
+        if check_flag("MLSTM", "convolution", convolution):
+            self.conv_weight = draw.weight(d_model, WIDTH)
+            self.conv_bias = draw.uniform((d_model,), -(WIDTH**-0.5), WIDTH**-0.5)
         self.W_i, self.W_f = (draw.full(jnp.zeros((heads, d_model))) for _ in range(2))
         self.b_i = draw.normal((heads,), 0.1)
         self.b_f = draw.full(jnp.linspace(3.0, 6.0, heads))
@@ -95,13 +101,14 @@ class MLSTM(AbstractLayer):
         self.W_out = draw.weight(d_model, features_v)
 
     def init_state(self):
-        """The last inputs of the convolution `[3, d_model]`, the matrices
-        `[heads, K, V]`, the normalisers `[heads, K]` and the stabilisers `[heads]`:
-        zeros."""
+        """The last inputs of the convolution `[3, d_model]`, if there is one, the
+        matrices `[heads, K, V]`, the normalisers `[heads, K]` and the stabilisers
+        `[heads]`: zeros."""
         dtype, heads = self.precision(), self.heads
         d_key, d_value = (len(W) // heads for W in (self.W_q, self.W_v))
-        shapes = (WIDTH - 1, self.d_model), (heads, d_key, d_value), (heads, d_key)
-        return tuple(jnp.zeros(shape, dtype) for shape in (*shapes, (heads,)))
+        shapes = (heads, d_key, d_value), (heads, d_key), (heads,)
+        zeros = tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        return empty_window(self.conv_weight, dtype), *zeros
 
     def recurrent_state(self, state):
         return state[1:]

@@ -1,7 +1,7 @@
 """The causal convolution over a few steps in front of a recurrence."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, DTypeLike, Float
 
 from pararnn._parameters import leading, widen
 from pararnn.scan import delays, running_max, shift
@@ -11,17 +11,20 @@ WIDTH = 4
 
 def short_convolution(
     xs: Float[Array, "T channels"],
-    window: Float[Array, "3 channels"],
-    weight: Float[Array, "channels 4"],
+    window: Float[Array, "3 channels"] | None,
+    weight: Float[Array, "channels 4"] | None,
     bias: Float[Array, " channels"] | None = None,
     *,
     reset: Bool[Array, " T"] | None,
-) -> tuple[Float[Array, "T channels"], Float[Array, "3 channels"]]:
+) -> tuple[Float[Array, "T channels"], Float[Array, "3 channels"] | None]:
     r"""$c_t = b + \sum_{j=0}^{3} w_{3-j} \odot x_{t-j}$, channel by channel.
 
     `window` holds the last inputs before the sequence, oldest first; the new window is
-    returned. Inputs from before a reset are left out, by selection.
+    returned. Inputs from before a reset are left out, by selection. A layer without a
+    convolution has neither weights nor a window; then the inputs are returned.
     """
+    if weight is None or window is None:
+        return xs, window
     xs, window, weight = widen(xs, window, weight)
     steps, earlier = xs.shape[0], delays(window, xs)
     index = jnp.arange(steps, dtype=jnp.int32)
@@ -45,6 +48,13 @@ def short_convolution(
         age = jnp.arange(WIDTH - 2, -1, -1, dtype=jnp.int32)
         window = jnp.where((steps - 1 - age >= newest[-1])[:, None], window, 0)
     return ys, window
+
+
+def empty_window(
+    weight: Float[Array, "channels 4"] | None, dtype: DTypeLike
+) -> Float[Array, "3 channels"] | None:
+    """What a fresh state holds for a convolution of these weights: zeros, if any."""
+    return None if weight is None else jnp.zeros((WIDTH - 1, len(weight)), dtype)
 
 
 def shifted(

@@ -46,8 +46,8 @@ def fused_scan(
     - `initial`: $h_0$, `[*state]`, real or complex.
     - `reset`: bool `[T]`. Where true, that step starts from zeros, whatever came
         before, infinities and NaN too.
-    - `form`: `"fused"`, `"stored"`, or `"auto"`: fused on a CPU, stored elsewhere and
-        where devices share time.
+    - `form`: `"fused"`, `"stored"`, or `"auto"`: fused on a CPU where states are larger
+        than outputs, stored otherwise and where devices share time.
 
     **Returns:** outputs `[T, ...]`, and $h_T$ in the promoted dtype of $h_0$, $a_t$ and
     $b_t$, at least 32 bits wide, in which all states are computed.
@@ -63,12 +63,17 @@ def fused_scan(
     """
     steps = _length(inputs)
     check_reset("fused_scan", reset, None, steps)
-    initial = _start(terms, inputs, jnp.asarray(initial))
+    first = jax.tree.map(
+        lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[1:], jnp.result_type(v)), inputs
+    )
+    initial = _start(terms, first, jnp.asarray(initial))
+    output = sum(v.size for v in jax.tree.leaves(jax.eval_shape(read, initial, first)))
 
     def whole(at_t):
         return tuple(jnp.broadcast_to(v, initial.shape) for v in terms(at_t))
 
-    run = _fused if choose_fused(form, time_shards(steps)) else _stored
+    fused = choose_fused(form, time_shards(steps), initial.size, output)
+    run = _fused if fused else _stored
     return run(whole, read, inputs, initial, reset)
 
 
@@ -119,11 +124,8 @@ def _length(inputs: PyTree[Array]) -> int:
     return lengths.pop()[0]
 
 
-def _start(terms, inputs, initial: Array) -> Array:
+def _start(terms, first, initial: Array) -> Array:
     """The first state in the dtype of all of them, once the terms are known to fit."""
-    first = jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[1:], jnp.result_type(v)), inputs
-    )
     made = jax.eval_shape(terms, first)
     pair = isinstance(made, tuple) and len(made) == 2
     if not pair or not all(isinstance(v, jax.ShapeDtypeStruct) for v in made):
