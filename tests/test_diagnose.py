@@ -229,15 +229,15 @@ def test_nothing_to_try(tmp_path):
 
 @pytest.mark.parametrize("method", [Newton(), Newton(8)], ids=["one", "eight"])
 def test_a_shorter_length_is_a_shorter_recurrence(method):
-    f, xs, h0 = tanh_cell(2.0), noise(128), jnp.full(8, 0.3)
-    d = diagnose(f, xs, h0, methods=[method], lengths=[32])
+    f, xs, h0 = tanh_cell(2.0), noise(256), jnp.full(8, 0.3)
+    d = diagnose(f, xs, h0, methods=[method], lengths=[96])
     (report,) = d.methods.values()
-    segments = method.segments and 2  # of the same length
+    segments = method.segments and 3  # of the same length
     alone = type(method)(segments)
     sol = jax.jit(
         lambda xs: solve(f, xs, h0, solver=alone, max_steps=100, throw=False)
-    )(xs[:32])
-    assert report.lengths == (32, 128) and report.converged[0]
+    )(xs[:96])
+    assert report.lengths == (96, 256) and report.converged[0]
     # What is cut off takes one step itself.
     assert abs(report.steps[0] - int(sol.stats["num_steps"])) <= 1
 

@@ -25,14 +25,10 @@ from jaxtyping import Array, Bool
 from ..scan import join_time, shift, split_time, spread, time_shards
 from ._recurrence import Batch
 from ._structure import Structure
+from ._warm_up import warm_up
 
 if TYPE_CHECKING:
     from .methods import AbstractMethod
-
-# Steps of the initial guess. On the GRUs of the benchmarks one more of them divides the
-# residual by three to four, and three of them save one Newton step over one: 3 steps
-# for 4, in 10 of 18 rows.
-WARM_UP = 3
 
 # One step of the cell and of the transition that is pushed along.
 Push = Callable[[Callable[[Array], Array], Array, Array], tuple[Array, Array]]
@@ -127,7 +123,7 @@ class Segments:
         if guess is not None:
             ends = self._ravel(tuple(self._split(leaf)[-1] for leaf in guess))
         else:
-            ends = self._warm_up()
+            ends = warm_up(self._step, self.h0, self.inputs, self.shards)
         ends = jnp.where(jnp.isfinite(ends), ends, self.restart)
         batch_shape = self.h0.shape[:-1]
         starts = shift(self.h0, ends)
@@ -143,24 +139,6 @@ class Segments:
             ),
             best=best if may_fail else None,
         )
-
-    def _warm_up(self) -> Array:
-        """The segments' ends: a few steps from h0 with the inputs just before them.
-
-        States of the right scale, and where no cell overflows that does not anyway.
-        """
-        # Loops: steps written out are merged by XLA, which then recomputes them often.
-        starts = jnp.broadcast_to(self.h0, (self.count, *self.h0.shape))
-        if self.length == 1:
-            first = jax.tree.map(lambda x: x[0], self.inputs)
-
-            def again(_, before):
-                return shift(self.h0, self._step(before, first))
-
-            before = lax.fori_loop(0, WARM_UP - 1, again, starts)
-            return self._step(before, first)
-        before = jax.tree.map(lambda x: x[-WARM_UP:], self.inputs)
-        return lax.scan(lambda h, x: (self._step(h, x), None), starts, before)[0]
 
     def _ravel(self, leaves):
         return self.over.lift_state(self.recurrence.ravel)(leaves)
