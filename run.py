@@ -126,7 +126,9 @@ def run_tests(arguments: list[str]) -> dict[str, int]:
     pytest = (PYTHON, "-m", "pytest")
     if arguments:
         return {"tests": call(*pytest, *arguments, purpose="tests")}
-    both = (*pytest, "-n", "2", "-m")
+    # Whole files to each worker: what is shared within one is then made once.
+    shared = ("--dist", "loadfile", "--no-loadscope-reorder")
+    both = (*pytest, "-n", "2", *shared, "-m")
     return {
         "tests": call(
             *(*both, "not optimised"),

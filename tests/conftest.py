@@ -21,6 +21,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+# The files that take longest, from the longest. Where every worker takes whole files,
+# as in `run.py`, the short ones are left to even out the end.
+LONGEST = (
+    *("sharding", "linear_layers", "solve", "comparison", "methods", "cells_solved"),
+    *("examples", "derivatives", "implicit", "rnn", "diffrax", "matrix_scan"),
+    *("training", "models", "dynamics", "benchmarks"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture
 def getkey(request):
     """A function that returns a new random key at each call, the same every run."""

@@ -204,6 +204,69 @@ def twice(v):
     return jnp.stack([v, other])
 
 
+W, A = matrices(1, N, D_INPUT), matrices(4, N)
+
+
+@jax.jit
+def closed(h, x):
+    return jnp.tanh(A * h + W @ x)
+
+
+def guarded(h, x):
+    """A loop that would not end for the inputs that do not take it."""
+
+    def endless(v):
+        return lax.while_loop(lambda v: v > 0, lambda v: v - x[0], v)
+
+    end = lax.cond(x[0] > 0.1, endless, lambda v: v, 1.0)
+    return jnp.tanh(A * h + W @ x + end)
+
+
+def drawn(h, key):
+    """Another number if it is drawn together with others."""
+    return jnp.tanh(A * h + W @ jr.normal(key, (D_INPUT,)))
+
+
+def constant(h, x):
+    return jnp.tanh(A * h[0] + W @ x), jnp.asarray(2.0)
+
+
+AS_WRITTEN = {
+    "a jitted function that holds arrays": (closed, vectors(), jnp.zeros(N)),
+    "a branch": (guarded, vectors(), jnp.zeros(N)),
+    "keys of another kind": (
+        drawn,
+        jr.split(jr.key(0, impl="rbg"), T),
+        jnp.zeros(N),
+    ),
+    "a number in the program": (constant, vectors(), (jnp.zeros(N), jnp.zeros(()))),
+}
+
+
+@pytest.mark.parametrize("name", AS_WRITTEN)
+def test_equals_scan_as_it_is_written(name):
+    """Not even under `jit`, whose arguments would be all that a cell holds."""
+    f, xs, h0 = AS_WRITTEN[name]
+    found = solve(f, xs, h0, solver=Sequential())
+    assert_close(found.states, jax.jit(lambda xs: scan(f, xs, h0))(xs), 1e-11)
+
+
+def test_what_stays_small():
+    """A matrix for each step would be cheap to make, and much to store."""
+    n = 40
+    P = jr.normal(jr.key(0), (n, n, 2))
+    of_h = make_recurrence(
+        "test", lambda h, x: jnp.tanh((P @ x) @ h), jnp.ones((T, 2)), jnp.ones(n)
+    )
+    summed = make_recurrence(
+        "test",
+        lambda h, x: jnp.tanh(h + jnp.sum(jnp.tanh(P @ x), 1)),
+        jnp.ones((T, 2)),
+        jnp.ones(n),
+    )
+    assert divide(of_h) is None and divide(summed) is None
+
+
 def printing(p, h, x):
     jax.debug.print("{}", x[0], ordered=False)
     return jnp.tanh(h + p["W"] @ x)

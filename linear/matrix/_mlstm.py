@@ -33,9 +33,9 @@ class MLSTM(AbstractLayer):
     \end{aligned}$$
 
     Queries, keys ($/ \sqrt{K}$) and the gates $i = W_i c + b_i$, $f = W_f c + b_f$
-    come from $c$ = SiLU of a short causal convolution of the inputs, values from the
-    inputs. $m$ is a max-plus scan, and both gates are at most 1, so that nothing
-    overflows.
+    come from $c$ = SiLU of the inputs, behind a short causal convolution if there is
+    one, values from the inputs. $m$ is a max-plus scan, and both gates are at most 1,
+    so that nothing overflows.
 
     ??? cite "Source"
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend as jex
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._program import (
@@ -30,20 +31,32 @@ from ._recurrence import Batch, Recurrence, _shape_dtype
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 # They compute nothing: XLA makes them part of what reads them.
 LAYOUTS = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "split"}
+# They would be something else for all steps at once: `vmap` takes every branch, and as
+# many turns as the longest loop; a callback may not know how; and what is drawn from
+# keys other than JAX's own kind depends on how many are drawn at once.
+STAYING = {"cond", "while", "pure_callback", "io_callback", "ffi_call"}
+STAYING |= {"rng_bit_generator", "rng_uniform"}
 
 # What a number that is stored for each step, and read by it, costs in operations; and
 # the part of a step's operations below which saving them is not worth a program.
 STORED = 8
 WORTHWHILE = 1 / 8
-# Prepared numbers that stay in cache until they are read. They are a sixteenth of the
-# whole at most, for the sake of memory.
-WINDOW = 2**18
+# How many times as large as a state and an input together anything may be that is
+# computed for all steps at once.
+LARGEST = 16
+# Prepared numbers that stay in cache until they are read, by a loop that prepares some
+# steps at a time; and how many at least.
+WINDOW, SHORTEST = 2**18, 32
 
 
 class Division(NamedTuple):
-    """A step as `advance(h, prepare(x))`, both programs of the cell's constants too."""
+    """A step as `advance(h, kept, prepare(x))`, programs of the cell's constants too.
+
+    `kept` are the places of the leaves of x that are read in the step as they are.
+    """
 
     prepare: jex.core.Jaxpr
+    kept: list[int]
     advance: Recurrence
 
 
@@ -55,21 +68,25 @@ def divide(recurrence: Recurrence) -> Division | None:
     if not PRODUCTS & primitives_of(recurrence.jaxpr):
         return None
     count, width = len(recurrence.constant_structs), len(recurrence.state_leaves)
-    program = without_calls(
-        recurrence.jaxpr,
-        *(*recurrence.constant_structs, *recurrence.state_leaves),
-        *recurrence.x_structs,
-    )
+    whole = recurrence.jaxpr
+    given = [*whole.constvars, *whole.invars]
+    whole = part_of(whole, whole.eqns, given, whole.outvars)
+    program = without_calls(jex.core.ClosedJaxpr(whole, [])).jaxpr
     constants, h, x = _split(program.invars, count, count + width)
     cut = _cut(program, h, x)
     if not cut.worthwhile:
         return None
+    kept = [i for i, v in enumerate(x) if v in cut.read_later]
+    made = [v for v in _written(cut.prepared) if v in cut.read_later]
+    left = [*(x[i] for i in kept), *made]
+    # (A copy that describes the rest of the step; nothing else of it is asked for.)
     advance = copy.copy(recurrence)
     advance.jaxpr = part_of(
-        program, cut.advancing, [*h, *cut.stored], program.outvars, constants
+        program, cut.advancing, [*h, *left], program.outvars, constants
     )
-    advance.x_structs = [_shape_dtype(v.aval) for v in cut.stored]
-    return Division(part_of(program, cut.prepared, x, cut.stored, constants), advance)
+    advance.x_structs = [_shape_dtype(v.aval) for v in left]
+    prepare = part_of(program, cut.prepared, x, made, constants)
+    return Division(prepare, kept, advance)
 
 
 class InputPart:
@@ -84,8 +101,9 @@ class InputPart:
         self.batch = Batch(division.advance)
         for parameters, (leaves, reset) in batch.levels:
             varies = jtu.tree_leaves((parameters[0], leaves))
-            made = tuple(0 if varies else None for _ in division.prepare.outvars)
-            self.batch = self.batch.under(parameters, (made, reset))
+            kept = [leaves[i] for i in division.kept]
+            made = [0 if varies else None for _ in division.prepare.outvars]
+            self.batch = self.batch.under(parameters, ((*kept, *made), reset))
 
     def prepare(self, parameters, inputs):
         """The inputs of `batch`, `[T, *batch, ...]`, from those of the problem."""
@@ -100,20 +118,24 @@ class InputPart:
             axes = constants_axes, leaves_axes
             if jtu.tree_leaves(axes):
                 over = jax.vmap(over, in_axes=axes)
-        return jax.vmap(over, in_axes=(None, 0))(constants, leaves), reset
+        made = jax.vmap(over, in_axes=(None, 0))(constants, leaves)
+        return (*(leaves[i] for i in self._division.kept), *made), reset
 
     def window(self, steps: int, sequences: int) -> int:
-        """How many steps to prepare at once, where they are then taken one by one."""
+        """How many steps to prepare at once, where they are then taken one by one.
+
+        At most a sixteenth of them, for the sake of memory, if that is not too few.
+        """
         numbers = sequences * _size(self._division.prepare.outvars)
-        return max(32, min(steps // 16, WINDOW // max(1, numbers)))
+        return max(SHORTEST, min(steps // 16, WINDOW // max(1, numbers)))
 
 
 class _Cut(NamedTuple):
-    """Equations of a step, and the numbers that go from the first to the others."""
+    """Equations of a step, and what those of the second list read, among others."""
 
     prepared: list[Any]
     advancing: list[Any]
-    stored: list[jex.core.Var]
+    read_later: set[jex.core.Var]
     worthwhile: bool
 
 
@@ -123,7 +145,9 @@ def _cut(program: jex.core.Jaxpr, h, x) -> _Cut:
     But not what only makes numbers into more numbers, such as a broadcast, at the end
     of it: then the fewer are stored.
     """
-    of_h, of_x = _reached(program, h), _reached(program, x)
+    of_x = _reached(program, x)
+    staying = [e for e in program.eqns if _stays(e) and not of_x.isdisjoint(e.outvars)]
+    of_h = _reached(program, [*h, *(v for e in staying for v in e.outvars)])
     mixed = [e for e in program.eqns if not of_h.isdisjoint(e.outvars)]
     read_later = _read(mixed) | set(variables(program.outvars))
     prepared, delayed, read_before = [], [], set()
@@ -140,17 +164,30 @@ def _cut(program: jex.core.Jaxpr, h, x) -> _Cut:
         else:
             prepared.append(eqn)
             read_before |= operands
-    made = [v for eqn in reversed(prepared) for v in eqn.outvars]
-    stored = [v for v in (*x, *made) if v in read_later]
+    prepared.reverse()
+    stored = read_later.intersection(_written(prepared))
     saved = sum(map(_operations, prepared))
-    gain = saved - STORED * max(0, _size(stored) - _size(x))
-    of_either = sum(_operations(e) for e in mixed) + saved
+    added = _size(stored) + _size(read_later.intersection(x)) - _size(x)
+    gain = saved - STORED * max(0, added)
+    of_either = sum(map(_operations, mixed)) + saved
+    largest = max((_size(e.outvars) for e in prepared), default=0)
+    small = max(largest, _size(stored)) <= LARGEST * (_size(h) + _size(x))
     return _Cut(
         _with_constants(program, prepared, of_x | of_h, stored),
         _with_constants(program, mixed + delayed, of_x | of_h, program.outvars),
-        stored,
-        bool(stored) and gain > WORTHWHILE * of_either,
+        read_later,
+        bool(stored) and small and gain > WORTHWHILE * of_either,
     )
+
+
+def _stays(eqn) -> bool:
+    """Whether an equation has to be done one step at a time."""
+    names = {eqn.primitive.name}
+    for inner in inner_programs(eqn.params):
+        names |= primitives_of(inner)
+    dtypes = _dtypes((*variables(eqn.invars), *eqn.outvars))
+    keys = {str(d) for d in dtypes if jnp.issubdtype(d, jax.dtypes.prng_key)}
+    return not STAYING.isdisjoint(names) or bool(keys - {"key<fry>"})
 
 
 def _split(sequence, *bounds):
@@ -171,6 +208,10 @@ def _read(eqns) -> set:
     return {v for eqn in eqns for v in variables(eqn.invars)}
 
 
+def _written(eqns) -> list:
+    return [v for eqn in eqns for v in eqn.outvars]
+
+
 def _with_constants(program: jex.core.Jaxpr, eqns, varying: set, outvars) -> list:
     """Equations in the program's order, with those that they need of constants."""
     chosen = set(map(id, eqns))
@@ -183,8 +224,13 @@ def _with_constants(program: jex.core.Jaxpr, eqns, varying: set, outvars) -> lis
     return found[::-1]
 
 
-def _size(variables) -> int:
-    return sum(math.prod(v.aval.shape) for v in variables)
+def _size(of) -> int:
+    """How many numbers some variables hold."""
+    return sum(math.prod(v.aval.shape) for v in of)
+
+
+def _dtypes(of) -> set:
+    return {v.aval.dtype for v in of}
 
 
 def _operations(eqn) -> int:

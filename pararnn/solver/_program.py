@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.extend as jex
+import jax.numpy as jnp
 from jaxtyping import Array
 
 # What a function that was jitted inside of another is called.
@@ -53,7 +54,9 @@ def part_of(
 
 def evaluate(program: jex.core.Jaxpr, constants: Sequence, *args) -> list[Array]:
     """What the program returns."""
-    return jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(program, constants))(*args)
+    outs = jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(program, constants))(*args)
+    # A number that was written into the program is returned as such.
+    return [out if isinstance(out, jax.Array) else jnp.asarray(out) for out in outs]
 
 
 def evaluate_inlined(
@@ -80,14 +83,16 @@ def evaluate_inlined(
     return [read(v) for v in program.outvars]
 
 
-def without_calls(program: jex.core.Jaxpr, *structs) -> jex.core.Jaxpr:
-    """The program on constants and arguments of these shapes, jitted calls inlined.
+def calls_hold_arrays(program: jex.core.Jaxpr) -> bool:
+    """Whether a jitted function in it closes over arrays that JAX knows."""
+    calls = [e.params["jaxpr"] for e in program.eqns if e.primitive.name in JITTED]
+    return any(call.consts or calls_hold_arrays(call.jaxpr) for call in calls)
 
-    Its arguments are the constants of the given one and behind them its arguments.
-    """
-    count = len(program.constvars)
+
+def without_calls(closed: jex.core.ClosedJaxpr) -> jex.core.ClosedJaxpr:
+    """The program with jitted functions inlined, and what they hold made its own."""
 
     def run(*args):
-        return evaluate_inlined(program, args[:count], *args[count:], calls=JITTED)
+        return evaluate_inlined(closed.jaxpr, closed.consts, *args, calls=JITTED)
 
-    return jax.make_jaxpr(run)(*structs).jaxpr
+    return jax.make_jaxpr(run)(*closed.in_avals)

@@ -13,7 +13,14 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from ..scan import promote
-from ._program import JITTED, evaluate, evaluate_inlined, primitives_of
+from ._program import (
+    JITTED,
+    calls_hold_arrays,
+    evaluate,
+    evaluate_inlined,
+    primitives_of,
+    without_calls,
+)
 
 
 class Recurrence:
@@ -51,6 +58,9 @@ class Recurrence:
         closed, out = jax.make_jaxpr(flat, return_shape=True)(
             *self.state_leaves, *x_structs
         )
+        if calls_hold_arrays(closed.jaxpr):
+            # Then the cell closes over them itself, and they are parameters like all.
+            closed = without_calls(closed)
         self.refinement: jex.core.Jaxpr | None = None
         refining = []
         if refine is not None:
@@ -89,7 +99,7 @@ class Recurrence:
         return constants
 
     def step(self, parameters, h, x):
-        """One step on leaves, with the reset, exactly as the cell computes it."""
+        """One step on leaves, with the reset, as the cell computes it."""
         return self._evaluate(parameters, h, x, inline=False)
 
     def smooth_step(self, parameters, h, x):

@@ -16,6 +16,7 @@ from ._recurrence import Batch
 class Sequential(eqx.Module):
     """One step after the other, by `jax.lax.scan`: always exact, never parallel.
 
+    What a step computes of its input alone may be computed before, for many steps.
     Where devices share time, they step through their stretches in turns.
     """
 

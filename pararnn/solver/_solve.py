@@ -67,8 +67,9 @@ def solve(
     - `initial_guess`: where a method starts from: a trajectory like the states (in
         training, the states of the step before: a warm start), a function of `(xs, h0)`
         that returns one or `None`, `"cell"` for $f(0, x_t)$, `"h0"`, `"zeros"`, or
-        `None` for a few steps from `h0` with the inputs just before each segment. Only
-        speed depends on it, and no derivative. Where it is not finite, `h0` stands in.
+        `None` for steps from `h0`, 3 to 64, with the inputs just before each segment.
+        Only speed depends on it, and no derivative. Where it is not finite, `h0` stands
+        in.
     - `max_steps`: limit on the steps of a method. `None` is the number of segments,
         after which the answer is exact but for rounding (and some more for a
         [`pararnn.Implicit`][], see there); `Auto` and `Ladder` then take
