@@ -27,11 +27,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-# Compiles the tests' small programs in half the time: LLVM without optimisation, and
-# XLA's own emitters in place of MLIR's. What they compute is the same; the tests that
-# are marked `optimised` see what users see.
+# Compiles the tests' small programs in half the time: LLVM without optimisation, each
+# program in one piece, and XLA's own emitters in place of MLIR's. What they compute is
+# the same; the tests that are marked `optimised` see what users see.
 QUICK_COMPILATION = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
 )
 
 ROOT = Path(__file__).resolve().parent

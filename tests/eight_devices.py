@@ -152,9 +152,9 @@ CASES = {
 }
 # Every case on time and batch; a few on the other meshes too.
 ROWS = [
-    *((name, "time=8") for name in ("diagonal", "matrix_scan", "RNN")),
+    *((name, "time=8") for name in ("diagonal", "matrix_scan", "Auto")),
     *((name, "data=2,time=4") for name in CASES),
-    *((name, "data=2,fsdp=2,time=2") for name in ("LRU", "RNN")),
+    ("LRU", "data=2,fsdp=2,time=2"),
 ]
 
 
@@ -244,9 +244,7 @@ EXCHANGES = {
     # over the sequences of a batch: no device must have some of the sequences only.
     "diagonal": "time=8",
     "constant": "data=2,time=4",
-    "Newton": "data=2,time=4",
     "Auto": "data=2,time=4",
-    "LRU": "data=2,time=4",
     "DeltaNet": "data=2,time=4",
 }
 

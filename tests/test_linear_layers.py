@@ -212,7 +212,7 @@ def test_batch(name):
 
 
 # One row for each way through the engine; RWKV-7 both erases and decays by key.
-@pytest.mark.parametrize("name", ["lru", "s4d-convolution", "mlstm", "rwkv7", "lssl"])
+@pytest.mark.parametrize("name", ["lru", "s4d-convolution", "rwkv7", "lssl"])
 def test_derivative_of_a_batch(name, monkeypatch):
     """Staged before it is differentiated; as many sequences as steps hides a mix-up."""
     # Matrix states as of large heads: another form for the derivative.
