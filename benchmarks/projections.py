@@ -1,5 +1,7 @@
 """Cells as one writes them down, which project their input in the step."""
 
+import functools as ft
+import itertools
 from collections.abc import Iterator
 
 import equinox as eqx
@@ -45,17 +47,17 @@ class Gated(eqx.Module):
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    for name, width in (("gated", 16), ("gated", 256), ("GRU", 32), ("GRU", 256)):
-        for steps in settings.steps(1024, 16384):
-            for batch in (1, 16):
-                if width * steps * batch <= 2**24:
-                    yield Case(
-                        "projections",
-                        {"cell": f"{name} {width}", "T": steps, "batch": batch},
-                        lambda n=name, w=width, t=steps, b=batch: _measure(
-                            n, w, t, b, settings
-                        ),
-                    )
+    cells = ("gated", 16), ("gated", 256), ("GRU", 32), ("GRU", 256)
+    for (name, width), steps, batch in itertools.product(
+        cells, settings.steps(1024, 16384), (1, 16)
+    ):
+        # Beyond it, the gradient of `lax.scan` takes gigabytes.
+        if width * steps * batch <= 2**24:
+            yield Case(
+                "projections",
+                {"cell": f"{name} {width}", "T": steps, "batch": batch},
+                ft.partial(_measure, name, width, steps, batch, settings),
+            )
 
 
 def _measure(name: str, width: int, steps: int, batch: int, settings: Settings):

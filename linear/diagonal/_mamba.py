@@ -10,16 +10,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_flag, check_size, linear, widen
+from pararnn._parameters import affine, check_size, linear, widen
 from pararnn.scan import fused_scan
 
 from .._layer import AbstractLayer
 from ..parts import (
-    WIDTH,
     Draw,
     check_choice,
     check_range,
     complex_zeros,
+    draw_convolution,
     empty_window,
     leading,
     short_convolution,
@@ -122,10 +122,9 @@ class Mamba(AbstractLayer):
             )
         self.eigenvalues = eigenvalues
         self.W_in = draw.weight(2 * inner, d_model)
-        self.conv_weight = self.conv_bias = None
-        if check_flag("Mamba", "convolution", convolution):
-            self.conv_weight = draw.weight(inner, WIDTH)
-            self.conv_bias = draw.uniform((inner,), -(WIDTH**-0.5), WIDTH**-0.5)
+        self.conv_weight, self.conv_bias = draw_convolution(
+            "Mamba", draw, inner, convolution
+        )
         self.W_x = draw.weight(rank + 2 * d_state, inner)
         self.W_dt = draw.weight(inner, rank)
         self.b_dt = draw.step_bias((inner,), dt_min, dt_max)

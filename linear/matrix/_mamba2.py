@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_flag, check_size, linear, widen
+from pararnn._parameters import check_size, linear, widen
 from pararnn.scan import matrix_scan
 
 from .._layer import AbstractLayer
 from ..parts import (
-    WIDTH,
     Draw,
     check_choice,
     check_range,
+    draw_convolution,
     empty_window,
     log_decay,
     merge_heads,
@@ -109,10 +109,9 @@ class Mamba2(AbstractLayer):
         self.eigenvalues = eigenvalues
         convolved = inner + 2 * d_state
         self.W_in = draw.weight(inner + convolved + heads, d_model)
-        self.conv_weight = self.conv_bias = None
-        if check_flag("Mamba2", "convolution", convolution):
-            self.conv_weight = draw.weight(convolved, WIDTH)
-            self.conv_bias = draw.uniform((convolved,), -(WIDTH**-0.5), WIDTH**-0.5)
+        self.conv_weight, self.conv_bias = draw_convolution(
+            "Mamba2", draw, convolved, convolution
+        )
         self.dt_bias = draw.step_bias((heads,), dt_min, dt_max)
         self.A_log = draw.log_of_uniform((heads,), 1, 16)
         self.D = draw.full(jnp.ones(heads))

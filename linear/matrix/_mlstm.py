@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_flag, check_size, linear
+from pararnn._parameters import affine, check_size, linear
 from pararnn.scan import matrix_scan, max_plus_scan, shift
 
 from .._layer import AbstractLayer
 from ..parts import (
-    WIDTH,
     Draw,
+    draw_convolution,
     empty_window,
     head_size,
     merge_heads,
@@ -89,10 +89,9 @@ class MLSTM(AbstractLayer):
         features_v = heads * head_size("MLSTM", "d_value", d_value, d_model, heads)
         self.W_q, self.W_k = (draw.weight(features_k, d_model) for _ in range(2))
         self.W_v = draw.weight(features_v, d_model)
-        self.conv_weight = self.conv_bias = None
-        if check_flag("MLSTM", "convolution", convolution):
-            self.conv_weight = draw.weight(d_model, WIDTH)
-            self.conv_bias = draw.uniform((d_model,), -(WIDTH**-0.5), WIDTH**-0.5)
+        self.conv_weight, self.conv_bias = draw_convolution(
+            "MLSTM", draw, d_model, convolution
+        )
         self.W_i, self.W_f = (draw.full(jnp.zeros((heads, d_model))) for _ in range(2))
         self.b_i = draw.normal((heads,), 0.1)
         self.b_f = draw.full(jnp.linspace(3.0, 6.0, heads))

@@ -34,6 +34,7 @@ from ._hippo import (
 from ._norms import group_norm as group_norm, l2_norm as l2_norm
 from ._short_convolution import (
     WIDTH as WIDTH,
+    draw_convolution as draw_convolution,
     empty_window as empty_window,
     shifted as shifted,
     short_convolution as short_convolution,

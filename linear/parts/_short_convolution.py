@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-from pararnn._parameters import leading, widen
+from pararnn._parameters import check_flag, leading, widen
 from pararnn.scan import delays, running_max, shift
+
+from ._arguments import Draw
 
 WIDTH = 4
 
@@ -48,6 +50,19 @@ def short_convolution(
         age = jnp.arange(WIDTH - 2, -1, -1, dtype=jnp.int32)
         window = jnp.where((steps - 1 - age >= newest[-1])[:, None], window, 0)
     return ys, window
+
+
+def draw_convolution(
+    where: str, draw: Draw, channels: int, wanted: bool
+) -> tuple[Float[Array, "channels 4"] | None, Float[Array, " channels"] | None]:
+    """Weights and biases as PyTorch draws them, or `None` for both.
+
+    **Raises:** `ValueError` unless `wanted`, the argument `convolution`, is a bool.
+    """
+    if not check_flag(where, "convolution", wanted):
+        return None, None
+    bound = WIDTH**-0.5
+    return draw.weight(channels, WIDTH), draw.uniform((channels,), -bound, bound)
 
 
 def empty_window(
