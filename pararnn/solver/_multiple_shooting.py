@@ -38,11 +38,12 @@ def solve_on_segments(
         return jnp.any(~attempt.ended & (attempt.carry.num_steps < limit))
 
     def attempt_again(attempt: Attempt):
-        carry = attempt.carry._replace(done=attempt.ended)
-        return segments.finish(segments.iterate(carry, limit))
+        attempt = segments.finish(segments.iterate(attempt.carry, limit))
+        return attempt._replace(carry=attempt.carry._replace(done=attempt.ended))
 
     # One attempt is steps until the correction predicts convergence, and a plain pass
-    # that certifies it; seldom is a second one needed.
+    # that certifies it; seldom is a second one needed. The first is made by the loop
+    # too, so that its program is compiled once.
     if segments.length == 1 and batch.recurrence.refinement is not None:
         start = JointSegments(*problem).approach(guess)
         segments = Segments(*problem, first_step=start.num_steps)
@@ -50,8 +51,7 @@ def solve_on_segments(
         limit += JOINT_STEPS
     else:
         start = segments.start(guess, may_fail=limit < segments.count)
-    first = segments.finish(segments.iterate(start, limit))
-    attempt = lax.while_loop(unfinished, attempt_again, first)
+    attempt = lax.while_loop(unfinished, attempt_again, segments.unattempted(start))
     attempt = segments.or_best(attempt)
     return attempt.states, {
         "num_steps": attempt.carry.num_steps,

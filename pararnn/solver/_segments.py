@@ -192,6 +192,14 @@ class Segments:
         (ends, tangents), _ = lax.scan(body, (starts, tangents), self.inputs)
         return ends, tangents
 
+    def _ends(self, starts):
+        """What `_sweep` finds, without the Jacobians."""
+
+        def body(h, x):
+            return self._step(h, x), None
+
+        return lax.scan(body, spread(starts), self.inputs)[0]
+
     def iterate(self, carry: Carry, limit: int) -> Carry:
         """Steps until every correction is small, or the limit is reached."""
 
@@ -305,7 +313,7 @@ class Segments:
         segment it is exact, so every step still gains one segment. The ends are stepped
         to again: kept for this rare case, they would cost every step their memory.
         """
-        entering = shift(self.h0, self._sweep(carry.starts)[0])
+        entering = shift(self.h0, self._ends(carry.starts))
         broken = ~jnp.isfinite(starts) & (self._place(starts.ndim) > 0)
         restart = jnp.where(jnp.isfinite(entering), entering, self.restart)
         starts = jnp.where(broken, restart, starts)
@@ -348,6 +356,20 @@ class Segments:
         row = row.reshape(-1, *(1,) * self.rank)
         here = (row == carry.num_steps[None]) & moving[None]
         return jnp.where(here, size[None], carry.history)
+
+    def unattempted(self, carry: Carry) -> Attempt:
+        """What stands in for an attempt before the first."""
+        count, like = carry.num_steps, self.batch.recurrence.state_leaves
+        return Attempt(
+            states=tuple(
+                jnp.zeros((self.steps, *count.shape, *s.shape), s.dtype) for s in like
+            ),
+            residual=jnp.full_like(carry.correction, jnp.inf),
+            certified=jnp.zeros_like(carry.done),
+            ended=jnp.zeros_like(carry.done),
+            certified_steps=jnp.zeros_like(count),
+            carry=carry,
+        )
 
     def finish(self, carry: Carry) -> Attempt:
         """Step through the segments once more, keep every state, and certify them.
