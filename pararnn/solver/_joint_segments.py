@@ -45,17 +45,9 @@ class JointSegments(Segments):
     def _sweep(self, starts):
         seeds = jnp.asarray(self.structure.seeds, starts.dtype)
         first = jax.tree.map(lambda x: x[0], self.inputs)
-        return self._push(spread(starts), first, seeds, self._iterates(starts))
-
-    def _ends(self, starts):
-        refine = self.over.lift(self._smooth_step, extra=(0,))
-        first = jax.tree.map(lambda x: x[0], self.inputs)
-        return refine(self.parameters, spread(starts), first, self._iterates(starts))
-
-    def _iterates(self, starts):
-        """What the round starts from for each segment's end: the next one's start."""
         # The last segment's end is not corrected, so that h0 does for it.
-        return spread(shift(self.h0, starts, reverse=True))
+        ends = shift(self.h0, starts, reverse=True)
+        return self._push(spread(starts), first, seeds, spread(ends))
 
     def _count_exact(self, carry: Carry):
         return jnp.zeros_like(carry.num_steps)

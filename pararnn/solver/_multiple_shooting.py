@@ -53,7 +53,8 @@ def solve_on_segments(
         start = segments.start(guess, may_fail=limit < segments.count)
     attempt = lax.while_loop(unfinished, attempt_again, segments.unattempted(start))
     attempt = segments.or_best(attempt)
-    return attempt.states, {
+    states = segments.states(attempt)
+    return states, {
         "num_steps": attempt.carry.num_steps,
         "residual": attempt.residual,
         "certified_steps": attempt.certified_steps,
@@ -62,7 +63,7 @@ def solve_on_segments(
         "certified": attempt.certified,
         # The loop's last pass may overflow in padding, so the states are looked at.
         "finite": all_zero(
-            tuple(jnp.sum(s * 0, axis=0) for s in attempt.states), len(batch.levels)
+            tuple(jnp.sum(s * 0, axis=0) for s in states), len(batch.levels)
         ),
         "residual_history": attempt.carry.history,
     }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
-from jaxtyping import Array, Bool
+from jaxtyping import Array
 
 from ..scan import split_time, time_shards
 from ._recurrence import Batch
@@ -34,79 +34,77 @@ def as_result(code: Array):
 
 
 class Report(NamedTuple):
-    """The statistics of a solve, and what a check of it needs."""
+    """The statistics of a solve, and 0, which only the check of it can tell."""
 
     stats: dict[str, Array]
-    good: Bool[Array, ""]
-    find_code: Callable[[], Array]
+    checked: Array
 
 
-def report(batch: Batch, stats, states, arguments, shape) -> Report:
-    """Statistics for each sequence, `[*batch]`, with the code of the result."""
+def report(batch: Batch, stats, states, arguments, shape, *, throw: bool) -> Report:
+    """Statistics for each sequence, `[*batch]`, with the code of the result.
+
+    With `throw`, whatever uses `checked` raises if the solve failed.
+    """
     steps = states[0].shape[0]
     certified = stats.pop("certified")
-    finite = jnp.all(stats.pop("finite"))
+    good = jnp.all(stats.pop("finite"))
+    if throw:
+        good = good & jnp.all(certified)
     if "residual_history" in stats:
         stats["residual_history"] = jnp.moveaxis(stats["residual_history"], 0, -1)
     code = jnp.where(certified, 0, 1).astype(jnp.int32)
+    zero = jnp.zeros((), jnp.int32)
 
     def all_good():
-        return code, jnp.full(shape, steps, jnp.int32)
+        return code, jnp.full(shape, steps, jnp.int32), zero
 
     def find_failure():
-        first = _first_nonfinite(states, shape)
-        parameters, inputs, h0 = arguments
-        # Loops over time here and below: beside the states, nothing grows with T.
-        devices, inputs = _stretches(steps, inputs)
-        over = batch.segmented(parameters, inputs) if devices else batch
-        starts = jtu.tree_map(lambda h: jnp.broadcast_to(h, (*devices, *h.shape)), h0)
+        first, cause = _look_for_nonfinite(batch, states, arguments, shape)
+        found = jnp.where(first < steps, cause, code)
+        return found, first, _check(zero, found) if throw else zero
 
-        def are_finite(good, x):
-            found = over.lift(_which_are_finite)(parameters, starts, x)
-            return tuple(map(jnp.logical_and, good, found)), None
-
-        both = (jnp.ones((*devices, *shape), bool),) * 2
-        good, _ = lax.scan(are_finite, both, inputs)
-        axes = range(len(devices))
-        good_parameters, good_inputs = (jnp.all(g, axis=tuple(axes)) for g in good)
-        cause = jnp.where(good_parameters, 4, 3)
-        cause = jnp.where(good_inputs, cause, 2).astype(jnp.int32)
-        return jnp.where(first < steps, cause, code), first
-
-    # Only a failed solve pays for finding out where and why.
-    stats["code"], first = lax.cond(finite, all_good, find_failure)
+    # Only a failed solve pays for finding out where and why. The check stands beside
+    # the search, so that a call that succeeds passes one conditional.
+    stats["code"], first, checked = lax.cond(good, all_good, find_failure)
     stats["first_nonfinite"] = first
     stats["certified_steps"] = jnp.minimum(stats["certified_steps"], first)
-    return Report(stats, finite & jnp.all(certified), lambda: find_failure()[0])
+    return Report(stats, checked)
 
 
-def raise_on_failure(states, good, find_code: Callable[[], Array], *, time_axis: int):
-    """`states`, no part of which can be had without the check that all is `good`.
+def raise_on_failure(states, code: Array, *, time_axis: int):
+    """`states`, no part of which can be had if any sequence has failed.
 
-    Raising here, below every transformation, costs a batch one check, and the
-    derivative none. The trajectories themselves do not pass through the check, which
-    would copy them: each has its last step written once more, at a place that only the
-    check knows, so that the compiler can leave the check out for none of them.
+    Raising behind a `vmap` costs a batch one check.
     """
+    zero = jnp.zeros((), jnp.int32)
+    checked = lax.cond(jnp.all(code == 0), lambda: zero, lambda: _check(zero, code))
+    return hold_back(states, checked, time_axis=time_axis)
 
-    messages = [RESULTS[failure] for failure in FAILURES]
 
-    def check(shift, code):
-        return eqxi.branched_error_if(shift, code != 0, code - 1, messages)
+def hold_back(states, checked: Array, *, time_axis: int):
+    """`states`, no part of which can be had without `checked`, which is 0.
 
-    def fail(shift):
-        return _on_every_device(check)(shift, jnp.max(find_code()))
-
-    # The search for the cause stands inside the check: a call that succeeds passes one
-    # conditional, not two.
-    shift = lax.cond(good, lambda shift: shift, fail, jnp.zeros((), jnp.int32))
-    place = jnp.asarray(states[0].shape[time_axis] - 1, jnp.int32) + shift
+    The trajectories themselves do not pass through the check, which would copy them:
+    each has its last step written once more, at a place that only the check knows, so
+    that the compiler can leave the check out for none of them.
+    """
+    place = jnp.asarray(states[0].shape[time_axis] - 1, jnp.int32) + checked
 
     def rewrite(leaf):
         last = lax.index_in_dim(leaf, -1, time_axis, keepdims=False)
         return lax.dynamic_update_index_in_dim(leaf, last, place, time_axis)
 
     return tuple(rewrite(leaf) for leaf in states)
+
+
+def _check(value: Array, code: Array) -> Array:
+    """`value`, if no code is that of a failure."""
+    messages = [RESULTS[failure] for failure in FAILURES]
+
+    def check(value, code):
+        return eqxi.branched_error_if(value, code != 0, code - 1, messages)
+
+    return _on_every_device(check)(value, jnp.max(code))
 
 
 def _on_every_device(check: Callable) -> Callable:
@@ -126,6 +124,37 @@ def _on_every_device(check: Callable) -> Callable:
     )
 
 
+def _look_for_nonfinite(batch: Batch, states, arguments, shape):
+    """The first step whose state is not finite (T if none is), and the cause's code."""
+    steps = states[0].shape[0]
+    parameters, inputs, h0 = arguments
+    times = jnp.arange(steps, dtype=jnp.int32)
+    devices, at = _stretches(steps, (times, states, inputs))
+    over = batch.segmented(parameters, inputs) if devices else batch
+    starts = jtu.tree_map(lambda h: jnp.broadcast_to(h, (*devices, *h.shape)), h0)
+    own = (*devices, *shape)
+
+    def look(found, at_t):
+        first, *good = found
+        t, leaves, x = at_t
+        bad = jnp.zeros(own, bool)
+        for leaf in leaves:
+            bad = bad | jnp.any(~jnp.isfinite(leaf), tuple(range(len(own), leaf.ndim)))
+        t = t.reshape(*devices, *(1,) * len(shape))
+        first = jnp.where(bad, jnp.minimum(first, t), first)
+        finite = over.lift(_which_are_finite)(parameters, starts, x)
+        return (first, *map(jnp.logical_and, good, finite)), None
+
+    # A loop over time: beside the states, nothing grows with T.
+    start = jnp.full(own, steps, jnp.int32), jnp.ones(own, bool), jnp.ones(own, bool)
+    found, _ = lax.scan(look, start, at)
+    first, good_parameters, good_inputs = found
+    axes = tuple(range(len(devices)))
+    cause = jnp.where(jnp.all(good_parameters, axis=axes), 4, 3)
+    cause = jnp.where(jnp.all(good_inputs, axis=axes), cause, 2).astype(jnp.int32)
+    return jnp.min(first, axis=axes), cause
+
+
 def _which_are_finite(parameters, h0, x):
     return _is_finite((parameters, h0)), _is_finite(x)
 
@@ -136,25 +165,6 @@ def _is_finite(tree) -> Array:
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             finite = finite & jnp.all(jnp.isfinite(leaf))
     return finite
-
-
-def _first_nonfinite(states, shape) -> Array:
-    steps = states[0].shape[0]
-    times = jnp.arange(steps, dtype=jnp.int32)
-    devices, parts = _stretches(steps, (times, states))
-    own = len(devices) + len(shape)
-
-    def look(first, at_t):
-        t, leaves = at_t
-        bad = jnp.zeros((*devices, *shape), bool)
-        for leaf in leaves:
-            bad = bad | jnp.any(~jnp.isfinite(leaf), tuple(range(own, leaf.ndim)))
-        t = t.reshape(*devices, *(1,) * len(shape))
-        return jnp.where(bad, jnp.minimum(first, t), first), None
-
-    start = jnp.full((*devices, *shape), steps, jnp.int32)
-    first = lax.scan(look, start, parts)[0]
-    return jnp.min(first, axis=tuple(range(len(devices))))
 
 
 def _stretches(steps: int, tree):

@@ -134,7 +134,7 @@ def step_root(method: "AbstractMethod", fn, y, problem, state: RootState):
     segments = _segments(method, problem)
     carry = segments.advance(state.carry, jnp.asarray(True))
     attempt = segments.finish(carry)
-    y = jtu.tree_unflatten(jtu.tree_structure(y), attempt.states)
+    y = jtu.tree_unflatten(jtu.tree_structure(y), segments.states(attempt))
     value, aux = fn(y, problem)
     # The function that was given has the last word: one that is not the recurrence's
     # residual must not be reported as solved. Twice, for it may round differently.

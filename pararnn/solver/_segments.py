@@ -67,7 +67,7 @@ class Carry(NamedTuple):
 class Attempt(NamedTuple):
     """A trajectory made from the segments' starts, and its certificate."""
 
-    states: tuple[Array, ...]
+    parts: tuple[Array, ...]  # by leaf, [length, S, *batch, ...]
     residual: Array  # [*batch]
     certified: Bool[Array, "*batch"]
     ended: Bool[Array, "*batch"]  # certified, or known not to stay finite
@@ -143,6 +143,9 @@ class Segments:
     def _ravel(self, leaves):
         return self.over.lift_state(self.recurrence.ravel)(leaves)
 
+    def _unravel(self, starts):
+        return self.over.lift_state(self.recurrence.unravel)(spread(starts))
+
     def _step(self, h, x):
         """One step of vectors `[segments, *batch, width]`."""
 
@@ -192,14 +195,6 @@ class Segments:
         (ends, tangents), _ = lax.scan(body, (starts, tangents), self.inputs)
         return ends, tangents
 
-    def _ends(self, starts):
-        """What `_sweep` finds, without the Jacobians."""
-
-        def body(h, x):
-            return self._step(h, x), None
-
-        return lax.scan(body, spread(starts), self.inputs)[0]
-
     def iterate(self, carry: Carry, limit: int) -> Carry:
         """Steps until every correction is small, or the limit is reached."""
 
@@ -215,7 +210,8 @@ class Segments:
     def advance(self, carry: Carry, moving: Bool[Array, " *batch"]) -> Carry:
         """One step of all sequences that are `moving`."""
         ends, tangents = self._sweep(carry.starts)
-        starts, defects = self._corrected(carry, ends, tangents)
+        entering = shift(self.h0, ends)
+        starts, defects = self._corrected(carry, entering, tangents)
         # Each start against its own size: one that runs away must not excuse the
         # others. (h0 stays, and need not be finite.)
         scale = largest(starts, -1) + self._tiny
@@ -223,11 +219,11 @@ class Segments:
         change = jnp.where(self._place(change.ndim) == 0, 0, change)
         starts, change, overflowed = lax.cond(
             jnp.all(jnp.isfinite(change)),
-            lambda carry, starts, change: (starts, change, carry.nonfinite * 0),
+            lambda starts, change, entering: (starts, change, carry.nonfinite * 0),
             self._repair,
-            carry,
             starts,
             change,
+            entering,
         )
         correction = jnp.max(change, axis=0, initial=0)
         best = self._keep_best(carry, defects)
@@ -276,7 +272,7 @@ class Segments:
             settled = correction <= 4 * self.recurrence.eps
         return settled | (ahead <= 0.1 * self.rtol)
 
-    def _corrected(self, carry: Carry, ends, tangents):
+    def _corrected(self, carry: Carry, entering, tangents):
         """The starts behind one Newton correction, and the defects it corrects.
 
         After k steps the first k starts are exact, and are held: rounded again as
@@ -285,7 +281,6 @@ class Segments:
         """
         old, place = carry.starts, self._place(carry.starts.ndim)
         exact = self._count_exact(carry)[None, ..., None]
-        entering = shift(self.h0, ends)
         defects = jnp.where(place <= exact, 0, entering - old)
         # From segment to start. The first start is never corrected, so that nothing is
         # carried from it.
@@ -306,14 +301,12 @@ class Segments:
         place = jnp.arange(self.count, dtype=jnp.int32)
         return place.reshape(-1, *(1,) * (ndim - 1))
 
-    def _repair(self, carry: Carry, starts, change):
+    def _repair(self, starts, change, entering):
         """Finite starts in place of those that overflowed, and how many did.
 
         An overflowed Jacobian says nothing. The segment's own end does: behind an exact
-        segment it is exact, so every step still gains one segment. The ends are stepped
-        to again: kept for this rare case, they would cost every step their memory.
+        segment it is exact, so every step still gains one segment.
         """
-        entering = shift(self.h0, self._ends(carry.starts))
         broken = ~jnp.isfinite(starts) & (self._place(starts.ndim) > 0)
         restart = jnp.where(jnp.isfinite(entering), entering, self.restart)
         starts = jnp.where(broken, restart, starts)
@@ -358,16 +351,17 @@ class Segments:
         return jnp.where(here, size[None], carry.history)
 
     def unattempted(self, carry: Carry) -> Attempt:
-        """What stands in for an attempt before the first."""
-        count, like = carry.num_steps, self.batch.recurrence.state_leaves
+        """What stands in for an attempt before the first: states that stay as they are.
+
+        (Zeros would do, but XLA sets them up before the inputs, and needs more memory.)
+        """
+        starts = self._unravel(carry.starts)
         return Attempt(
-            states=tuple(
-                jnp.zeros((self.steps, *count.shape, *s.shape), s.dtype) for s in like
-            ),
+            parts=tuple(jnp.broadcast_to(s, (self.length, *s.shape)) for s in starts),
             residual=jnp.full_like(carry.correction, jnp.inf),
             certified=jnp.zeros_like(carry.done),
             ended=jnp.zeros_like(carry.done),
-            certified_steps=jnp.zeros_like(count),
+            certified_steps=jnp.zeros_like(carry.num_steps),
             carry=carry,
         )
 
@@ -382,8 +376,7 @@ class Segments:
             h = self.over.lift(self.recurrence.step)(self.parameters, h, x)
             return h, h
 
-        unravel = self.over.lift_state(self.recurrence.unravel)
-        starts = unravel(spread(carry.starts))
+        starts = self._unravel(carry.starts)
         ends, states = lax.scan(
             body, starts, self.inputs, unroll=True if self.length == 1 else 1
         )
@@ -407,13 +400,17 @@ class Segments:
         first = jnp.min(jnp.where(small, self.count, place), axis=0)
         failed = (first + 1) * self.length - 1
         return Attempt(
-            states=tuple(join_time(s, self.steps) for s in states),
+            parts=states,
             residual=jnp.max(residuals, axis=0, initial=0),
             certified_steps=jnp.where(jnp.all(small, axis=0), self.steps, failed),
             certified=jnp.all(small, axis=0),
             ended=jnp.all(small | lost, axis=0),
             carry=carry,
         )
+
+    def states(self, attempt: Attempt) -> tuple[Array, ...]:
+        """The trajectory, `[T, *batch, ...]` by leaf."""
+        return tuple(join_time(leaf, self.steps) for leaf in attempt.parts)
 
 
 def largest(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:

@@ -18,7 +18,7 @@ from ._auto import Auto
 from ._input_part import Division, InputPart, divide
 from ._inputs import as_step, check_like, check_resets, count_steps, make_recurrence
 from ._recurrence import Batch, Recurrence
-from ._report import as_result, raise_on_failure, report
+from ._report import as_result, hold_back, raise_on_failure, report
 from ._run import Run, Solver
 from ._solution import RESULTS, Solution
 from ._structure import Structure, declared_structure, find_structure
@@ -198,10 +198,7 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess):
         states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
         if config.throw:
             # Behind the transposition, whose result can be updated in place.
-            code = stats["code"]
-            states = raise_on_failure(
-                states, jnp.all(code == 0), lambda: code, time_axis=1
-            )
+            states = raise_on_failure(states, stats["code"], time_axis=1)
         out = states, stats
         return out, jtu.tree_map(lambda _: True, out)
 
@@ -213,11 +210,11 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
     part = None if config.division is None else InputPart(batch, config.division)
     run = Run(batch, parameters, lambda: config.structure, config.differentiated, part)
     states, stats = run(config.solver, inputs, h0, guess, config.max_steps)
-    stats, good, find_code = report(
-        batch, stats, states, (parameters, inputs, h0), shape
-    )
-    if config.throw and not batch.levels:
-        states = raise_on_failure(states, good, find_code, time_axis=0)
+    throw = config.throw and not batch.levels
+    arguments = parameters, inputs, h0
+    stats, checked = report(batch, stats, states, arguments, shape, throw=throw)
+    if throw:
+        states = hold_back(states, checked, time_axis=0)
     return states, stats
 
 
