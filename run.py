@@ -32,7 +32,7 @@ from pathlib import Path
 # the same; the tests that are marked `optimised` see what users see.
 QUICK_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_llvm_disable_expensive_passes=true"
 )
 
 ROOT = Path(__file__).resolve().parent

@@ -25,6 +25,19 @@ def test_train_neural_ode(tmp_path):
     assert "Newton steps" in done.stdout and figure.stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_parallelize_custom_cell(tmp_path):
+    """The main job, which `run.py example` runs at its full size."""
+    figure = tmp_path / "figure.png"
+    options = ("--length", 2048, "--train-steps", 4, "--window", 64, "--batch", 2)
+    done = run_example("parallelize_custom_cell.py", *options, "--output", figure)
+    assert done.returncode == 0, done.stderr
+    assert "BlockDiagonal(2)" in done.stdout and "step 4/4" in done.stdout
+    for row in ("lax.scan", "solve (default)", "64 segments", "every step"):
+        assert row in done.stdout
+    assert figure.stat().st_size > 10_000
+
+
 TINY = (
     *("--model.d-model", "16", "--model.d-hidden", "16", "--model.depth", "1"),
     *("--data.length", "32", "--data.batch", "2", "--data.validation-batches", "2"),
@@ -40,7 +53,6 @@ def run_example(name, *arguments, under=()):
 
 
 @pytest.mark.slow
-@pytest.mark.optimised
 def test_a_model_is_trained_and_speaks(tmp_path):
     folder = tmp_path / "run"
     trained = run_example("train_lm.py", "--out", folder, *TINY)

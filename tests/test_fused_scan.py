@@ -10,8 +10,6 @@ from pararnn import fused_scan
 from pararnn.scan import _choose as choose
 from tests.helpers import assert_close, refusal
 
-pytestmark = pytest.mark.optimised
-
 N, D = 3, 4
 
 
@@ -63,6 +61,7 @@ def loop(inputs, A, state, reset):
     return np.array(outputs).reshape(-1, D), state
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("resets", [False, True], ids=["whole", "resets"])
 @pytest.mark.parametrize("kind", ["real", "complex"])
 @pytest.mark.parametrize("steps", [0, 1, 37])
@@ -97,6 +96,7 @@ def test_batch_shares_what_is_closed_over(form):
         assert_close(last[n], theirs[1], 1e-12)
 
 
+@pytest.mark.optimised
 def test_a_reset_drops_what_is_not_finite(form):
     inputs, A, initial, _ = problem(6)
     inputs["x"][1] = np.nan
@@ -106,6 +106,7 @@ def test_a_reset_drops_what_is_not_finite(form):
     assert np.isfinite(outputs[3:]).all() and np.isfinite(last).all()
 
 
+@pytest.mark.optimised
 def test_a_reset_keeps_what_is_dropped_out_of_gradients(form):
     inputs, A, initial, _ = problem(6)
     reset = np.arange(6) == 0
@@ -132,6 +133,7 @@ def test_a_factor_may_be_a_number(form):
     np.testing.assert_allclose(last, state, rtol=1e-12)
 
 
+@pytest.mark.optimised
 def test_half_precision_is_accumulated_in_float32(form):
     inputs, A, initial, _ = problem(40)
     half = jax.tree.map(lambda v: jnp.asarray(v, jnp.bfloat16), (inputs, A, initial))
@@ -142,6 +144,7 @@ def test_half_precision_is_accumulated_in_float32(form):
         assert_close(np.asarray(ours, np.float64), theirs, 2e-2)
 
 
+@pytest.mark.optimised
 def test_the_fused_form_stores_no_states():
     steps, states = 4096, 64
     x, A = jnp.ones((steps, D)), -jnp.ones((states, D))

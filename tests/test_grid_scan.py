@@ -13,8 +13,6 @@ from pararnn import grid_scan, matrix_scan
 from tests import linear_reference
 from tests.helpers import assert_close
 
-pytestmark = pytest.mark.optimised
-
 HEADS, K, V, T = 2, 3, 2, 11
 NAMES = (
     *("queries", "keys", "values", "source", "mark", "direct"),
@@ -69,6 +67,7 @@ def unrolled(given):
 GRIDS = [(1, 1), (1, 5), (5, 1), (2, 2), (3, 4), (7, 5)]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("height, width", GRIDS)
 def test_grid_equals_the_equations(height, width):
     given = grid_problem(height, width)
@@ -138,6 +137,7 @@ def critical(mode, height, width):
     return grid_scan(*[ones[..., None]] * 3, *gates)[..., 0, 0]
 
 
+@pytest.mark.optimised
 def test_propagation_conserves():
     """The sum over each diagonal is that of the source, its mean on a line."""
     got = np.asarray(jax.jit(lambda: critical("P", 12, 12))())
@@ -176,6 +176,7 @@ def test_grid_dtypes(dtypes, wanted):
     assert jax.eval_shape(scan, given).dtype == jnp.dtype(wanted)
 
 
+@pytest.mark.optimised
 def test_grid_sums_in_32_bits():
     given = device(grid_problem(4, 5))
     narrow = jax.tree.map(lambda v: v.astype(jnp.bfloat16), given)
@@ -185,6 +186,7 @@ def test_grid_sums_in_32_bits():
     np.testing.assert_allclose(got.astype(float), wanted, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.optimised
 def test_gradient_stores_a_row_a_row():
     def bytes_for(height):
         width, heads, size = 16, 2, 16

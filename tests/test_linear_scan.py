@@ -11,8 +11,6 @@ from test_transitions import STRUCTURES, Structure
 
 from pararnn import Dense, Diagonal, Scalar, linear_scan
 
-pytestmark = pytest.mark.optimised
-
 BACKENDS = ("sequential", "associative", "chunked")
 # One for each path through the engine; the laws of the others are tested elsewhere.
 SCANNED = (
@@ -109,6 +107,7 @@ CONFIGURATIONS = {
 }
 
 
+@pytest.mark.optimised
 @each_backend
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @pytest.mark.parametrize("name", SCANNED)
@@ -136,6 +135,7 @@ def test_short(name, steps, backend, reverse):
     np.testing.assert_allclose(scan(problem), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.optimised
 @each_backend
 @pytest.mark.parametrize("dtype", (np.float32, np.complex64))
 @pytest.mark.parametrize("name", ("diagonal", "dense, wide"))
@@ -148,6 +148,7 @@ def test_single_precision(name, dtype, backend):
     np.testing.assert_allclose(states, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.optimised
 @each_backend
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_half_precision_accumulates_in_single(dtype, backend):
@@ -184,6 +185,7 @@ def test_auto():
 # --- Resets ------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 @each_direction
 @each_backend
 @pytest.mark.parametrize("name", ("diagonal", "blocks"))
@@ -220,6 +222,7 @@ def test_dropped_state_leaves_no_trace(name, backend, reverse):
     assert not np.any(gradients[1][before])
 
 
+@pytest.mark.optimised
 @each_backend
 def test_infinite_factors_are_dropped_too(backend):
     structure = STRUCTURES["blocks"]
@@ -230,6 +233,7 @@ def test_infinite_factors_are_dropped_too(backend):
     np.testing.assert_array_equal(scan(bad), scan(clean))
 
 
+@pytest.mark.optimised
 @each_backend
 def test_packed_sequences_are_the_sequences(backend):
     structure = STRUCTURES["dense"]
@@ -321,6 +325,7 @@ def test_nested_vmap(outer, inner, backend):
         np.testing.assert_allclose(found[o, i], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.optimised
 @each_backend
 def test_gradient_of_a_batch_with_shared_parameters(backend):
     structure, in_axes = STRUCTURES["dense"], BATCHED["inputs"]

@@ -381,7 +381,7 @@ NONFINITE = {
 }
 
 
-@pytest.mark.parametrize("solver", ["sequential", "newton-1", "newton-7", "newton"])
+@pytest.mark.parametrize("solver", ["sequential", "newton-7", "newton"])
 @pytest.mark.parametrize("what", NONFINITE)
 def test_nonfinite(what, solver):
     result, p, xs, h0, first = NONFINITE[what]
@@ -444,8 +444,10 @@ def take(axes, arguments, i):
     return [one(a, v) for a, v in zip(axes, arguments, strict=True)]
 
 
-@pytest.mark.parametrize("which", AXES)
-@pytest.mark.parametrize("solver", ["newton", "newton-7"])
+@pytest.mark.parametrize(
+    "which, solver",
+    [*((which, "newton-7") for which in AXES), ("xs", "newton"), ("all", "newton")],
+)
 def test_vmap_equals_a_loop(which, solver, getkey):
     axes, cell = AXES[which], CELLS["gru-dense"]
     arguments = batched_problem("gru-dense", axes, getkey)
