@@ -68,10 +68,7 @@ def divide(recurrence: Recurrence) -> Division | None:
     if not PRODUCTS & primitives_of(recurrence.jaxpr):
         return None
     count, width = len(recurrence.constant_structs), len(recurrence.state_leaves)
-    whole = recurrence.jaxpr
-    given = [*whole.constvars, *whole.invars]
-    whole = part_of(whole, whole.eqns, given, whole.outvars)
-    program = without_calls(jex.core.ClosedJaxpr(whole, [])).jaxpr
+    program = without_calls(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
     constants, h, x = _split(program.invars, count, count + width)
     cut = _cut(program, h, x)
     if not cut.worthwhile:
@@ -81,11 +78,10 @@ def divide(recurrence: Recurrence) -> Division | None:
     left = [*(x[i] for i in kept), *made]
     # (A copy that describes the rest of the step; nothing else of it is asked for.)
     advance = copy.copy(recurrence)
-    advance.jaxpr = part_of(
-        program, cut.advancing, [*h, *left], program.outvars, constants
-    )
+    given = [*constants, *h, *left]
+    advance.jaxpr = part_of(program, cut.advancing, given, program.outvars)
     advance.x_structs = [_shape_dtype(v.aval) for v in left]
-    prepare = part_of(program, cut.prepared, x, made, constants)
+    prepare = part_of(program, cut.prepared, [*constants, *x], made)
     return Division(prepare, kept, advance)
 
 
@@ -111,7 +107,7 @@ class InputPart:
         leaves, reset = inputs
 
         def at_one_step(constants, leaves):
-            return tuple(evaluate(self._division.prepare, constants, *leaves))
+            return tuple(evaluate(self._division.prepare, *constants, *leaves))
 
         over = at_one_step
         for (constants_axes, _), (leaves_axes, _) in self._levels:

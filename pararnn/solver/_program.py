@@ -1,4 +1,9 @@
-"""Programs of JAX, jaxprs, as data: what is in them, parts of them, their values."""
+"""Programs of JAX, jaxprs, as data: what is in them, parts of them, their values.
+
+Here a program has no constants of its own: what a function closes over are its first
+arguments. (JAX up to 0.10 keeps them apart from the arguments, without their values;
+from 0.11 on a jaxpr holds the values too, and must not where they are tracers.)
+"""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -37,12 +42,10 @@ def variables(atoms: Sequence) -> list[jex.core.Var]:
     return list(dict.fromkeys(v for v in atoms if isinstance(v, jex.core.Var)))
 
 
-def part_of(
-    program: jex.core.Jaxpr, eqns, invars, outvars, constvars=()
-) -> jex.core.Jaxpr:
+def part_of(program: jex.core.Jaxpr, eqns, invars, outvars) -> jex.core.Jaxpr:
     """The program that does some equations of another."""
     return program.replace(
-        constvars=list(constvars),
+        constvars=[],
         invars=list(invars),
         outvars=list(outvars),
         eqns=list(eqns),
@@ -52,19 +55,25 @@ def part_of(
     )
 
 
-def evaluate(program: jex.core.Jaxpr, constants: Sequence, *args) -> list[Array]:
+def opened(closed: jex.core.ClosedJaxpr) -> jex.core.Jaxpr:
+    """The program with its constants, `closed.consts`, as its first arguments."""
+    program = closed.jaxpr
+    arguments = [*program.constvars, *program.invars]
+    return part_of(program, program.eqns, arguments, program.outvars)
+
+
+def evaluate(program: jex.core.Jaxpr, *args) -> list[Array]:
     """What the program returns."""
-    outs = jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(program, constants))(*args)
+    outs = jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(program, []))(*args)
     # A number that was written into the program is returned as such.
     return [out if isinstance(out, jax.Array) else jnp.asarray(out) for out in outs]
 
 
 def evaluate_inlined(
-    program: jex.core.Jaxpr, constants: Sequence, *args, calls: Collection[str]
+    program: jex.core.Jaxpr, *args, calls: Collection[str]
 ) -> list[Array]:
     """The same, with the calls of these names replaced by the bodies of the called."""
-    values = dict(zip(program.constvars, constants, strict=True))
-    values |= dict(zip(program.invars, args, strict=True))
+    values = dict(zip(program.invars, args, strict=True))
 
     def read(atom):
         return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
@@ -74,11 +83,12 @@ def evaluate_inlined(
             key = "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
             inner = eqn.params[key]
             operands = [read(v) for v in eqn.invars]
-            outs = evaluate_inlined(inner.jaxpr, inner.consts, *operands, calls=calls)
+            operands = [*inner.consts, *operands]
+            outs = evaluate_inlined(opened(inner), *operands, calls=calls)
         else:
             needed = variables(eqn.invars)
             alone = part_of(program, [eqn], needed, eqn.outvars)
-            outs = evaluate(alone, [], *(values[v] for v in needed))
+            outs = evaluate(alone, *(values[v] for v in needed))
         values |= dict(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in program.outvars]
 
@@ -93,6 +103,6 @@ def without_calls(closed: jex.core.ClosedJaxpr) -> jex.core.ClosedJaxpr:
     """The program with jitted functions inlined, and what they hold made its own."""
 
     def run(*args):
-        return evaluate_inlined(closed.jaxpr, closed.consts, *args, calls=JITTED)
+        return evaluate_inlined(opened(closed), *closed.consts, *args, calls=JITTED)
 
     return jax.make_jaxpr(run)(*closed.in_avals)

@@ -18,6 +18,7 @@ from ._program import (
     calls_hold_arrays,
     evaluate,
     evaluate_inlined,
+    opened,
     primitives_of,
     without_calls,
 )
@@ -72,10 +73,10 @@ class Recurrence:
             traced = jax.make_jaxpr(flat_refine)(
                 self.state_leaves, self.state_leaves, x_structs
             )
-            self.refinement = traced.jaxpr
+            self.refinement = opened(traced)
             # No derivative depends on these: they only lead to the solution sooner.
             refining = [jax.lax.stop_gradient(jnp.asarray(c)) for c in traced.consts]
-        self.jaxpr: jex.core.Jaxpr = closed.jaxpr
+        self.jaxpr: jex.core.Jaxpr = opened(closed)
         constants = [jnp.asarray(c) for c in closed.consts]
         self.constant_structs = [_shape_dtype(c) for c in constants]
         # Integer constants that are known (index tables, mostly) sharpen the sparsity
@@ -118,9 +119,9 @@ class Recurrence:
         own = constants[: len(self.constant_structs)]
         if inline:
             calls = JITTED | {"custom_vjp_call"}
-            ends = evaluate_inlined(self.jaxpr, own, *h, *leaves, calls=calls)
+            ends = evaluate_inlined(self.jaxpr, *own, *h, *leaves, calls=calls)
         else:
-            ends = evaluate(self.jaxpr, own, *h, *leaves)
+            ends = evaluate(self.jaxpr, *own, *h, *leaves)
         return tuple(ends)
 
     def _refine(self, parameters, z, h, x):
@@ -129,7 +130,7 @@ class Recurrence:
         leaves, reset = x
         h = _select_fresh(reset, fresh, h)
         own = constants[len(self.constant_structs) :]
-        return tuple(evaluate(self.refinement, own, *z, *h, *leaves))
+        return tuple(evaluate(self.refinement, *own, *z, *h, *leaves))
 
     # The vector view: solvers that need a Jacobian see one real vector.
 
