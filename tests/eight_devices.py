@@ -152,7 +152,7 @@ CASES = {
 }
 # Every case on time and batch; one on each of the other meshes too.
 ROWS = [
-    ("diagonal", "time=8"),
+    *((name, "time=8") for name in ("diagonal", "Auto")),
     *((name, "data=2,time=4") for name in CASES),
     ("LRU", "data=2,fsdp=2,time=2"),
 ]
@@ -376,6 +376,16 @@ def test_a_failure_is_found_on_any_device():
         assert reported(xs)[1].tolist() == [32, 19]
         with pytest.raises(Exception, match="inputs"):
             jax.block_until_ready(jax.jit(jax.vmap(ft.partial(run, throw=True)))(xs))
+
+
+def test_a_failure_of_one_sequence_is_found_on_any_device():
+    """The search and the check are one conditional, whatever the devices exchange."""
+    xs = jnp.zeros((32, WIDTH)).at[19, 2].set(jnp.nan)
+    cell = pararnn.GRUCell(WIDTH, key=jr.key(0))
+    with jax.set_mesh(pararnn.make_mesh(time=8)):
+        run = jax.jit(lambda xs: pararnn.solve(cell, xs, cell.init_state()).states)
+        with pytest.raises(Exception, match="inputs"):
+            jax.block_until_ready(run(xs))
 
 
 def test_decoding_is_not_divided():

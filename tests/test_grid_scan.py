@@ -81,7 +81,10 @@ def test_empty_grid(height, width):
     assert out.shape == (height, width, HEADS, V) and out.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("height, width", [(1, 3), (3, 1), (3, 4)])
+@pytest.mark.parametrize(
+    "height, width",
+    [(1, 3), (3, 1), pytest.param(3, 4, marks=pytest.mark.optimised)],
+)
 def test_grid_gradients(height, width):
     given = device(grid_problem(height, width))
 

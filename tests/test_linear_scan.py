@@ -418,12 +418,18 @@ def compare_derivatives(structure, problem, direction, backend, reverse):
 @pytest.mark.parametrize(
     "name, backend, reverse, dtype, constant",
     [
-        ("diagonal", "sequential", False, np.complex128, False),
+        pytest.param(
+            *("diagonal", "sequential", False, np.complex128, False),
+            marks=pytest.mark.optimised,
+        ),
         ("diagonal", "associative", True, np.float64, False),
         ("scalar", "chunked", False, np.float64, True),
         ("blocks, further axis", "sequential", True, np.float64, False),
         ("blocks", "associative", False, np.float64, False),
-        ("dense", "chunked", True, np.complex128, False),
+        pytest.param(
+            *("dense", "chunked", True, np.complex128, False),
+            marks=pytest.mark.optimised,
+        ),
         ("dense", "sequential", False, np.float64, True),
     ],
 )

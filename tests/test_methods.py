@@ -485,7 +485,7 @@ def test_bad_solvers():
 @pytest.mark.parametrize(
     "method", ["newton-7", "quasi-newton", "damped", "elk-7", "picard", "jacobi"]
 )
-def test_every_method_is_an_optimistix_root_finder(method):
+def test_methods_are_optimistix_root_finders(method):
     cell, (parameters, xs, h0) = CELLS["elman"], instance("elman")
 
     class Elman(eqx.Module):

@@ -446,7 +446,10 @@ def take(axes, arguments, i):
 
 @pytest.mark.parametrize(
     "which, solver",
-    [*((which, "newton-7") for which in AXES), ("xs", "newton"), ("all", "newton")],
+    [
+        *((which, "newton-7") for which in AXES),
+        *((which, "newton") for which in ("xs", "parameters", "all")),
+    ],
 )
 def test_vmap_equals_a_loop(which, solver, getkey):
     axes, cell = AXES[which], CELLS["gru-dense"]
@@ -465,6 +468,19 @@ def test_vmap_equals_a_loop(which, solver, getkey):
         # Frozen once converged, a sequence takes the steps it takes alone.
         assert one.stats["num_steps"] == sol.stats["num_steps"]
         assert set(one.stats) == set(sol.stats)
+
+
+@pytest.mark.parametrize("solver", ["newton-7", "sequential"])
+def test_vmap_over_no_sequences(solver):
+    cell = CELLS["gru-dense"]
+    parameters, xs, h0 = instance("gru-dense")
+
+    def run(xs):
+        return solve(cell.f(parameters), xs, h0, solver=SOLVERS[solver])
+
+    sol = jax.jit(jax.vmap(run))(xs[None][:0])
+    assert sol.states.shape == (0, len(xs), *h0.shape)
+    assert sol.stats["num_steps"].shape == (0,)
 
 
 def test_vmap_within_vmap():

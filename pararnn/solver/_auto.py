@@ -1,7 +1,8 @@
 """The default solver: which method, and the measurements behind the rule.
 
 CPU (2 cores of an AMD EPYC with AVX-512, jax 0.10.2, diagonal GRU in float32; ms for
-the forward solve, median of 7):
+the forward solve, median of 7; Newton's method then started from three steps, now from
+more, and takes fewer; `python -m benchmarks segments` has newer rows):
 
 | T      | channels | sequential | Newton, 2 steps, best of 8..256 segments |
 |--------|----------|------------|------------------------------------------|
@@ -25,11 +26,11 @@ diagonal ones hardly ever. Below it time is cut into segments of 16 steps, or lo
 ones where the Jacobians of so many would take more than 1 GiB in float32.
 
 No rung is damped. What a few steps of Newton's method cannot certify, a few damped ones
-cannot either: they save steps only where both need a hundred (dense Elman cell of width
-8, T = 512, full Newton against damped: gain 0.5, 4 to 6; gain 1.5, 11 to 18; gain 3,
-300 to 100; on 16 segments 2 to 2, 4 to 4, 6 to 7; `python -m benchmarks methods`), and
-there the loop is cheaper than either. A ladder with one is
-`Ladder((Jacobi(64), Newton(64), DampedNewton(64)), (1, 8, 100))`.
+cannot either: they save steps only where Newton needs hundreds (dense Elman cell of
+width 8, T = 512, full Newton against damped: gain 0.5, 1 to 1; gain 1.5, 3 to 6; gain
+3, 260 to 47; on 16 segments 1 to 2, 3 to 4, 6 to 7; table `methods` of the benchmarks),
+and there the loop is cheaper than either. A ladder with one is
+`Ladder((Jacobi(64), Newton(64), DampedNewton(64)), (1, 8, 50))`.
 
 Where time lies across devices, the loop would have one of them work at a time, so time
 is always cut, on a CPU into one segment for each device.

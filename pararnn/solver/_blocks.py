@@ -34,7 +34,7 @@ def from_blocks(structure: Structure, x: Float[Array, "*n blocks size 1"]):
     order = _order(structure)
     if order == "leaves":
         x = x.swapaxes(-1, -2)
-    flat = x.reshape(*x.shape[:-2], -1)
+    flat = x.reshape(*x.shape[:-2], structure.blocks.size)
     if order != "any":
         return flat
     # Empty places of small blocks sort last.

@@ -104,7 +104,7 @@ def _check(value: Array, code: Array) -> Array:
     def check(value, code):
         return eqxi.branched_error_if(value, code != 0, code - 1, messages)
 
-    return _on_every_device(check)(value, jnp.max(code))
+    return _on_every_device(check)(value, jnp.max(code, initial=0))
 
 
 def _on_every_device(check: Callable) -> Callable:
