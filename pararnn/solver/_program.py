@@ -5,7 +5,8 @@ arguments. (JAX up to 0.10 keeps them apart from the arguments, without their va
 from 0.11 on a jaxpr holds the values too, and must not where they are tracers.)
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -70,9 +71,15 @@ def evaluate(program: jex.core.Jaxpr, *args) -> list[Array]:
 
 
 def evaluate_inlined(
-    program: jex.core.Jaxpr, *args, calls: Collection[str]
+    program: jex.core.Jaxpr,
+    *args,
+    calls: Collection[str],
+    instead: Mapping[str, Callable] = MappingProxyType({}),
 ) -> list[Array]:
-    """The same, with the calls of these names replaced by the bodies of the called."""
+    """The same, with the calls of these names replaced by the bodies of the called.
+
+    `instead` holds functions to evaluate in place of primitives, by their names.
+    """
     values = dict(zip(program.invars, args, strict=True))
 
     def read(atom):
@@ -84,7 +91,11 @@ def evaluate_inlined(
             inner = eqn.params[key]
             operands = [read(v) for v in eqn.invars]
             operands = [*inner.consts, *operands]
-            outs = evaluate_inlined(opened(inner), *operands, calls=calls)
+            outs = evaluate_inlined(
+                opened(inner), *operands, calls=calls, instead=instead
+            )
+        elif eqn.primitive.name in instead:
+            outs = [instead[eqn.primitive.name](*map(read, eqn.invars))]
         else:
             needed = variables(eqn.invars)
             alone = part_of(program, [eqn], needed, eqn.outvars)

@@ -23,13 +23,22 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ._inputs import make_recurrence
-from ._program import inner_programs
+from ._program import (
+    JITTED,
+    evaluate_inlined,
+    inner_programs,
+    opened,
+    primitives_of,
+)
 from ._recurrence import Recurrence, _is_inexact, is_key
 
 # From this width on, a dense cell is recognised by two numerical derivatives before
 # the pattern is worked out: asdex takes 0.04 s for a dense GRU at width 64, 0.9 s at
 # 256 and 12.5 s at 1024.
 _PROBE_FROM = 64
+
+# Primitives of JAX 0.11 that asdex 0.5 has no rule for, in terms of others.
+UNKNOWN = {"one_minus_square": lambda x: 1 - x * x}
 
 _cache: dict[str, np.ndarray] = {}
 _unique = itertools.count()
@@ -259,6 +268,15 @@ def _traced(recurrence: Recurrence):
 
 def _pattern(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
     function, zeros = _traced(recurrence)
+    closed = jax.make_jaxpr(function)(*zeros)
+
+    def in_known_terms(*args):
+        leaves = (*closed.consts, *jtu.tree_leaves(args))
+        program = opened(closed)
+        return evaluate_inlined(program, *leaves, calls=JITTED, instead=UNKNOWN)[0]
+
+    if not primitives_of(closed.jaxpr).isdisjoint(UNKNOWN):
+        function = in_known_terms
     pattern = asdex.jacobian_sparsity(function, *zeros, argnums=0)
     return np.asarray(pattern.rows), np.asarray(pattern.cols)
 
