@@ -38,7 +38,7 @@ from ._recurrence import Recurrence, _is_inexact, is_key
 _PROBE_FROM = 64
 
 # Primitives of JAX 0.11 that asdex 0.5 has no rule for, in terms of others.
-UNKNOWN = {"one_minus_square": lambda x: 1 - x * x}
+_UNKNOWN = {"one_minus_square": lambda x: 1 - x * x}
 
 _cache: dict[str, np.ndarray] = {}
 _unique = itertools.count()
@@ -268,17 +268,23 @@ def _traced(recurrence: Recurrence):
 
 def _pattern(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
     function, zeros = _traced(recurrence)
-    closed = jax.make_jaxpr(function)(*zeros)
-
-    def in_known_terms(*args):
-        leaves = (*closed.consts, *jtu.tree_leaves(args))
-        program = opened(closed)
-        return evaluate_inlined(program, *leaves, calls=JITTED, instead=UNKNOWN)[0]
-
-    if not primitives_of(closed.jaxpr).isdisjoint(UNKNOWN):
-        function = in_known_terms
+    function = _in_known_terms(function, zeros)
     pattern = asdex.jacobian_sparsity(function, *zeros, argnums=0)
     return np.asarray(pattern.rows), np.asarray(pattern.cols)
+
+
+def _in_known_terms(function: Callable, zeros) -> Callable:
+    """The function, without the primitives that asdex does not know."""
+    closed = jax.make_jaxpr(function)(*zeros)
+    if primitives_of(closed.jaxpr).isdisjoint(_UNKNOWN):
+        return function
+
+    def rewritten(*args):
+        leaves = (*closed.consts, *jtu.tree_leaves(args))
+        program = opened(closed)
+        return evaluate_inlined(program, *leaves, calls=JITTED, instead=_UNKNOWN)[0]
+
+    return rewritten
 
 
 def _is_dense(recurrence: Recurrence) -> bool:
