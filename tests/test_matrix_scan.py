@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pararnn import matrix_scan
-from pararnn.scan import _choose as choose, _matrix_scan as implementation
+from pararnn.scan import _choose as choose, _matrix_chunks as implementation
 from tests.helpers import assert_close
 
 H, K, V = 2, 5, 3

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._arithmetic import multiply
+# Of `[..., C / every, K]`, the steps (the last of every so many), and whether they find
+# what was there before them.
+Rows = tuple[Float[Array, "*batch rows K"], int, bool]
 
 
 class HeadDecay(NamedTuple):
@@ -60,10 +62,19 @@ class HeadDecay(NamedTuple):
         r"""$a_{s+1} \cdots a_C$, to multiply `[..., C, K]`."""
         return self.to_end[..., None]
 
-    def scores(self, left: Array, right: Array, *, before: bool) -> Array:
-        r"""$l_t^\top (a_{s+1} \cdots a_t) r_s$ for $s \le t$; if `before`, what step t
-        finds: $l_t^\top (a_{s+1} \cdots a_{t-1}) r_s$ for $s < t$."""
-        between = _shift(self.between, 0) if before else self.between
+    def scores(self, found: list[Rows], writes: list[Array]) -> Array:
+        r"""$l_t^\top (a_{s+1} \cdots a_t) r_s$ for $s \le t$, of every row $l_t$ of
+        `found` and $r_s$ of `writes`; where `before`, what step t finds:
+        $l_t^\top (a_{s+1} \cdots a_{t-1}) r_s$ for $s < t$."""
+        before = _shift(self.between, 0)
+        between = [
+            _of_queries(before if early else self.between, every)
+            for _, every, early in found
+        ]
+        left = jnp.concatenate([rows for rows, _, _ in found], -2)
+        right = jnp.concatenate(writes, -2)
+        between = jnp.concatenate(between, -2)
+        between = jnp.concatenate([between] * len(writes), -1)
         return matmul(left, _transpose(right)) * between
 
 
@@ -95,7 +106,16 @@ class KeyDecay(NamedTuple):
     def until_end(self) -> Float[Array, "*batch C K"]:
         return self.levels[-1][1][..., 0, : self.steps, :]
 
-    def scores(self, left: Array, right: Array, *, before: bool) -> Array:
+    def scores(self, found: list[Rows], writes: list[Array]) -> Array:
+        """As of `HeadDecay`."""
+        rows = []
+        for left, every, before in found:
+            asked = _spread(left, every)
+            scores = [self._scores(asked, right, before) for right in writes]
+            rows.append(_of_queries(jnp.concatenate(scores, -1), every))
+        return jnp.concatenate(rows, -2)
+
+    def _scores(self, left: Array, right: Array, before: bool) -> Array:
         whole = left.shape[-2]
         left, right = _pad_steps(left, -2, 0), _pad_steps(right, -2, 0)
         own = jnp.sum(left * right, -1)[..., None, None]
@@ -199,71 +219,27 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 class Chunk(NamedTuple):
-    """A chunk as an affine map of the state that it starts from, `[K, V]`.
+    """What C steps do to the state that they start from, S of `[K, V]`.
 
-    The state at its end is `transition @ state + term` (elementwise along K where
-    nothing is erased), its outputs are `reading @ state + outputs`.
-    """
-
-    transition: Float[Array, "*batch K K"] | Float[Array, "*batch K"]
-    term: Float[Array, "*batch K V"]
-    reading: Float[Array, "*batch Q K"]
-    outputs: Float[Array, "*batch Q V"]
-
-    def read(self, state: Array) -> Array:
-        return matmul(self.reading, state) + self.outputs
-
-
-class ErasingChunk(NamedTuple):
-    """A chunk that takes something away of the state that it starts from.
-
-    With `e = wanted - found @ state`, the state at its end is
-    `kept * state + term + written @ e` (`kept` along K), its outputs are
-    `reading @ state + outputs + seen @ e`. `term` and `outputs` are `None` where all
-    that is written is part of e.
+    They write W rows of `[W, V]`, u, to it: the values; or what is written in the place
+    of what is erased, e; or first the one and then the other. The state at their end is
+    `kept * S + written @ u`. `reach @ S + scores @ u` are, in its first Q rows, the
+    outputs; below, if something is erased, what each step finds of the state.
     """
 
     kept: Float[Array, "*batch K"]
-    term: Float[Array, "*batch K V"] | None
-    reading: Float[Array, "*batch Q K"]
-    outputs: Float[Array, "*batch Q V"] | None
-    wanted: Float[Array, "*batch C V"]
-    found: Float[Array, "*batch C K"]
-    written: Float[Array, "*batch K C"]
-    seen: Float[Array, "*batch Q C"]
+    written: Float[Array, "*batch K W"]
+    reach: Float[Array, "*batch rows K"]
+    scores: Float[Array, "*batch rows W"]
 
-    def erase(self, state: Array) -> Array:
-        """e"""
-        return self.wanted - matmul(self.found, state)
+    def found(self, state: Array, writes: Array) -> Array:
+        return matmul(self.reach, state) + matmul(self.scores, writes)
 
-    def advance(self, state: Array, e: Array) -> Array:
-        """The state at the end of the chunk."""
-        ahead = self.kept[..., None] * state + matmul(self.written, e)
-        return _plus(self.term, ahead)
-
-    def read(self, state: Array, e: Array) -> Array:
-        outputs = matmul(self.reading, state) + matmul(self.seen, e)
-        return _plus(self.outputs, outputs)
-
-    def multiply_out(self) -> Chunk:
-        """The same, as a map of the state alone."""
-        eye = jnp.eye(self.kept.shape[-1], dtype=self.kept.dtype)
-        kept = multiply(self.kept[..., None], eye)
-        return Chunk(
-            kept - matmul(self.written, self.found),
-            _plus(self.term, matmul(self.written, self.wanted)),
-            self.reading - matmul(self.seen, self.found),
-            _plus(self.outputs, matmul(self.seen, self.wanted)),
-        )
+    def end(self, state: Array, writes: Array) -> Array:
+        return self.kept[..., None] * state + matmul(self.written, writes)
 
 
-def _plus(a: Array | None, b: Array) -> Array:
-    return b if a is None else a + b
-
-
-def summarise(
-    queries, keys, values, decay, read, write, *, before: bool
-) -> Chunk | ErasingChunk:
+def summarise(queries, keys, values, decay, read, write, *, before: bool) -> Chunk:
     r"""The affine map of one chunk.
 
     `decay` is `[..., C]` for one factor a step or `[..., C, K]` for one each key;
@@ -273,33 +249,23 @@ def summarise(
     """
     every = keys.shape[-2] // queries.shape[-2]
     decay = HeadDecay.of(decay) if decay.ndim < keys.ndim else KeyDecay.of(decay)
-    since, since_before = decay.from_start, _shift(decay.from_start, 1)
-
-    def seen_by_queries(right):
-        return _of_queries(decay.scores(asked, right, before=before), every)
-
-    asked = _spread(queries, every)
-    reading = queries * _of_queries(since_before if before else since, every)
-    kept = jnp.broadcast_to(since[..., -1, :], (*keys.shape[:-2], keys.shape[-1]))
-    attention, end = seen_by_queries(keys), _transpose(keys * decay.until_end)
-    if read is None:
-        term, outputs = matmul(end, values), matmul(attention, values)
-        return Chunk(kept, term, reading, outputs)
-    found = read * since_before
-    if write is None:
-        # e + v is written along the keys, and both are one solution of the system.
-        inverse = invert_unit_lower(decay.scores(read, keys, before=True))
-        wanted, term, outputs = matmul(inverse, values), None, None
-        written, seen = end, attention
-    else:
-        inverse = invert_unit_lower(decay.scores(read, write, before=True))
-        taken = matmul(decay.scores(read, keys, before=True), values)
-        wanted = -matmul(inverse, taken)
-        term, outputs = matmul(end, values), matmul(attention, values)
-        written = _transpose(write * decay.until_end)
-        seen = seen_by_queries(write)
-    found = matmul(inverse, found)
-    return ErasingChunk(kept, term, reading, outputs, wanted, found, written, seen)
+    found = [(queries, every, before)]
+    if read is not None:
+        found.append((read, 1, True))
+    writes = [keys] if write is None else [keys, write]
+    since = decay.from_start
+    earlier = _shift(since, 1)
+    reach = [
+        rows * _of_queries(earlier if before else since, every)
+        for rows, every, before in found
+    ]
+    written = jnp.concatenate([w * decay.until_end for w in writes], -2)
+    return Chunk(
+        jnp.broadcast_to(since[..., -1, :], (*keys.shape[:-2], keys.shape[-1])),
+        _transpose(written),
+        jnp.concatenate(reach, -2),
+        decay.scores(found, writes),
+    )
 
 
 def _of_queries(v: Array, every: int) -> Array:

@@ -1,22 +1,19 @@
 """`matrix_scan`: recurrences of matrix states, step by step or by chunks."""
 
 import functools as ft
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ._arithmetic import promote
-from ._choose import FORMS, Form, Pass, choose_backend, choose_form
-from ._chunks import Chunk, ErasingChunk, summarise
-from ._linear_scan import check_reset, linear_scan
-from ._prefix import running_max
-from ._time_axis import shift, spread, time_shards
-from ._transitions import BlockDiagonal, Diagonal
-from ._windows import in_windows
+from ._choose import FORMS, Form, Pass, choose_form
+from ._linear_scan import check_reset
+from ._matrix_chunks import Way, batch_in_front, chunkwise
+from ._matrix_steps import Terms, stepwise
+from ._time_axis import time_shards
 
 
 def matrix_scan(
@@ -97,7 +94,7 @@ def matrix_scan(
     steps, heads, size = keys.shape
     start = wide.pop("initial", jnp.zeros((heads, size, values.shape[-1]), precision))
     queries = wide.pop("queries")
-    terms = _Terms(
+    terms = Terms(
         wide["keys"],
         wide["values"],
         *(wide.get(name) for name in ("decay", "read", "write")),
@@ -115,14 +112,15 @@ def matrix_scan(
         erases=read is not None,
         shards=time_shards(steps),
     )
-    forms = {
-        "recurrent": _recurrent,
-        "chunkwise": ft.partial(_chunkwise, chunk=choice.chunk),
-    }
 
     def by(way: Pass):
-        run = ft.partial(forms[way.form], every=every, emit=emit)
-        return ft.partial(_over_time, run, every, way.window)
+        if way.form == "recurrent":
+            run = ft.partial(stepwise, every=every, emit=emit, window=way.window)
+            return batch_in_front(run)
+        window = None if way.window is None else way.window // choice.chunk
+        stepped = choice.value.form == "recurrent"
+        chunks = Way(every, emit, choice.chunk, window, stepped)
+        return batch_in_front(ft.partial(chunkwise, way=chunks))
 
     compute = by(choice.value)
     if choice.value != choice.derivative:
@@ -130,242 +128,6 @@ def matrix_scan(
         compute.defjvp(ft.partial(jax.jvp, by(choice.derivative)))
     outputs, last = compute(queries, terms, start, reset)
     return outputs.astype(dtype), last.astype(dtype)
-
-
-class _Terms(NamedTuple):
-    """What a step does to the state; leaves `[T, heads, ...]` or `None`."""
-
-    keys: Array
-    values: Array
-    decay: Array | None
-    read: Array | None
-    write: Array | None
-
-
-def _over_time(run, every: int, window: int | None, queries, terms, start, reset):
-    """`run(queries, terms, start, reset)`, in windows if any: outputs, last state."""
-
-    def on_window(state, at):
-        queries, groups = at
-        terms, reset = groups if every == 1 else jax.tree.map(_join_groups, groups)
-        outputs, state = run(queries, terms, state, reset)
-        return state, outputs
-
-    # Windows of a few groups would store as many states as no windows.
-    if window is None or window < 4 * every:
-        outputs, last = run(queries, terms, start, reset)
-    else:
-        at = queries, _groups((terms, reset), every)
-        last, outputs = in_windows(on_window, start, at, window // every)
-    # JAX takes the batch axes of a `custom_jvp` rule to be those of its function, and a
-    # loop leaves the batch of a `vmap` behind time, where matrix products have it in
-    # front. The rule that batches a reshape moves it to the front in both.
-    return tuple(v.reshape(-1).reshape(v.shape) for v in (outputs, last))
-
-
-def _recurrent(queries, terms: _Terms, start, reset, every, emit):
-    """One step after the other; the state is the carry of a loop."""
-    if terms.decay is not None and terms.decay.ndim < terms.keys.ndim:
-        # As a product with whole heads it takes twice the time.
-        decay = jnp.broadcast_to(terms.decay[..., None], terms.keys.shape)
-        terms = terms._replace(decay=decay)
-
-    def step(state, at_t):
-        term, reset = at_t
-        if reset is not None:
-            state = jnp.where(reset, jnp.zeros_like(state), state)
-        written, kept = term.values, state
-        if term.decay is not None:
-            kept = _product("hk,hkv->hkv", term.decay, state)
-        if term.read is not None:
-            erased = _read(term.read, state)
-            if term.write is None:
-                written = written - erased
-            else:
-                kept = kept - _product("hk,hv->hkv", term.write, erased)
-        return kept + _product("hk,hv->hkv", term.keys, written)
-
-    # All that the derivative stores is the states.
-    @ft.partial(jax.checkpoint, prevent_cse=False)
-    def steps_to_output(state, at_t):
-        query, group = at_t
-        for i in range(every):
-            inner = group if every == 1 else jax.tree.map(lambda v: v[i], group)
-            earlier, state = state, step(state, inner)
-        shown = earlier if emit == "before" else state
-        if emit == "before" and reset is not None:
-            shown = jnp.where(inner[1], jnp.zeros_like(shown), shown)
-        return state, _read(query, shown)
-
-    at = queries, _groups((terms, reset), every)
-    return lax.scan(steps_to_output, start, at)[::-1]
-
-
-def _groups(tree, every: int):
-    """The steps between two queries side by side, `[Q, every, ...]`.
-
-    Single steps stay `[Q, ...]`: XLA would copy the arrays for an axis of length 1.
-    """
-    if every == 1:
-        return tree
-    return jax.tree.map(lambda v: v.reshape(-1, every, *v.shape[1:]), tree)
-
-
-def _join_groups(v):
-    return v.reshape(-1, *v.shape[2:])
-
-
-def _read(vectors, state):
-    """`Sᵀ q` of every head."""
-    return _product("hk,hkv->hv", vectors, state)
-
-
-def _product(axes: str, a, b):
-    """A product as a `dot`. As a sum of products, XLA's CPU runs it 2 to 50 times
-    slower (40 against 0.8 us for one head of 64 x 64, jaxlib 0.10.2); and an outer
-    product written by broadcasting has such a sum for its derivative."""
-    return jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST)
-
-
-def _chunkwise(queries, terms: _Terms, start, reset, every, emit, chunk):
-    """Chunks as affine maps of their first states, which a scan over them finds."""
-    steps = terms.keys.shape[0]
-    terms, start, poisoned, last_poisoned = _contain(terms, start, reset, emit)
-    bad_query = ~jnp.all(jnp.isfinite(queries), -1)
-    queries = jnp.where(bad_query[..., None], 0, queries)
-    if emit == "before" and reset is not None:
-        # What these steps read is fresh.
-        queries = jnp.where(_behind(reset[every - 1 :: every], 3), 0, queries)
-    poisoned = poisoned[every - 1 :: every] | bad_query
-    shards = time_shards(steps)
-    whole = -(-steps // (chunk * shards)) * shards
-
-    def split(v, length, count=whole):
-        """Time first to `[chunks, heads, length, ...]`, padded by zeros."""
-        v = jnp.pad(v, [(0, count * length - v.shape[0])] + [(0, 0)] * (v.ndim - 1))
-        return jnp.moveaxis(spread(v.reshape(count, length, *v.shape[1:])), 1, 2)
-
-    decay = terms.decay
-    if decay is None:
-        # One head stands for all, and one chunk too where nothing is reset.
-        decay = jnp.ones((chunk if reset is None else steps, 1), terms.keys.dtype)
-    if reset is not None:
-        decay = jnp.where(_behind(reset, decay.ndim), 0, decay)
-    # A padded step decays nothing.
-    decay = split(decay - 1, chunk, whole if len(decay) == steps else 1) + 1
-    read = terms.read
-    if read is not None and reset is not None:
-        read = jnp.where(_behind(reset, read.ndim), 0, read)
-    parts = [
-        None if v is None else split(v, chunk)
-        for v in (terms.keys, terms.values, read, terms.write)
-    ]
-    keys, values, read, write = parts
-
-    @jax.checkpoint
-    def summary(queries, keys, values, decay, read, write) -> Chunk | ErasingChunk:
-        return summarise(
-            queries, keys, values, decay, read, write, before=emit == "before"
-        )
-
-    chunks = summary(split(queries, chunk // every), keys, values, decay, read, write)
-    anew = None if reset is None else jnp.any(split(reset[:, None], chunk)[:, 0], -1)
-    backend = choose_backend("auto", "matrix", whole, terms.keys.shape[-1]).backend
-    if isinstance(chunks, Chunk):
-        outputs, last = _scan_chunks(chunks, start, anew)
-    elif shards == 1 and backend == "sequential":
-        outputs, last = _step_through_chunks(chunks, start, anew)
-    else:
-        outputs, last = _scan_chunks(chunks.multiply_out(), start, anew)
-    outputs = jnp.moveaxis(outputs, 2, 1)
-    outputs = outputs.reshape(-1, *outputs.shape[2:])[: queries.shape[0]]
-
-    def spoil(v, where):
-        return v + jnp.where(where, jnp.nan, 0).astype(v.dtype)
-
-    return (
-        spoil(outputs, poisoned[..., None]),
-        spoil(last, last_poisoned[:, None, None]),
-    )
-
-
-def _scan_chunks(chunks: Chunk, start, anew) -> tuple[Array, Array]:
-    """Outputs `[chunks, heads, Q, V]` and the last state, in parallel over chunks."""
-    count, heads, size, width = chunks.term.shape
-    flat = (heads * size, width)
-    if chunks.transition.ndim == 3:
-        transition = Diagonal(chunks.transition.reshape(count, -1))
-    else:
-        transition = BlockDiagonal(chunks.transition)
-    states = linear_scan(
-        transition, chunks.term.reshape(count, *flat), start.reshape(flat), reset=anew
-    ).reshape(count, heads, size, width)
-    return chunks.read(shift(start, states)), states[-1]
-
-
-def _step_through_chunks(chunks: ErasingChunk, start, anew) -> tuple[Array, Array]:
-    """The same, one chunk after the other.
-
-    No transition `[K, K]` is formed: where chunks are stepped through anyway, that
-    takes a fifth less time with a gradient.
-    """
-
-    def step(state, at):
-        chunk, anew = at
-        e = for_end = chunk.erase(state)
-        kept = state
-        if anew is not None:
-            # Steps before the reset still find the state, the end does not.
-            kept = jnp.where(anew, jnp.zeros_like(state), state)
-            for_end = jnp.where(anew, chunk.wanted, e)
-        return chunk.advance(kept, for_end), (state, e)
-
-    last, (first, e) = lax.scan(step, start, (chunks, anew))
-    return chunks.read(first, e), last
-
-
-def _contain(terms: _Terms, start, reset, emit):
-    """Take out what is not finite, and say which outputs it reaches.
-
-    In a matrix product over a chunk, zero times NaN would reach earlier steps and
-    other sequences, which the recurrence itself never does.
-
-    **Returns:** finite terms and start; bool `[T, heads]` of the outputs, and
-    `[heads]` of the last state, that are NaN.
-    """
-    steps, heads = terms.keys.shape[:2]
-
-    def spoiled(v):
-        return ~jnp.all(jnp.isfinite(v.reshape(*v.shape[:2], -1)), -1)
-
-    bad = jnp.zeros((steps, heads), bool)
-    for v in jax.tree.leaves(terms):
-        bad = bad | spoiled(v)
-    bad_start = spoiled(start[None])[0]
-
-    def clean(v):
-        return jnp.where(_behind(bad, v.ndim), 0, v)
-
-    terms = jax.tree.map(clean, terms)
-    start = jnp.where(bad_start[:, None, None], 0, start)
-    # The newest bad step against the newest reset, counted from 1; the start is 0.
-    count = jnp.arange(1, steps + 1, dtype=jnp.int32)
-    newest = running_max(jnp.where(bad, count[:, None], -1))
-    newest = jnp.maximum(newest, jnp.where(bad_start, 0, -1)[None])
-    fresh = jnp.zeros_like(count)
-    if reset is not None:
-        fresh = running_max(jnp.where(reset, count, 0))
-    reached = newest >= fresh[:, None]
-    last = reached[-1]
-    if emit == "before":
-        # The state before step t, and nothing that step t itself brings.
-        earlier = shift(bad_start, reached)
-        reached = earlier if reset is None else earlier & ~reset[:, None]
-    return terms, start, reached, last
-
-
-def _behind(v: Array, ndim: int) -> Array:
-    return v.reshape(v.shape + (1,) * (ndim - v.ndim))
 
 
 def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
