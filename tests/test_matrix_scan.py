@@ -181,6 +181,28 @@ def test_what_is_not_finite_stays_where_it_belongs(form, emit):
     np.testing.assert_allclose(outputs, clean, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", ["chunkwise", "auto"])
+def test_derivatives_after_a_reset_do_not_see_what_is_not_finite(form, monkeypatch):
+    # So that "auto" takes chunks for the derivative.
+    monkeypatch.setattr(choose, "_SMALL", 0)
+    given = problem(70, 1, "key", "write", False)
+    reset = np.isin(np.arange(70), [30, 66])
+
+    @jax.jit
+    @jax.grad
+    def derivative(given):
+        outputs, last = matrix_scan(**given, reset=reset, form=form)
+        return jnp.sum(jnp.sin(outputs[30:])) + jnp.sum(last)
+
+    clean = derivative(given)
+    for name in ("keys", "values", "decay", "read", "write"):
+        bad = given | {name: given[name].copy()}
+        bad[name][20, 0] = np.nan
+        got = derivative(bad)
+        for leaf in got:
+            np.testing.assert_allclose(got[leaf], clean[leaf], atol=1e-12, err_msg=name)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_batch(form, monkeypatch):
     # So that "auto" takes another form for the derivative than for the value.
@@ -263,10 +285,11 @@ def test_windows_bound_the_memory_of_a_gradient(form):
         x = jax.ShapeDtypeStruct((steps, 4, 64), jnp.float32)
         return run.lower(x).compile().memory_analysis().temp_size_in_bytes
 
-    # In numbers a step. Inputs and outputs are 256 each, a state would be 16384, and
-    # what chunks are summarised by, all at once, is some 4000.
+    # In numbers a step. Inputs, outputs and the derivatives of each are 256, a state
+    # would be 16384, those before chunks 512, and what chunks are summarised by, all at
+    # once, would be some 4000 more.
     grown = (memory(8192) - memory(4096)) / 4096 / 4
-    assert grown < 8 * 256, grown
+    assert grown < 11 * 256, grown
 
 
 def test_the_form_of_values_and_derivatives(monkeypatch):

@@ -14,13 +14,14 @@ again what the value went through, and a value that is found step by step will d
 """
 
 import functools as ft
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from ._arithmetic import multiply
 from ._choose import choose_backend
 from ._chunks import Chunk, invert_unit_lower, matmul, summarise
 from ._linear_scan import linear_scan
@@ -54,22 +55,16 @@ def chunkwise(queries, terms: Terms, start, reset, *, way: Way):
 
     def in_chunks(v, length: int, fill: float = 0):
         """Time first to `[chunks, C, ...]`."""
-        if v is None:
-            return None
         pads = [(0, whole * length - v.shape[0])] + [(0, 0)] * (v.ndim - 1)
         v = jnp.pad(v, pads, constant_values=fill)
         return spread(v.reshape(whole, length, *v.shape[1:]))
 
     queries = in_chunks(queries, way.chunk // way.every)
-    keys, values, decay, *erasure = terms
     # A step that is filled in decays nothing.
-    decay = in_chunks(decay, way.chunk, 1)
-    terms = Terms(
-        *(in_chunks(v, way.chunk) for v in (keys, values)),
-        decay,
-        *(in_chunks(v, way.chunk) for v in erasure),
-    )
-    reset = in_chunks(reset, way.chunk, False)
+    decay = _if_any(terms.decay, lambda v: in_chunks(v, way.chunk, 1))
+    terms = jax.tree.map(lambda v: in_chunks(v, way.chunk), terms._replace(decay=None))
+    terms = terms._replace(decay=decay)
+    reset = _if_any(reset, lambda v: in_chunks(v, way.chunk, False))
     course = _follow(way)(queries, terms, start, reset)
     outputs = course.outputs.reshape(-1, *course.outputs.shape[2:])[:count]
     if poisoned is None:
@@ -85,12 +80,14 @@ def chunkwise(queries, terms: Terms, start, reset, *, way: Way):
 class _Course(NamedTuple):
     """What chunks went through."""
 
-    outputs: Array
+    # `[chunks, Q, heads, V]`
+    outputs: Any
     # Before each chunk, `[chunks, heads, K, V]`.
-    states: Array
+    states: Any
     # In place of what each step erased, `[chunks, C, heads, V]`, if anything is.
-    written: Array | None
-    last: Array
+    written: Any
+    # `[heads, K, V]`
+    last: Any
 
 
 def _follow(way: Way):
@@ -113,17 +110,18 @@ def _follow(way: Way):
 
 def _windowed(run, way: Way):
     """`run(queries, terms, start, reset) -> _Course`, a window of chunks at a time."""
-    if way.window is None:
+    window = way.window
+    if window is None:
         return run
 
     def on_window(state, given):
         queries, terms, reset = given
         course = run(queries, terms, state, reset)
-        return course.last, course[:-1]
+        return course.last, course._replace(last=None)
 
     def windows(queries, terms, start, reset):
-        last, rest = in_windows(on_window, start, (queries, terms, reset), way.window)
-        return _Course(*rest, last)
+        last, course = in_windows(on_window, start, (queries, terms, reset), window)
+        return course._replace(last=last)
 
     return windows
 
@@ -144,35 +142,25 @@ def batch_in_front(run):
 
 def _by_chunks(way: Way, queries, terms: Terms, start, reset) -> _Course:
     """By products of matrices alone."""
-    factors = _factors(way, queries, terms, reset)
-    chunk = summarise(*factors, before=way.emit == "before")
-    values, anew = factors[2], _anew(reset)
-    if terms.read is None:
+    given = _factors(way, queries, terms, reset)
+    chunk = summarise(*given, before=way.emit == "before")
+    values, anew, steps = given.values, _anew(reset), way.chunk
+    if given.read is None:
         term = matmul(chunk.written, values)
         states, last = _through_decays(chunk, term, start, anew)
-        return _Course(_forth(chunk.found(states, values)), states, None, last)
-    asked, steps = queries.shape[1], way.chunk
-    inverse = invert_unit_lower(chunk.scores[..., asked:, -steps:])
-    if terms.write is None:
+        return _Course(_turn(chunk.found(states, values)), states, None, last)
+    asked = given.queries.shape[-2]
+    if given.write is None:
         first, term = values, None
     else:
         # What is written along the keys is known, and so is what is found of it.
         first = -matmul(chunk.scores[..., asked:, :steps], values)
         term = matmul(chunk.written[..., :steps], values)
-    found = matmul(inverse, chunk.reach[..., asked:, :])
-    states, written, last = _through_erasures(
-        chunk.kept,
-        found,
-        chunk.written[..., -steps:],
-        matmul(inverse, first),
-        term,
-        start,
-        anew,
-    )
-    writes = _writes(terms, values, written)
+    states, written, last = _through_erasures(chunk, first, term, start, anew)
     outputs = matmul(chunk.reach[..., :asked, :], states)
+    writes = _writes(given, written)
     outputs = outputs + matmul(chunk.scores[..., :asked, :], writes)
-    return _Course(_forth(outputs), states, _forth(written), last)
+    return _Course(_turn(outputs), states, _turn(written), last)
 
 
 def _tangents(way: Way, primals, course: _Course, tangents) -> _Course:
@@ -182,64 +170,63 @@ def _tangents(way: Way, primals, course: _Course, tangents) -> _Course:
     dqueries, dterms, dstart, _ = tangents
 
     def on_window(dstate, at):
-        given, known, dgiven = at
-        return _chunk_tangents(way, *given, *known, *dgiven, dstate)
+        primals, known, tangents = at
+        dcourse = _tangents_of_chunks(way, primals, known, tangents, dstate)
+        return dcourse.last, dcourse._replace(last=None)
 
-    at = (
-        (queries, terms, reset),
-        (course.states, course.written),
-        (dqueries, dterms),
-    )
+    known = course._replace(outputs=None, last=None)
+    at = (queries, terms, reset), known, (dqueries, dterms)
     if way.window is None:
-        last, rest = jax.checkpoint(on_window)(dstart, at)
+        last, dcourse = jax.checkpoint(on_window)(dstart, at)
     else:
-        last, rest = in_windows(on_window, dstart, at, way.window)
-    return _Course(*rest, last)
+        last, dcourse = in_windows(on_window, dstart, at, way.window)
+    return dcourse._replace(last=last)
 
 
-def _chunk_tangents(
-    way: Way, queries, terms, reset, states, written, dqueries, dterms, dstart
-):
-    states, written = _finite((states, _back(written)))
+def _tangents_of_chunks(way: Way, primals, known: _Course, tangents, dstart) -> _Course:
+    queries, terms, reset = primals
+    states, written = _finite((known.states, _if_any(known.written, _turn)))
 
     def respond(queries, terms):
         """What known states and writes would lead to."""
-        queries, terms = _finite((queries, terms))
-        factors = _factors(way, queries, terms, reset)
-        chunk = summarise(*factors, before=way.emit == "before")
-        writes = _writes(terms, factors[2], written)
+        given = _factors(way, _finite(queries), _finite(terms), reset)
+        chunk = summarise(*given, before=way.emit == "before")
+        writes = _writes(given, written)
         return (chunk.found(states, writes), chunk.end(states, writes)), chunk
 
     _, (dfound, dend), chunk = jax.jvp(
-        respond, (queries, terms), (dqueries, dterms), has_aux=True
+        respond, (queries, terms), tangents, has_aux=True
     )
     anew = _anew(reset)
     if terms.read is None:
         dstates, dlast = _through_decays(chunk, dend, dstart, anew)
         doutputs = dfound + matmul(chunk.reach, dstates)
-        return dlast, (_forth(doutputs), dstates, None)
+        return _Course(_turn(doutputs), dstates, None, dlast)
     asked, steps = queries.shape[1], way.chunk
     doutputs, dfirst = dfound[..., :asked, :], -dfound[..., asked:, :]
     if terms.write is None:
-        dfirst = dfirst + _back(dterms.values)
-    inverse = invert_unit_lower(chunk.scores[..., asked:, -steps:])
-    dstates, dwritten, dlast = _through_erasures(
-        chunk.kept,
-        matmul(inverse, chunk.reach[..., asked:, :]),
-        chunk.written[..., -steps:],
-        matmul(inverse, dfirst),
-        dend,
-        dstart,
-        anew,
-    )
+        dfirst = dfirst + _turn(tangents[1].values)
+    dstates, dwritten, dlast = _through_erasures(chunk, dfirst, dend, dstart, anew)
     doutputs = doutputs + matmul(chunk.reach[..., :asked, :], dstates)
     doutputs = doutputs + matmul(chunk.scores[..., :asked, -steps:], dwritten)
-    return dlast, (_forth(doutputs), dstates, _forth(dwritten))
+    return _Course(_turn(doutputs), dstates, _turn(dwritten), dlast)
 
 
-def _factors(way: Way, queries, terms: Terms, reset):
-    """What `summarise` is given, `[chunks, heads, C, ...]`; a reset decays by zero."""
-    queries, keys, values, decay, read, write = (_back(v) for v in (queries, *terms))
+class _Factors(NamedTuple):
+    """What `summarise` is given, `[chunks, heads, C, ...]`."""
+
+    queries: Array
+    keys: Array
+    values: Array
+    decay: Array
+    read: Array | None
+    write: Array | None
+
+
+def _factors(way: Way, queries, terms: Terms, reset) -> _Factors:
+    """A reset is a decay by zero, and nothing to erase."""
+    queries, terms = jax.tree.map(_turn, (queries, terms))
+    keys, decay, read = terms.keys, terms.decay, terms.read
     if decay is None:
         # One head stands for all, and one chunk too where nothing is reset.
         shape = (1, 1, way.chunk) if reset is None else (len(keys), 1, way.chunk)
@@ -252,7 +239,7 @@ def _factors(way: Way, queries, terms: Terms, reset):
         if way.emit == "before":
             asked = anew[..., way.every - 1 :: way.every, None]
             queries = jnp.where(asked, 0, queries)
-    return queries, keys, values, decay, read, write
+    return _Factors(queries, keys, terms.values, decay, read, terms.write)
 
 
 def _finite(tree):
@@ -261,24 +248,26 @@ def _finite(tree):
     return jax.tree.map(lambda v: jnp.where(jnp.isfinite(v), v, 0), tree)
 
 
-def _writes(terms: Terms, values, written):
-    if terms.read is None:
-        return values
-    if terms.write is None:
+def _writes(given: _Factors, written) -> Array:
+    """The rows u of `Chunk`."""
+    if given.read is None:
+        return given.values
+    if given.write is None:
         return written
-    return jnp.concatenate([values, written], -2)
+    return jnp.concatenate([given.values, written], -2)
 
 
 def _anew(reset):
-    return None if reset is None else jnp.any(reset, -1)
+    return _if_any(reset, lambda v: jnp.any(v, -1))
 
 
-def _back(v):
-    """`[chunks, C, heads, ...]` to `[chunks, heads, C, ...]`."""
-    return None if v is None else jnp.moveaxis(v, 1, 2)
+def _if_any(v, fn):
+    return None if v is None else fn(v)
 
 
-_forth = _back
+def _turn(v: Array) -> Array:
+    """`[chunks, C, heads, ...]` to `[chunks, heads, C, ...]`, or back."""
+    return jnp.moveaxis(v, 1, 2)
 
 
 def _through_decays(chunk: Chunk, term, start, anew):
@@ -294,14 +283,22 @@ def _through_decays(chunk: Chunk, term, start, anew):
     return shift(start, states), states[-1]
 
 
-def _through_erasures(kept, found, written, first, term, start, anew):
-    """States before the chunks, what each writes, `[chunks, heads, C, V]`, the last."""
-    count, _, size = kept.shape
+def _through_erasures(chunk: Chunk, first, term, start, anew):
+    """States before the chunks, what each writes, `[chunks, heads, C, V]`, the last.
+
+    What is written, e, is `first`, less what the steps find of the state and of e
+    before them; `term` is what else is at the end of a chunk.
+    """
+    count, _, steps, _ = first.shape
+    size = start.shape[-2]
+    inverse = invert_unit_lower(chunk.scores[..., -steps:, -steps:])
+    found = matmul(inverse, chunk.reach[..., -steps:, :])
+    first, written = matmul(inverse, first), chunk.written[..., -steps:]
     shards = time_shards(count)
     backend = choose_backend("auto", "matrix", count, size).backend
     if shards == 1 and backend == "sequential":
-        return _step_through(kept, found, written, first, term, start, anew)
-    transition = kept[..., None] * jnp.eye(size, dtype=kept.dtype)
+        return _step_through(chunk.kept, found, written, first, term, start, anew)
+    transition = multiply(chunk.kept[..., None], jnp.eye(size, dtype=start.dtype))
     whole = matmul(written, first)
     states = linear_scan(
         BlockDiagonal(transition - matmul(written, found)),
