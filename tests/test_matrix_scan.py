@@ -296,7 +296,7 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     small, large = choose._SMALL, choose._SMALL + 1
     found = [
-        choose.choose_form("auto", None, *sizes, heads=4, erases=False)
+        choose.choose_form("auto", None, *sizes, heads=4, each_key=False, erases=False)
         for sizes in ((4096, 1, small), (4096, 1, large), (31, 1, large))
     ]
     stepped = ("recurrent", None)
@@ -304,13 +304,15 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
     assert [choice[0] for choice in found] == [stepped] * 3
     assert [choice[1] for choice in found] == again
     windows = [
-        choose.choose_form("auto", None, 4096, 1, 64 * 64, heads=heads, erases=False)
+        choose.choose_form(
+            "auto", None, 4096, 1, 64 * 64, heads=heads, each_key=False, erases=False
+        )
         for heads in (3, 4, 32, 1000)
     ]
     assert [choice.derivative.window for choice in windows] == [None, 512, 64, 64]
     chunks = [
         choose.choose_form(
-            "auto", None, 4096, every, entries, heads=1, erases=erases
+            "auto", None, 4096, every, entries, heads=1, each_key=False, erases=erases
         ).chunk
         for every, entries, erases in (
             (1, choose._MEDIUM, False),
@@ -321,7 +323,9 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
     ]
     assert chunks == [32, 64, 32, 30]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    on_gpu = choose.choose_form("auto", None, 4096, 1, small, heads=1, erases=False)
+    on_gpu = choose.choose_form(
+        "auto", None, 4096, 1, small, heads=1, each_key=False, erases=False
+    )
     assert on_gpu[:2] == (("chunkwise", None),) * 2
 
 

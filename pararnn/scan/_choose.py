@@ -96,10 +96,24 @@ class FormChoice(NamedTuple):
 # |                     | 1, 4096, 4, 32 | 74        | 39           | 35  | 42  |
 # |                     | 1, 4096, 4, 64 | 169       | 101          | 97  | 74  |
 #
-# (Erasing chunks have since become a fifth faster, see `_step_through_chunks`.) The
-# value alone is as fast step by step or faster (`python -m benchmarks layers`): one
+# The value alone is as fast step by step or faster (`python -m benchmarks layers`): one
 # fused loop over a state that stays in the cache, with a third of the multiplications.
 # A GPU, where a step is a launch, takes the products of matrices; not measured.
+#
+# The chunks above went through the sequence by chunks for the sake of the derivative
+# alone. Since then single steps find the states before them. T = 4096, 4 heads of
+# K = V = 64, on 2 cores of an AMD EPYC without AVX-512, as ratios (medians of 9, each
+# program run twice and timed once, in turn with the others):
+#
+# | kind                           | to chunks for both | to steps | to a plain loop |
+# |--------------------------------|--------------------|----------|-----------------|
+# | delta rule                     | 0.72               | 0.43     | 0.16            |
+# | gated delta rule               | 0.89               | 0.47     | 0.20            |
+# | decay for each head            | 0.83               | 0.29     | 0.13            |
+# | decay for each key, delta rule | 0.74               | 0.73     | 0.29            |
+#
+# A decay for each key alone takes 0.63 of the steps in chunks of 64, and a tenth less
+# in chunks of 32.
 #
 # Windows are what fits into the cache. With gradient (and MB of temporaries), another
 # day, T = 4096, 4 heads of K = V = 64, chunks of 64, and steps:
@@ -128,14 +142,16 @@ def choose_form(
     size: int,
     *,
     heads: int,
+    each_key: bool,
     erases: bool,
     shards: int = 1,
 ) -> FormChoice:
     """Settle how `matrix_scan` runs, from what is known while tracing.
 
     **Arguments:** `every`, how many steps lie between two readings, which divides a
-    chunk; `size`, the entries of one of the `heads`' matrices; `erases`, whether what
-    is written depends on the state; `shards`, how many devices share time, each of
+    chunk; `size`, the entries of one of the `heads`' matrices; `each_key`, whether
+    there is a decay for each key; `erases`, whether what is written depends on the
+    state; `shards`, how many devices share time, each of
     which has whole chunks.
 
     **Raises:** `ValueError` for the recurrent form where devices share time.
@@ -150,7 +166,7 @@ def choose_form(
     on_cpu = shards == 1 and jax.default_backend() == "cpu"
     if chunk is None:
         # Of several devices each has fewer steps, and every chunk exchanges a little.
-        halved = on_cpu and (erases or size <= _MEDIUM)
+        halved = on_cpu and (each_key or erases or size <= _MEDIUM)
         chunk = _CHUNK // 2 if halved else _CHUNK
         chunk = every * max(1, chunk // every)
         chunk = min(chunk, every << max(0, steps // every - 1).bit_length())

@@ -40,8 +40,8 @@ def matrix_scan(
 
     The chunkwise form turns every stretch of C steps into matrix products and scans
     over the stretches; the recurrent form steps. They agree to rounding, gradients too.
-    On one CPU, and where steps are taken, the derivative of a long sequence stores the
-    state before each window of time and computes the window again. Decays may be zero
+    The derivative stores the state before each chunk, or where steps are taken before
+    each window of time, and computes the rest again. Decays may be zero
     and negative, and products of them may underflow: nothing is divided by them.
 
     **Arguments:**
@@ -109,6 +109,7 @@ def matrix_scan(
         every,
         entries,
         heads=heads,
+        each_key=decay is not None and decay.ndim == keys.ndim,
         erases=read is not None,
         shards=time_shards(steps),
     )
