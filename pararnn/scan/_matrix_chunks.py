@@ -65,16 +65,16 @@ def chunkwise(queries, terms: Terms, start, reset, *, way: Way):
     terms = jax.tree.map(lambda v: in_chunks(v, way.chunk), terms._replace(decay=None))
     terms = terms._replace(decay=decay)
     reset = _if_any(reset, lambda v: in_chunks(v, way.chunk, False))
-    course = _follow(way)(queries, terms, start, reset)
-    outputs = course.outputs.reshape(-1, *course.outputs.shape[2:])[:count]
+    outputs, last = _run(way)(queries, terms, start, reset)
+    outputs = outputs.reshape(-1, *outputs.shape[2:])[:count]
     if poisoned is None:
-        return outputs, course.last
+        return outputs, last
 
     def spoil(v, where):
         return v + jnp.where(where[..., None], jnp.nan, 0).astype(v.dtype)
 
     reached, last_reached = poisoned
-    return spoil(outputs, reached), spoil(course.last, last_reached[:, None])
+    return spoil(outputs, reached), spoil(last, last_reached[:, None])
 
 
 class _Course(NamedTuple):
@@ -90,15 +90,39 @@ class _Course(NamedTuple):
     last: Any
 
 
+def _run(way: Way):
+    """`(queries, terms, start, reset) -> (outputs, last)` over chunks."""
+    if way.stepped or way.window is None:
+        follow = _follow(way)
+
+        def at_once(*given):
+            course = follow(*given)
+            return course.outputs, course.last
+
+        return at_once
+
+    window, follow = way.window, _follow(way._replace(window=None))
+
+    def on_window(state, given):
+        queries, terms, reset = given
+        course = follow(queries, terms, state, reset)
+        return course.last, course.outputs
+
+    # What a window needs of its value, the derivative computes again: it is not stored.
+    def windows(queries, terms, start, reset):
+        return in_windows(on_window, start, (queries, terms, reset), window)[::-1]
+
+    return windows
+
+
 def _follow(way: Way):
     """`(queries, terms, start, reset) -> _Course` over chunks, with its derivative."""
-    by_chunks = _windowed(ft.partial(_by_chunks, way), way)
 
     def by_steps(*given):
-        steps = take_noted_steps(*given, every=way.every, emit=way.emit)
-        return _Course(*steps)
+        return _Course(*take_noted_steps(*given, every=way.every, emit=way.emit))
 
-    follow = jax.custom_jvp(batch_in_front(by_steps if way.stepped else by_chunks))
+    value = by_steps if way.stepped else ft.partial(_by_chunks, way)
+    follow = jax.custom_jvp(batch_in_front(value))
 
     @follow.defjvp
     def _(primals, tangents):
@@ -106,24 +130,6 @@ def _follow(way: Way):
         return course, batch_in_front(_tangents)(way, primals, course, tangents)
 
     return follow
-
-
-def _windowed(run, way: Way):
-    """`run(queries, terms, start, reset) -> _Course`, a window of chunks at a time."""
-    window = way.window
-    if window is None:
-        return run
-
-    def on_window(state, given):
-        queries, terms, reset = given
-        course = run(queries, terms, state, reset)
-        return course.last, course._replace(last=None)
-
-    def windows(queries, terms, start, reset):
-        last, course = in_windows(on_window, start, (queries, terms, reset), window)
-        return course._replace(last=last)
-
-    return windows
 
 
 def batch_in_front(run):
