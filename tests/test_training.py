@@ -238,10 +238,7 @@ def test_a_trained_model_is_loaded(finished):
 def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path):
     rate = OptimiserConfig(learning_rate=1e38, warmup=0)
     config = configure(corpus, optimiser=rate, checkpoint_every=1, validate_every=12)
-    # Whether the loss overflows or already a layer, whose solve then fails, depends on
-    # how the machine adds up: both messages name the rate.
-    rated = r"learning rate is too high|lower `optimiser\.learning_rate`"
-    with pytest.raises(TrainingFailed, match=rated) as caught:
+    with pytest.raises(TrainingFailed, match="learning rate is too high") as caught:
         go(config, tmp_path / "run")
     named = str(caught.value).split("last good checkpoint is ")[1].split(". ")[0]
     state = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -49,9 +49,10 @@ def train(
         except (jax.errors.JaxRuntimeError, eqx.EquinoxRuntimeError) as error:
             raise TrainingFailed(
                 f"train: a step after step {run.step - 1} failed: {error}\n"
-                f"{run.last_good()} Likely causes: (a) the parameters are no longer "
-                "finite: lower `optimiser.learning_rate`; (b) memory: lower "
-                "`data.batch` and accumulate, or set `model.rematerialise`."
+                f"{run.last_good()} Likely causes: (a) the learning rate is too high, "
+                "so that parameters or states are no longer finite: lower "
+                "`optimiser.learning_rate`; (b) memory: lower `data.batch` and "
+                "accumulate, or set `model.rematerialise`."
             ) from error
         finally:
             run.close()
