@@ -29,9 +29,9 @@ TABLES = {
     "by hand, `d_model` = 64.",
     "memax": "Layers that memax has too, at the same sizes and without the short "
     "convolutions, which it lacks: `ratio` is our time over theirs.",
-    "windows": "Long sequences in windows, as the layers take them on a CPU, against "
-    "all steps at once: time of the value, of value and gradient, and temporary memory "
-    "of the latter.",
+    "windows": "Sequences in windows, as the layers take them on a CPU where they are "
+    "long or their steps large, against all steps at once: time of the value, of value "
+    "and gradient, and temporary memory of the latter.",
     "long layers": "Time at great length, as a ratio to that of a sequence of T / 8, "
     "over 8.",
 }
@@ -64,13 +64,14 @@ def cases(settings: Settings) -> Iterator[Case]:
                 {"layer": name, "T": steps},
                 lambda n=name, t=steps: _measure_peer(n, t, settings),
             )
-    for steps in settings.steps(65536):
-        for name in ("lru", "s5", "min_gru", "rg_lru", "gla", "deltanet", "mamba"):
-            yield Case(
-                "windows",
-                {"layer": name, "T": steps},
-                lambda n=name, t=steps: _measure_windows(n, t, settings),
-            )
+    for length, names in WINDOWED.items():
+        for steps in settings.steps(length):
+            for name in names:
+                yield Case(
+                    "windows",
+                    {"layer": name, "T": steps},
+                    lambda n=name, t=steps: _measure_windows(n, t, settings),
+                )
     for steps in settings.steps(131072):
         for name in ("lru", "min_gru", "rg_lru", "deltanet", "mamba2", "gla"):
             yield Case(
@@ -342,6 +343,11 @@ def _measure_peer(name: str, steps: int, settings: Settings):
 
 # ---- long sequences
 
+WINDOWED = {
+    4096: ("unitary", "block_lrnn", "lssl", "commutative_monoid"),
+    65536: ("lru", "s5", "min_gru", "rg_lru", "gla", "deltanet", "mamba"),
+}
+
 
 def _measure_windows(name: str, steps: int, settings: Settings):
     layer = linear.make_layer(name, D, key=jr.key(0))
@@ -360,6 +366,7 @@ def _measure_windows(name: str, steps: int, settings: Settings):
         "at once ms": times.ms("at once"),
         "ratio": times.ratio("windows", "at once"),
         "v&g ratio": times.ratio("windows v&g", "at once v&g"),
+        "at once v&g MB": compiled["at once v&g"].temp_bytes / 1e6,
         "v&g memory ratio": memory_ratio(
             compiled["windows v&g"], compiled["at once v&g"]
         ),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from pararnn._parameters import wide_dtype
+from pararnn._parameters import check_flag, wide_dtype
 from pararnn.scan import check_reset
 
 from ._windows import mix_in_windows
@@ -62,18 +62,20 @@ class AbstractLayer(eqx.Module):
 
         **Returns:** outputs `[T, d_model]` in the dtype of `xs`, and the state after
         the last step that was taken (of `T = 0` steps: `state`). Computed in the
-        parameters' precision, at least float32. On a CPU, 65536 steps and more are
-        taken in windows, so that a gradient needs little more memory than its inputs.
+        parameters' precision, at least float32. On a CPU, 65536 steps and more (in
+        layers with large transitions, fewer) are taken in windows, so that a gradient
+        needs little more memory than its inputs.
 
-        **Raises:** `ValueError` on a shape that does not fit or an `xs` that is not
-        real floating point; `TypeError` on a `reset` that is not bool.
+        **Raises:** `ValueError` on a shape that does not fit, an `xs` that is not
+        real floating point, or a `reverse` that is not True or False; `TypeError` on a
+        `reset` that is not bool.
         """
         xs = _check_features(self, "xs", xs, 2)
         check_reset(type(self).__name__, reset, None, xs.shape[0])
         state = self._continue(state)
         if xs.shape[0] == 0:
             return xs, state
-        if reverse:
+        if check_flag(type(self).__name__, "reverse", reverse):
             if reset is not None:
                 after = jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
                 reset = jnp.flip(after)
@@ -81,7 +83,9 @@ class AbstractLayer(eqx.Module):
         inputs, precision = xs, self.precision()
         if jnp.finfo(xs.dtype).bits > jnp.finfo(precision).bits:
             inputs = xs.astype(precision)
-        ys, last = mix_in_windows(self.mix, inputs, state, reset)
+        ys, last = mix_in_windows(
+            self.mix, inputs, state, reset, self.numbers_per_step()
+        )
         if reverse:
             ys = jnp.flip(ys, 0)
         return ys.astype(xs.dtype), last
@@ -110,6 +114,15 @@ class AbstractLayer(eqx.Module):
         **Arguments:** `state`, as of `init_state()`.
         """
         return state
+
+    def numbers_per_step(self) -> int | None:
+        """About how many numbers the derivative of `mix` stores for each step, if that
+        is many times `d_model`; `None` if not.
+
+        On a CPU, a layer that says so is run in windows of time that together store
+        some millions of them, and computes each again for the derivative.
+        """
+        return None
 
     def precision(self) -> jnp.dtype:
         """The real dtype to compute in: the parameters', at least float32."""

@@ -138,6 +138,12 @@ class CommutativeMonoid(AbstractLayer):
         like = jax.ShapeDtypeStruct((self.d_model,), self.precision())
         return tree_state(like, self.max_length)
 
+    def numbers_per_step(self) -> int:
+        """An operation for each level of the tree, of two gated recurrent units: a
+        quarter of it, as shorter windows take up to 1.7 of the time."""
+        levels = self.init_state()[0].shape[0]
+        return 10 * levels * self.d_model
+
     def mix(self, xs, state, reset):
         elements = affine(self.W_x, xs.astype(self.precision()), self.b_x)
         reduced, state = tree_prefix(

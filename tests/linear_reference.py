@@ -328,20 +328,23 @@ def min_lstm(p, xs, h, reset=None):
     return np.stack(ys), h
 
 
-def rg_lru(p, xs, h, reset=None):
-    """At a reset the input's multiplier is 1 as well."""
+def rg_lru(p, xs, state, reset=None):
+    """The first input's multiplier is 1."""
+    h, fresh = state
     W_a, W_x = block_diagonal(p.W_a), block_diagonal(p.W_x)
     hs = []
     for t, x in enumerate(xs):
         r = sigmoid(W_a @ x + p.b_a)
         i = sigmoid(W_x @ x + p.b_x)
+        a = np.exp(-8 * r * softplus(p.Lambda))
         if reset is not None and reset[t]:
             h = i * x
+        elif t == 0 and fresh > 0:
+            h = a * h + i * x
         else:
-            a = np.exp(-8 * r * softplus(p.Lambda))
             h = a * h + np.sqrt(1 - a**2) * (i * x)
         hs.append(h)
-    return np.stack(hs), h
+    return np.stack(hs), (h, np.zeros(()))
 
 
 # Transitions that are matrices.

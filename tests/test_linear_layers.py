@@ -46,6 +46,8 @@ def in_windows(layer, xs, state, reset=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "_LONG", 1)
         patch.setattr(windows, "_WINDOW", 12)
+        patch.setattr(windows, "_FEWEST", 12)
+        patch.setattr(windows, "_NUMBERS", 1)
         return layer(xs, state, reset=reset)
 
 
@@ -85,7 +87,7 @@ def test_equals_the_equations(name):
 
 GRADIENTS = [
     *((name, whole) for name in ROWS),
-    *((name, in_windows) for name in ("lru", "mamba", "s4d-scan", "deltanet")),
+    *((name, in_windows) for name in ("lru", "mamba", "s4d-scan", "deltanet", "lssl")),
 ]
 
 
@@ -468,3 +470,27 @@ def test_registry_lists_what_there_is():
     assert set(linear.LAYERS.values()) == layers - {linear.AbstractLayer}
     elsewhere = {"commutative_monoid", "lrnn"}  # test_monoid.py, test_reservoir.py
     assert {row.layer for row in ROWS.values()} == set(linear.LAYERS) - elsewhere
+
+
+@pytest.mark.parametrize(
+    "name", ["unitary", "block_lrnn", "lssl", "commutative_monoid"]
+)
+def test_large_steps_are_stored_for_a_window_only(name, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    layer = linear.make_layer(name, 64, dtype="float32", key=jr.key(0))
+    arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    @jax.jit
+    @jax.grad
+    def run(given):
+        ys, _ = eqx.combine(given[0], static)(given[1])
+        return jnp.sum(ys**2)
+
+    def memory(steps):
+        xs = jax.ShapeDtypeStruct((steps, 64), jnp.float32)
+        return run.lower((arrays, xs)).compile().memory_analysis().temp_size_in_bytes
+
+    window = windows._NUMBERS // layer.numbers_per_step()
+    grown = (memory(8 * window) - memory(4 * window)) / (4 * window) / 4
+    # In numbers a step: of the thousands, the gradient of the inputs is left.
+    assert grown < 2 * 64 < layer.numbers_per_step() / 16, grown

@@ -377,14 +377,29 @@ def test_mlstm_stays_finite(dtype):
         assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("name", ["lru", "mamba", "deltanet"])
+@pytest.mark.parametrize("name", linear.LAYERS)
 def test_bidirectional_and_packed(name):
-    """Two packed sequences are the two sequences, in both directions."""
+    """Packed sequences are the sequences by themselves, in both directions, whether or
+    not their first steps are marked."""
     keys = jr.split(jr.key(0))
     both = Bidirectional(*(linear.make_layer(name, 6, key=key) for key in keys))
-    xs = problem(30)
-    run = eqx.filter_jit(lambda xs, reset: both(xs, reset=reset)[0])
-    packed = run(xs, jnp.isin(jnp.arange(30), jnp.array([0, 12])))
-    for part in (slice(0, 12), slice(12, 30)):
-        alone = run(xs[part], jnp.arange(30)[part] == part.start)
-        np.testing.assert_allclose(packed[part], alone, atol=1e-12)
+    xs = problem(24)
+    first = jnp.arange(24) % 12 == 0
+
+    @eqx.filter_jit
+    def run(both, xs):
+        marked = [both(xs, reset=reset)[0] for reset in (first, first.at[0].set(False))]
+        return marked, jax.vmap(lambda xs: both(xs)[0])(xs.reshape(2, 12, -1))
+
+    marked, alone = run(both, xs)
+    for packed in marked:
+        np.testing.assert_allclose(packed, alone.reshape(24, -1), atol=1e-12)
+
+
+@pytest.mark.parametrize("name", linear.LAYERS)
+def test_no_two_parameters_are_one_array(name):
+    """Such a layer could not be donated to a compiled function."""
+    arrays = jax.tree.leaves(
+        eqx.filter(linear.make_layer(name, 6, key=jr.key(0)), eqx.is_array)
+    )
+    assert len({id(v) for v in arrays}) == len(arrays)

@@ -75,6 +75,10 @@ class BlockLRNN(AbstractLayer):
         """Zeros `[blocks, d_state // blocks]`, at least float32."""
         return jnp.zeros(self.W_A.shape[:2], self.precision())
 
+    def numbers_per_step(self) -> int:
+        """Transitions, and what divides their columns."""
+        return 4 * self.W_A[..., 0].size
+
     def mix(self, xs, state, reset):
         blocks, size, _, d_model = self.W_A.shape
         A = linear(self.W_A.reshape(-1, d_model), xs)

@@ -106,6 +106,10 @@ class LSSL(AbstractLayer):
         """Zeros `[d_model, d_state]`, at least float32."""
         return jnp.zeros((self.d_model, self.d_state), self.precision())
 
+    def numbers_per_step(self) -> int:
+        """A state for each feature."""
+        return 8 * self.d_model * self.d_state
+
     def mix(self, xs, state, reset):
         A, B = self.discretise()
         wide = xs.astype(A.dtype)

@@ -75,6 +75,10 @@ class UnitaryRNN(AbstractLayer):
         (initial,) = widen(self.initial)
         return initial / jnp.sqrt(jnp.sum(initial**2))
 
+    def numbers_per_step(self) -> int:
+        """The exponential of a matrix, by some seventy of its size."""
+        return 70 * self.d_state**2
+
     def mix(self, xs, state, reset):
         states = linear_scan(
             Dense(self.transition(xs)),

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from pararnn._parameters import affine, check_number, check_size, widen
@@ -20,9 +21,9 @@ class RGLRU(AbstractLayer):
     h_t &= a_t \odot h_{t-1} + \sqrt{1 - a_t^2} \odot (i_t \odot x_t), \qquad y_t = h_t
     \end{aligned}$$
 
-    The state is real, `[d_model]`. At a reset $a_t = 0$, so that the input enters
-    whole: a packed sequence starts with $h = i \odot x$, where a fresh state starts
-    with $\sqrt{1 - a^2} \, i \odot x$.
+    but that the first input of a sequence, after a fresh state or a reset, enters
+    whole: with weight 1 in place of $\sqrt{1 - a^2}$. The state is h, `[d_model]`, and
+    whether nothing has come yet, a number that is 1 or 0.
 
     ??? cite "Source"
 
@@ -74,17 +75,23 @@ class RGLRU(AbstractLayer):
         size = d_model // blocks
         self.W_a = draw.weight(blocks, size, size)
         self.W_x = draw.weight(blocks, size, size)
-        self.b_a = self.b_x = draw.full(jnp.zeros(d_model))
+        self.b_a, self.b_x = (draw.full(np.zeros(d_model)) for _ in range(2))
         u = draw.wide_uniform((d_model,), 0, 1)
         rho = 0.5 * jnp.log(u * (r_max**2 - r_min**2) + r_min**2)
         # softplus(Lambda) = -rho.
         self.Lambda = draw.full(jnp.log(jnp.expm1(-rho)))
 
-    def init_state(self) -> Float[Array, " d_model"]:
-        """Zeros `[d_model]`, at least float32."""
-        return jnp.zeros((self.d_model,), self.precision())
+    def init_state(self) -> tuple[Float[Array, " d_model"], Float[Array, ""]]:
+        """Zeros `[d_model]` and 1, at least float32."""
+        precision = self.precision()
+        return jnp.zeros((self.d_model,), precision), jnp.ones((), precision)
+
+    def recurrent_state(self, state):
+        """h, `[d_model]`."""
+        return state[0]
 
     def mix(self, xs, state, reset):
+        state, fresh = state
         gate = jax.nn.sigmoid(affine(self.W_a, xs, self.b_a))
         inputs = jax.nn.sigmoid(affine(self.W_x, xs, self.b_x))
         Lambda, gate, inputs, xs = widen(self.Lambda, gate, inputs, xs)
@@ -93,7 +100,9 @@ class RGLRU(AbstractLayer):
         tiny = jnp.finfo(log_a.dtype).tiny
         a, rest = decay(log_a)
         scale = jnp.sqrt(jnp.maximum(rest, tiny))
+        first = (jnp.arange(len(xs)) == 0) & (fresh > 0)
         if reset is not None:
-            scale = jnp.where(reset[:, None], 1, scale)
+            first = first | reset
+        scale = jnp.where(first[:, None], 1, scale)
         states = linear_scan(Diagonal(a), scale * inputs * xs, state, reset=reset)
-        return states, states[-1]
+        return states, (states[-1], jnp.zeros_like(fresh))
