@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from pararnn._parameters import check_flag, wide_dtype
+from pararnn._reverse import backwards
 from pararnn.scan import check_reset
 
 from ._windows import mix_in_windows
@@ -73,21 +74,16 @@ class AbstractLayer(eqx.Module):
         xs = _check_features(self, "xs", xs, 2)
         check_reset(type(self).__name__, reset, None, xs.shape[0])
         state = self._continue(state)
+        if check_flag(type(self).__name__, "reverse", reverse):
+            return backwards(self, xs, state, reset)
         if xs.shape[0] == 0:
             return xs, state
-        if check_flag(type(self).__name__, "reverse", reverse):
-            if reset is not None:
-                after = jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
-                reset = jnp.flip(after)
-            xs = jnp.flip(xs, 0)
         inputs, precision = xs, self.precision()
         if jnp.finfo(xs.dtype).bits > jnp.finfo(precision).bits:
             inputs = xs.astype(precision)
         ys, last = mix_in_windows(
             self.mix, inputs, state, reset, self.numbers_per_step()
         )
-        if reverse:
-            ys = jnp.flip(ys, 0)
         return ys.astype(xs.dtype), last
 
     def step(

@@ -69,5 +69,11 @@ def make_layer(
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
     what the constructor raises.
     """
+    if name in IMAGE_LAYERS:
+        raise ValueError(
+            f"make_layer: {name!r} is a layer of images, which has no state and no "
+            f"steps. Build it as `linear.{IMAGE_LAYERS[name].__name__}(d_model, ..., "
+            "key=key)`."
+        )
     sizes = {"d_model": d_model, "key": key}
     return make_by_name("make_layer", "layer", LAYERS, name, sizes, options)

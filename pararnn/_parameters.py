@@ -125,6 +125,11 @@ def check_dtype(where: str, dtype: DTypeLike | None) -> np.dtype:
             f"{dtype if found is None else found}. Pass for instance `jnp.float32`, or "
             "leave it out."
         )
+    if jnp.finfo(found).bits < 16:
+        raise ValueError(
+            f"{where}: `dtype` must have at least 16 bits, got {found}, with which JAX "
+            "does not calculate. Pass for instance `jnp.bfloat16`."
+        )
     return found
 
 

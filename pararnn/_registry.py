@@ -1,5 +1,6 @@
 """Classes by name, for scripts that take a cell or a layer as an argument."""
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -24,8 +25,10 @@ def make_by_name(
     raises.
     """
     if not isinstance(name, str) or name not in classes:
+        near = difflib.get_close_matches(str(name).lower(), classes, n=1)
         raise ValueError(
             f"{where}: unknown {kind} {name!r}; there are {', '.join(classes)}."
+            + "".join(f" Did you mean {n!r}?" for n in near)
         )
     known = [
         option

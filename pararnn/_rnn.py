@@ -10,7 +10,10 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
 from ._foreign_cells import FunctionCell, as_cell
+from ._parameters import check_flag
+from ._reverse import backwards
 from .cells import AbstractCell
+from .scan import check_reset
 from .solver import Auto, Solver, count_steps, solve
 
 
@@ -54,20 +57,29 @@ class RNN(eqx.Module):
         state: PyTree[Array] | None = None,
         *,
         reset: Bool[Array, " T"] | None = None,
+        reverse: bool = False,
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         """All outputs, and the last state.
 
         **Arguments:** `xs`, leaves `[T, ...]`; `state`, as from `init_state()` (the
         default) or from an earlier call; `reset`, bool `[T]`, where true the state
-        before that step is the fresh one.
+        before that step is the fresh one; `reverse`, whether to run from the last step
+        to the first, where `reset` still marks the first step of a sequence.
 
         **Returns:** `(ys, state)`, outputs with leaves `[T, ...]` and the state after
-        the last step (the given one for T = 0).
+        the last step that was taken (the given one for T = 0).
 
-        **Raises:** as [`pararnn.solve`][].
+        **Raises:** as [`pararnn.solve`][]; `ValueError` on a `reverse` that is not True
+        or False.
         """
-        ys, state, _ = self.run(xs, state, reset=reset)
-        return ys, state
+
+        def forward(xs, state, *, reset):
+            return self.run(xs, state, reset=reset)[:2]
+
+        if check_flag("RNN", "reverse", reverse):
+            check_reset("RNN", reset, None, count_steps("RNN", xs))
+            return backwards(forward, xs, state, reset)
+        return forward(xs, state, reset=reset)
 
     def run(
         self,
@@ -152,14 +164,9 @@ class Bidirectional(eqx.Module):
         the one after the first step.
         """
         ahead, behind = (None, None) if state is None else state
-        last = None
-        if reset is not None:
-            starts_after = jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
-            last = jnp.flip(starts_after, 0)
         ys, ahead = self.forward(xs, ahead, reset=reset)
-        flipped = jtu.tree_map(lambda x: jnp.flip(x, 0), xs)
-        zs, behind = self.backward(flipped, behind, reset=last)
-        return jnp.concatenate([ys, jnp.flip(zs, 0)], axis=-1), (ahead, behind)
+        zs, behind = backwards(self.backward, xs, behind, reset)
+        return jnp.concatenate([ys, zs], axis=-1), (ahead, behind)
 
     def step(self, x: PyTree[Array], state: Any) -> tuple[Any, Any]:
         """Not possible: the backward direction needs the whole sequence.

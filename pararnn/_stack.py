@@ -6,6 +6,11 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Bool, PyTree
 
+from ._parameters import check_flag
+from ._reverse import backwards
+from .scan import check_reset
+from .solver import count_steps
+
 
 class Stack(eqx.Module):
     r"""Layers one after the other, each on the outputs of the one before.
@@ -49,17 +54,21 @@ class Stack(eqx.Module):
         state: tuple[PyTree[Array], ...] | None = None,
         *,
         reset: Bool[Array, " T"] | None = None,
+        reverse: bool = False,
     ) -> tuple[PyTree[Array], tuple[PyTree[Array], ...]]:
         """The outputs of the last layer, and the last states of all.
 
         **Arguments:** as [`pararnn.RNN`][]; `state` is a tuple with the state of each
-        layer, and `reset` applies to all of them.
+        layer, and `reset` and `reverse` apply to all of them.
 
         **Returns:** `(ys, state)`.
 
-        **Raises:** `ValueError` on another number of states than of layers; as the
-        layers.
+        **Raises:** `ValueError` on another number of states than of layers, or a
+        `reverse` that is not True or False; as the layers.
         """
+        if check_flag("Stack", "reverse", reverse):
+            check_reset("Stack", reset, None, count_steps("Stack", xs))
+            return backwards(self, xs, state, reset)
         states = []
         for layer, before in zip(self.layers, self._states(state), strict=True):
             xs, after = layer(xs, before, reset=reset)

@@ -1,6 +1,7 @@
 """Every layer against its equations, and what all layers promise."""
 
 import functools
+import math
 import re
 
 import equinox as eqx
@@ -494,3 +495,35 @@ def test_large_steps_are_stored_for_a_window_only(name, monkeypatch):
     grown = (memory(8 * window) - memory(4 * window)) / (4 * window) / 4
     # In numbers a step: of the thousands, the gradient of the inputs is left.
     assert grown < 2 * 64 < layer.numbers_per_step() / 16, grown
+
+
+EXTREMES = [
+    *(("mamba", "A_log", 100), ("mamba-complex", "A_log", 100)),
+    *(("mamba2", "A_log", 200), ("gated_deltanet", "A_log", 200)),
+    *(("lru", "nu_log", 200), ("lru-signed", "nu_log", 200)),
+    *(("s4d-scan", "log_A_real", 200), ("s4d-convolution", "log_A_real", -200)),
+    *(("s5", "log_A_real", 200), ("s5", "log_A_real", -50)),
+]
+
+
+@pytest.mark.parametrize("name, field, value", EXTREMES)
+def test_rates_beyond_floating_point(name, field, value):
+    """One rate at which decays are 0 or 1: values and derivatives are finite, and but
+    for that rate's own those of one that is as far off, and representable."""
+    layer, T = make(name, dtype="float32"), 12
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(T, D_MODEL)), jnp.float32)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def run(layer):
+        return jnp.sum(layer(xs)[0] ** 2)
+
+    def put(value):
+        rates = getattr(layer, field)
+        changed = rates.reshape(-1).at[0].set(value).reshape(rates.shape)
+        return eqx.tree_at(lambda layer: getattr(layer, field), layer, changed)
+
+    got, wanted = run(put(value)), run(put(math.copysign(20, value)))
+    for v in jax.tree.leaves(got):
+        assert np.all(np.isfinite(v))
+    assert_close(got, wanted, 1e-4)

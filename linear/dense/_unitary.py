@@ -22,8 +22,9 @@ class UnitaryRNN(AbstractLayer):
     $s_0 / \|s_0\|$ with the parameter $s_0$ = `initial`, also at resets, for a state of
     zeros would stay there.
 
-    An input that makes the 1-norm of $K_t - K_t^\top$ larger than 2048 gives NaN. At
-    the start, features of size 1 give about half of `d_state`.
+    An input that makes the 1-norm of $K_t - K_t^\top$ larger than 2048 gives NaN: scale
+    features to about 1, for which it starts near half of `d_state`. So does an
+    `initial` of zeros, which has no direction.
 
     ??? cite "Source"
 

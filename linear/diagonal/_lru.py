@@ -16,6 +16,7 @@ from ..parts import (
     complex_zeros,
     full_product,
     leading,
+    rate,
     real_product,
 )
 from ._constant import AbstractConstantDiagonal
@@ -135,8 +136,8 @@ class LRU(AbstractConstantDiagonal):
         (nu_log,) = widen(self.nu_log)
         if self.theta_log is not None:
             nu_log, theta_log = widen(nu_log, self.theta_log)
-            return jnp.exp(lax.complex(-jnp.exp(nu_log), jnp.exp(theta_log)))
-        size = jnp.exp(-jnp.exp(nu_log))
+            return jnp.exp(lax.complex(-rate(nu_log), jnp.exp(theta_log)))
+        size = jnp.exp(-rate(nu_log))
         return size if self.sign is None else size * jnp.asarray(self.sign, size.dtype)
 
     def drive(

@@ -22,6 +22,7 @@ from ..parts import (
     draw_convolution,
     empty_window,
     leading,
+    rate,
     short_convolution,
     signed,
 )
@@ -161,7 +162,7 @@ class Mamba(AbstractLayer):
         )
         dt = jax.nn.softplus(affine(self.W_dt, delta, self.b_dt))
         A_log, D = widen(self.A_log, self.D)
-        A, dt = -jnp.exp(A_log), dt.astype(A_log.dtype)
+        A, dt = -rate(A_log), dt.astype(A_log.dtype)
         if self.A_imag is not None:
             A = lax.complex(A, self.A_imag.astype(A.dtype))
             B, C = (lax.complex(*jnp.split(v, 2, axis=-1)) for v in (B, C))

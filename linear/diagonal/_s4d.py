@@ -23,6 +23,7 @@ from ..parts import (
     legs,
     normal_legs,
     perturb_then_diagonalise,
+    rate,
 )
 from ._constant import AbstractConstantDiagonal
 
@@ -197,7 +198,7 @@ class S4D(AbstractConstantDiagonal):
 
     def _discretise(self) -> tuple[Array, Array]:
         log_A_real, A_imag, log_dt = widen(self.log_A_real, self.A_imag, self.log_dt)
-        A = lax.complex(-jnp.exp(log_A_real), A_imag)
+        A = lax.complex(-rate(log_A_real), A_imag)
         dt = jnp.exp(log_dt)[:, None].astype(A.dtype)
         A_bar, factor = discretise(self.discretisation, A, dt)
         return A_bar, factor * as_complex(self.B_re, self.B_im)

@@ -21,6 +21,7 @@ from ..parts import (
     leading,
     normal_legs,
     perturb_then_diagonalise,
+    rate,
     real_product,
 )
 from ._constant import AbstractConstantDiagonal
@@ -127,7 +128,7 @@ class S5(AbstractConstantDiagonal):
 
     def _discretise(self) -> tuple[Array, Array]:
         log_A_real, A_imag, log_dt = widen(self.log_A_real, self.A_imag, self.log_dt)
-        A = lax.complex(-jnp.exp(log_A_real), A_imag)
+        A = lax.complex(-rate(log_A_real), A_imag)
         return discretise(self.discretisation, A, jnp.exp(log_dt).astype(A.dtype))
 
     def transition(self) -> Complex[Array, " modes"]:

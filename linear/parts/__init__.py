@@ -17,7 +17,7 @@ from ._complex import (
     real_product as real_product,
 )
 from ._discretise import DISCRETISATIONS as DISCRETISATIONS, discretise as discretise
-from ._gates import decay as decay, share as share
+from ._gates import decay as decay, rate as rate, share as share
 from ._heads import (
     log_decay as log_decay,
     merge_heads as merge_heads,

@@ -1,4 +1,4 @@
-"""Gates that do not lose digits, and cost no more than their plain formulas."""
+"""Gates and rates that lose no digits, and cost no more than their plain formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -32,3 +32,9 @@ def share(
     one, at_u, at_w = jnp.exp(-largest), jnp.exp(-u - largest), jnp.exp(-w - largest)
     total = 2 * one + at_u + at_w
     return (one + at_w) / total, (one + at_u) / total
+
+
+def rate(log: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`exp(log)`, and the largest finite number where that overflows: a decay of such a
+    rate is zero, whose derivative would be zero times infinity."""
+    return jnp.exp(jnp.minimum(log, jnp.log(jnp.finfo(log.dtype).max) * (1 - 2**-20)))

@@ -1,10 +1,11 @@
 """Heads: features cut into groups that have a state each."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pararnn._parameters import leading, linear, rms_norm, widen
+
+from ._gates import rate
 
 
 def split_heads(x: Float[Array, "T features"], heads: int) -> Float[Array, "T heads n"]:
@@ -25,7 +26,7 @@ def log_decay(
     r"""$-\exp(A^{\log}) \, \Delta$ and $\Delta = \mathrm{softplus}(dt + b)$."""
     A_log, dt_bias, dt = widen(A_log, dt_bias, dt)
     steps = jax.nn.softplus(dt + leading(dt_bias, 2))
-    return -jnp.exp(leading(A_log, 2)) * steps, steps
+    return -rate(leading(A_log, 2)) * steps, steps
 
 
 def signed(decay: Array, eigenvalues: str) -> Array:

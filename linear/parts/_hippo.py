@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Complex, Float
 
-from pararnn._parameters import check_size
+from pararnn._parameters import check_number, check_size
 
 
 class Diagonalised(NamedTuple):
@@ -76,6 +76,7 @@ def perturb_then_diagonalise(d_state: int, perturbation: float = 0.1) -> Diagona
     """
     where = "perturb_then_diagonalise"
     check_size(where, "d_state", d_state)
+    perturbation = check_number(where, "perturbation", perturbation)
     if d_state % 2 or not 0.01 <= perturbation <= 0.78:
         raise ValueError(
             f"{where}: `d_state` = {d_state} must be even and `perturbation` = "

@@ -34,7 +34,8 @@ def matrix_scan(
 
     $$S_t = (\mathrm{diag}(d_t) - w_t r_t^\top) S_{t-1} + k_t v_t^\top,$$
 
-    without storing the states. With neither `decay` nor `read` this is linear
+    without storing the states; one sequence, without a batch axis: a leading one would
+    be taken for time, so use `jax.vmap`. With neither `decay` nor `read` this is linear
     attention, with `decay` gated linear attention, and with `read`
     $r_t = \hat{k}_t$, `keys` $k_t = \beta_t \hat{k}_t$ the delta rule.
 
@@ -177,11 +178,15 @@ def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
         )
     check_reset("matrix_scan", reset, None, steps)
     every = steps // queries[0] if steps else 1
-    if emit not in ("after", "before") or form not in FORMS:
-        raise ValueError(
-            f"matrix_scan: unknown `emit` {emit!r} or `form` {form!r}; there are "
-            f"after, before, and {', '.join(FORMS)}."
-        )
+    for name, choice, known in (
+        ("emit", emit, ("after", "before")),
+        ("form", form, FORMS),
+    ):
+        if choice not in known:
+            raise ValueError(
+                f"matrix_scan: unknown `{name}` {choice!r}; there are "
+                f"{', '.join(known)}."
+            )
     if chunk is not None and not (
         isinstance(chunk, int | np.integer)
         and not isinstance(chunk, bool)
