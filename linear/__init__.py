@@ -1,4 +1,12 @@
-"""Linear recurrent layers, on the scan engine of `pararnn`."""
+"""Linear recurrent layers, on the scan engine of `pararnn`.
+
+    layer = linear.GatedDeltaNet(64, heads=4, key=jax.random.key(0))
+    ys, state = layer(xs)  # xs: [T, 64]; batches by jax.vmap
+    y, state = layer.step(x, state)
+
+`linear.LAYERS` has all layers by name, `linear.make_layer` builds one, and
+`linear.AbstractLayer` is what they have in common, and what to subclass.
+"""
 
 from ._layer import AbstractLayer as AbstractLayer
 from ._monoid import CommutativeMonoid as CommutativeMonoid

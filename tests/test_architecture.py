@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "pararnn.solver": {"pararnn.solver", "pararnn.scan"},
     "pararnn._parameters": {"pararnn._parameters", "pararnn.scan"},
     "pararnn._registry": {"pararnn._registry"},
+    "pararnn._reverse": {"pararnn._reverse"},
     "pararnn._specs": {"pararnn._specs"},
     "pararnn._records": {"pararnn._records"},
     "pararnn._machine": {"pararnn._machine"},
@@ -53,6 +54,8 @@ MAY_IMPORT = {
     "pararnn.diagnosis": {"pararnn.diagnosis", "pararnn.solver", "pararnn.scan"},
     "pararnn": {
         "pararnn",
+        "pararnn._parameters",
+        "pararnn._reverse",
         "pararnn.devices",
         "pararnn.models",
         "pararnn.diagnosis",
@@ -60,7 +63,13 @@ MAY_IMPORT = {
         "pararnn.solver",
         "pararnn.scan",
     },
-    "linear": {"linear", "pararnn._parameters", "pararnn._registry", "pararnn.scan"},
+    "linear": {
+        "linear",
+        "pararnn._parameters",
+        "pararnn._registry",
+        "pararnn._reverse",
+        "pararnn.scan",
+    },
     "pararnn.training.data": {"pararnn.training.data"},
     "pararnn.training": {
         "pararnn.training",

@@ -124,8 +124,9 @@ class LRNN(AbstractLayer):
         - `washout`: how many first steps to leave out, in which the reservoir still
             remembers that it started from zeros. With a spectral radius near 1 these
             are many.
-        - `ridge`: $\rho$, at least 0. An exact series wants 0; noise wants about its
-            variance in each step, or the free run dies out.
+        - `ridge`: $\rho$, at least 0. An exact series wants 0. With noise the free run
+            would then explode (an eigenvalue of `closed()` is beyond 1): start at a
+            hundredth of the noise's variance. With too much, the run dies out.
 
         **Returns:** the fitted layer.
 
@@ -349,7 +350,7 @@ def _reduce(series, values, amplitudes, tolerance) -> ReducedLRNN:
             f"`tolerance` = {tolerance!r}. Likely causes: (a) the layer was fitted to "
             "something else than the next input of this series, (b) too small a "
             "reservoir, (c) noise, of which at least this much must be allowed for; "
-            "fit with a `ridge` of about its variance, or the free run dies out, (d) a "
+            "fit with a `ridge` of a hundredth of its variance or more, (d) a "
             "start that the reservoir still remembers; fit with a larger `washout`, or "
             "choose a spectral radius below 1."
         )
