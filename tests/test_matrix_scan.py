@@ -1,5 +1,6 @@
 """`matrix_scan` against a loop of matrices, in every form."""
 
+import functools as ft
 import re
 
 import jax
@@ -216,6 +217,42 @@ def test_batch(form, monkeypatch):
         assert_close(tuple(v[i] for v in got), one, 1e-13)
 
 
+def test_sequences_of_a_batch_one_after_the_other(monkeypatch):
+    """Values, derivatives of a batch, batches of derivatives, second derivatives."""
+    for name in ("_SMALL", "_ALONE"):
+        monkeypatch.setattr(choose, name, 0)
+    given = problem(40, 1, "head", "keys", True)
+    reset, shared = given.pop("reset"), given.pop("initial")
+    batch = {n: np.stack([v, 0.7 * v, -0.9 * v]) for n, v in given.items()}
+
+    def loss(form, given, initial):
+        outputs, last = matrix_scan(**given, initial=initial, reset=reset, form=form)
+        return jnp.sum(jnp.sin(outputs)) + jnp.sum(jnp.cos(last))
+
+    def everything(form):
+        each = jax.vmap(ft.partial(loss, form), in_axes=(0, None))
+        of_each = jax.grad(ft.partial(loss, form), argnums=(0, 1))
+
+        def along(*at):
+            return jnp.sum(jax.jvp(each, at, at)[1])
+
+        def run(*at):
+            both = jnp.stack([shared, -shared])
+            return (
+                each(*at),
+                jax.vmap(each, in_axes=(None, 0))(at[0], both),
+                jax.grad(lambda *at: jnp.sum(each(*at)), argnums=(0, 1))(*at),
+                jax.vmap(of_each, in_axes=(0, None))(*at),
+                jax.value_and_grad(along, argnums=(0, 1))(*at),
+            )
+
+        return jax.tree.leaves(jax.jit(run)(batch, shared))
+
+    wanted = everything("recurrent")
+    for form in ("auto", "chunkwise"):
+        assert_close(everything(form), wanted, 1e-11)
+
+
 @pytest.mark.parametrize("decay, erasure", [("none", "keys"), ("key", "write")])
 def test_chunks_that_erase_in_parallel(decay, erasure, monkeypatch):
     """As on a GPU, where transitions are multiplied out."""
@@ -302,16 +339,23 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
         for sizes in ((4096, 1, small), (4096, 1, large), (31, 1, large))
     ]
     stepped = ("recurrent", None)
-    again = [("recurrent", choose._STEPPED), ("chunkwise", None), stepped]
+    again = [("recurrent", choose._STEPPED), ("chunkwise", 448), stepped]
     assert [choice[0] for choice in found] == [stepped] * 3
     assert [choice[1] for choice in found] == again
-    windows = [
+    several = [
         choose.choose_form(
-            "auto", None, 4096, 1, 64 * 64, heads=heads, each_key=False, erases=False
+            "auto", None, 4096, 1, entries, heads=heads, each_key=False, erases=False
         )
-        for heads in (3, 4, 32, 1000)
+        for heads, entries in ((1, 32 * 32), (1, 64 * 64), (2, 64 * 64), (32, 64 * 64))
     ]
-    assert [choice.derivative.window for choice in windows] == [None, 512, 64, 64]
+    windows = [choice.derivative.window for choice in several]
+    assert windows == [None, 256, 128, 128]
+    # A batch of small states stays an axis, and so do batches across devices.
+    assert [choice.in_turn for choice in several] == [False, True, True, True]
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert not choose.choose_form(
+        "auto", None, 4096, 1, 64 * 64, heads=4, each_key=False, erases=False
+    ).in_turn
     chunks = [
         choose.choose_form(
             "auto", None, 4096, every, entries, heads=1, each_key=False, erases=erases

@@ -70,6 +70,8 @@ class FormChoice(NamedTuple):
     value: Pass
     derivative: Pass
     chunk: int
+    # Whether sequences of a batch are gone through one after the other.
+    in_turn: bool
 
 
 # `matrix_scan` with its gradient on 2 cores of an Intel Xeon, jax 0.10.2, float32,
@@ -101,28 +103,40 @@ class FormChoice(NamedTuple):
 # A GPU, where a step is a launch, takes the products of matrices; not measured.
 #
 # The chunks above went through the sequence by chunks for the sake of the derivative
-# alone. Since then single steps find the states before them. T = 4096, 4 heads of
-# K = V = 64, on 2 cores of an AMD EPYC without AVX-512, as ratios (medians of 9, each
-# program run twice and timed once, in turn with the others):
+# alone. Since then single steps find the states before them.
 #
-# | kind                           | to chunks for both | to steps | to a plain loop |
-# |--------------------------------|--------------------|----------|-----------------|
-# | delta rule                     | 0.72               | 0.43     | 0.16            |
-# | gated delta rule               | 0.89               | 0.47     | 0.20            |
-# | decay for each head            | 0.83               | 0.29     | 0.13            |
-# | decay for each key, delta rule | 0.74               | 0.73     | 0.29            |
+# A derivative takes windows of chunks that fit into the cache. Value and gradient,
+# T = 4096, 4 heads of K = V = 64, on 2 cores of an AMD EPYC without AVX-512 with
+# 512 KiB of cache each, milliseconds, medians of 7, states by steps, chunks of 32:
 #
-# A decay for each key alone takes 0.63 of the steps in chunks of 64, and a tenth less
-# in chunks of 32.
+# | kind                           | steps | at once | windows of 512 | 128 | 64  |
+# |--------------------------------|-------|---------|----------------|-----|-----|
+# | delta rule                     | 185   | 144     | 111            | 91  | 88  |
+# | gated delta rule               | 180   | 136     | 111            | 107 | 105 |
+# | decay for each head            | 135   | 100     | 62             | 63  | 55  |
+# | decay for each key             | 134   | 146     | 101            | 93  | 93  |
+# | decay for each key, delta rule | 178   | 198     | 174            | 148 | 129 |
 #
-# Windows are what fits into the cache. With gradient (and MB of temporaries), another
-# day, T = 4096, 4 heads of K = V = 64, chunks of 64, and steps:
+# In windows of a single chunk XLA holds its factors in another order too, at 26 MB for
+# 13 (decay for each head, chunks of 64).
 #
-# | kind                | chunks: at once | windows of 512 | steps: at once | of 32    |
-# |---------------------|-----------------|----------------|----------------|----------|
-# | delta rule          | 99 (67)         | 83 (16)        | 231 (281)      | 160 (22) |
-# | decay for each head | 34 (42)         | 24 (12)        | 209 (277)      | 120 (17) |
-# | decay for each key  | 59 (97)         | 42 (19)        | 244 (277)      | 135 (17) |
+# Sequences of a batch go one after the other, or 8 of them would be as large as a
+# window of 8 times the steps, and the states of steps leave the cache. Ratios to all
+# at once (by a `vmap` of loops), value and gradient, medians of 7:
+#
+# | B, T, heads, K  | delta rule | decay for each head | decay for each key |
+# |-----------------|------------|---------------------|--------------------|
+# | 32, 256, 1, 32  | 1.34       | 1.11                | 1.17               |
+# | 8, 512, 4, 32   | 0.94       | 0.88                | 0.82               |
+# | 96, 40, 4, 32   | 0.79       | 1.05                | 0.77               |
+# | 256, 64, 2, 32  | 0.83       | 0.83                | 0.85               |
+# | 8, 1024, 4, 64  | 0.83       | 0.70                | 0.72               |
+# | 4, 1024, 16, 64 | 0.83       | 0.97                | 0.87               |
+#
+# Values alone, B = 8, T = 4096, 4 heads of 64 x 64: 0.54 to 0.65 over five kinds.
+#
+# Steps with windows, as above, another day: 231 ms at once (281 MB), 160 in windows of
+# 32 steps (22 MB) for the delta rule, 209 and 120 with a decay for each head.
 _CHUNK, _SHORT = 64, 32
 # Entries of a head's matrix: on a CPU, up to so many a derivative steps too, and up to
 # so many chunks are half as long; where something is erased, always.
@@ -131,7 +145,9 @@ _SMALL, _MEDIUM = 24 * 24, 32 * 32
 # that is stepped through, and how many there must be. Of fewer all fits (chunks of one
 # head of 32 x 64 took 1.3 of the time in windows of 512), or is a window of something
 # else (`linear` takes 2048 steps at a time of very long sequences).
-_WINDOW, _STEPPED, _LONG = 512 * 4 * 64 * 64, 32, 4096
+_WINDOW, _STEPPED, _LONG = 64 * 4 * 64 * 64, 32, 4096
+# Entries of all heads' matrices from which on sequences of a batch go one by one.
+_ALONE = 2 * 32 * 32
 
 
 def choose_form(
@@ -164,6 +180,8 @@ def choose_form(
         )
     steps = -(-steps // shards)
     on_cpu = shards == 1 and jax.default_backend() == "cpu"
+    # A loop over a batch that lies across devices would move every sequence to all.
+    in_turn = on_cpu and jax.device_count() == 1 and heads * size >= _ALONE
     if chunk is None:
         # Of several devices each has fewer steps, and every chunk exchanges a little.
         halved = on_cpu and (each_key or erases or size <= _MEDIUM)
@@ -174,12 +192,13 @@ def choose_form(
     small = (shards == 1 and steps < _SHORT) or (on_cpu and size <= _SMALL)
     if form == "recurrent" or (form == "auto" and small):
         again = Pass("recurrent", choose_window(steps))
-        return FormChoice(stepped, again, chunk)
-    # As many steps as together hold so many entries, in whole chunks.
-    window = max(1, _WINDOW // (heads * size * chunk)) * chunk
+        return FormChoice(stepped, again, chunk, in_turn)
+    # As many steps as together hold so many entries, in whole chunks, of which two.
+    window = max(2, _WINDOW // (heads * size * chunk)) * chunk
     several = on_cpu and steps >= max(_LONG, 8 * window)
     chunks = Pass("chunkwise", window if several else None)
-    return FormChoice(stepped if on_cpu and form == "auto" else chunks, chunks, chunk)
+    value = stepped if on_cpu and form == "auto" else chunks
+    return FormChoice(value, chunks, chunk, in_turn)
 
 
 def choose_window(steps: int) -> int | None:

@@ -107,7 +107,7 @@ def solve_recurrence(
         if reset is not None:
             carried = jnp.where(reset, 0, carried)
         rest = x - carried
-        return _tie(x0, rest[0]), rest
+        return tie(x0, rest[0]), rest
 
     def solve(_, terms):
         x0, b = terms
@@ -127,13 +127,13 @@ def solve_recurrence(
         )
         return g0 + u, x
 
-    terms = _tie(h0, b[0]), _tie(b, h0)
+    terms = tie(h0, b[0]), tie(b, h0)
     x0, x = lax.custom_linear_solve(matvec, terms, solve, transpose_solve)
     # The same for the cotangents, which the jvp rule cannot take in parts either.
-    return _tie(x, x0)
+    return tie(x, x0)
 
 
-def _tie(x: Array, to: Array) -> Array:
+def tie(x: Array, to: Array) -> Array:
     """`x`, which differentiation believes to depend on `to`.
 
     `lax.custom_linear_solve` can only be transposed if the tangents of all its terms

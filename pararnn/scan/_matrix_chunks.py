@@ -24,12 +24,16 @@ from jaxtyping import Array
 from ._arithmetic import multiply
 from ._choose import choose_backend
 from ._chunks import Chunk, invert_unit_lower, matmul, summarise
+from ._in_turn import linear_map, one_sequence_at_a_time
 from ._linear_scan import linear_scan
 from ._matrix_steps import Terms, take_noted_steps
 from ._prefix import running_max
 from ._time_axis import shift, spread, time_shards
 from ._transitions import BlockDiagonal, Diagonal
 from ._windows import in_windows
+
+# Windows between two states that are stored where the value is by chunks too.
+_STORED = 8
 
 
 class Way(NamedTuple):
@@ -38,10 +42,12 @@ class Way(NamedTuple):
     every: int
     emit: str
     chunk: int
-    # Chunks of a window of time; all at once if `None`.
+    # Chunks that a derivative takes together; all at once if `None`.
     window: int | None
     # Whether a derivative takes the states from single steps.
     stepped: bool
+    # Whether to go over a batch one sequence after the other.
+    in_turn: bool
 
 
 def chunkwise(queries, terms: Terms, start, reset, *, way: Way):
@@ -92,8 +98,8 @@ class _Course(NamedTuple):
 
 def _run(way: Way):
     """`(queries, terms, start, reset) -> (outputs, last)` over chunks."""
+    follow = _follow(way)
     if way.stepped or way.window is None:
-        follow = _follow(way)
 
         def at_once(*given):
             course = follow(*given)
@@ -101,16 +107,17 @@ def _run(way: Way):
 
         return at_once
 
-    window, follow = way.window, _follow(way._replace(window=None))
+    length = _STORED * way.window
 
     def on_window(state, given):
         queries, terms, reset = given
         course = follow(queries, terms, state, reset)
         return course.last, course.outputs
 
-    # What a window needs of its value, the derivative computes again: it is not stored.
+    # What these windows need of their value, the derivative computes again, in smaller
+    # ones: of states, only those between these are stored.
     def windows(queries, terms, start, reset):
-        return in_windows(on_window, start, (queries, terms, reset), window)[::-1]
+        return in_windows(on_window, start, (queries, terms, reset), length)[::-1]
 
     return windows
 
@@ -122,12 +129,32 @@ def _follow(way: Way):
         return _Course(*take_noted_steps(*given, every=way.every, emit=way.emit))
 
     value = by_steps if way.stepped else ft.partial(_by_chunks, way)
+    if way.in_turn:
+        value = one_sequence_at_a_time(value)
     follow = jax.custom_jvp(batch_in_front(value))
 
     @follow.defjvp
     def _(primals, tangents):
         course = follow(*primals)
-        return course, batch_in_front(_tangents)(way, primals, course, tangents)
+        queries, terms, _, reset = primals
+        known = (queries, terms, reset), (course.states, course.written)
+        # Of booleans, there are none.
+        given = tangents[:3]
+        respond = batch_in_front(ft.partial(_tangents, way))
+        if not way.in_turn:
+            return course, respond(known, given)
+
+        def some(*names: str):
+            def of(known, given):
+                found = respond(known, given)
+                return tuple(getattr(found, name) for name in names)
+
+            return linear_map(of, known, given)
+
+        # Two maps: first derivatives are those of what is returned, without the other.
+        outputs, last = some("outputs", "last")
+        states, written = some("states", "written")
+        return course, _Course(outputs, states, written, last)
 
     return follow
 
@@ -169,19 +196,19 @@ def _by_chunks(way: Way, queries, terms: Terms, start, reset) -> _Course:
     return _Course(_turn(outputs), states, _turn(written), last)
 
 
-def _tangents(way: Way, primals, course: _Course, tangents) -> _Course:
-    """Of `course`, with its states and writes for known."""
-    queries, terms, _, reset = primals
-    # Of booleans, there are none.
-    dqueries, dterms, dstart, _ = tangents
+def _tangents(way: Way, known, given) -> _Course:
+    """Of a course, for tangents `given` of queries, terms and start.
+
+    `known` are the queries, terms and resets, and the states and writes of the course.
+    """
+    dqueries, dterms, dstart = given
 
     def on_window(dstate, at):
-        primals, known, tangents = at
-        dcourse = _tangents_of_chunks(way, primals, known, tangents, dstate)
+        known, dqueries, dterms = at
+        dcourse = _tangents_of_chunks(way, known, (dqueries, dterms, dstate))
         return dcourse.last, dcourse._replace(last=None)
 
-    known = course._replace(outputs=None, last=None)
-    at = (queries, terms, reset), known, (dqueries, dterms)
+    at = known, dqueries, dterms
     if way.window is None:
         last, dcourse = jax.checkpoint(on_window)(dstart, at)
     else:
@@ -189,9 +216,10 @@ def _tangents(way: Way, primals, course: _Course, tangents) -> _Course:
     return dcourse._replace(last=last)
 
 
-def _tangents_of_chunks(way: Way, primals, known: _Course, tangents, dstart) -> _Course:
-    queries, terms, reset = primals
-    states, written = _finite((known.states, _if_any(known.written, _turn)))
+def _tangents_of_chunks(way: Way, known, given) -> _Course:
+    (queries, terms, reset), (states, written) = known
+    dqueries, dterms, dstart = given
+    states, written = _finite((states, _if_any(written, _turn)))
 
     def respond(queries, terms):
         """What known states and writes would lead to."""
@@ -201,7 +229,7 @@ def _tangents_of_chunks(way: Way, primals, known: _Course, tangents, dstart) -> 
         return (chunk.found(states, writes), chunk.end(states, writes)), chunk
 
     _, (dfound, dend), chunk = jax.jvp(
-        respond, (queries, terms), tangents, has_aux=True
+        respond, (queries, terms), (dqueries, dterms), has_aux=True
     )
     anew = _anew(reset)
     if terms.read is None:
@@ -211,7 +239,7 @@ def _tangents_of_chunks(way: Way, primals, known: _Course, tangents, dstart) -> 
     asked, steps = queries.shape[1], way.chunk
     doutputs, dfirst = dfound[..., :asked, :], -dfound[..., asked:, :]
     if terms.write is None:
-        dfirst = dfirst + _turn(tangents[1].values)
+        dfirst = dfirst + _turn(dterms.values)
     dstates, dwritten, dlast = _through_erasures(chunk, dfirst, dend, dstart, anew)
     doutputs = doutputs + matmul(chunk.reach[..., :asked, :], dstates)
     doutputs = doutputs + matmul(chunk.scores[..., :asked, -steps:], dwritten)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from ._arithmetic import promote
 from ._choose import FORMS, Form, Pass, choose_form
+from ._in_turn import one_sequence_at_a_time
 from ._linear_scan import check_reset
 from ._matrix_chunks import Way, batch_in_front, chunkwise
 from ._matrix_steps import Terms, stepwise
@@ -121,11 +122,12 @@ def matrix_scan(
             return batch_in_front(run)
         window = None if way.window is None else way.window // choice.chunk
         stepped = choice.value.form == "recurrent"
-        chunks = Way(every, emit, choice.chunk, window, stepped)
+        chunks = Way(every, emit, choice.chunk, window, stepped, choice.in_turn)
         return batch_in_front(ft.partial(chunkwise, way=chunks))
 
     compute = by(choice.value)
     if choice.value != choice.derivative:
+        compute = one_sequence_at_a_time(compute) if choice.in_turn else compute
         compute = jax.custom_jvp(compute)
         compute.defjvp(ft.partial(jax.jvp, by(choice.derivative)))
     outputs, last = compute(queries, terms, start, reset)

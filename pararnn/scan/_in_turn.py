@@ -1,0 +1,81 @@
+"""A batch one sequence after the other, also where derivatives are transposed."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, PyTree
+
+from ._linear_scan import tie
+
+
+def one_sequence_at_a_time(fn: Callable) -> Callable:
+    """`fn(*trees)`, for which a `vmap` is a loop over the batch and not an axis.
+
+    What `fn` works on is then as small as for one sequence, and stays in the cache. JAX
+    does not transpose it; see `linear_map`.
+    """
+    run = custom_vmap(fn)
+
+    @run.def_vmap
+    def _(size, batched, *given):
+        del size
+        batch, shared = eqx.partition(given, tuple(batched))
+        out = lax.map(lambda one: run(*eqx.combine(one, shared)), batch)
+        return out, jtu.tree_map(lambda _: True, out)
+
+    return run
+
+
+def linear_map(
+    apply: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]],
+    known: PyTree[Array],
+    given: PyTree[Array],
+) -> PyTree[Array]:
+    r"""`apply(known, given)`, linear in `given`: of a batch one sequence at a time,
+    and so its transpose.
+
+    With T for `apply`, it is y in the linear system
+
+    $$\begin{pmatrix} 1 & 0 \\ -T & 1 \end{pmatrix}
+    \begin{pmatrix} x \\ y \end{pmatrix} = \begin{pmatrix} x \\ 0 \end{pmatrix},$$
+
+    as `lax.custom_linear_solve` takes the solvers of a system and of its transpose as
+    they are, where JAX cannot transpose a loop of `one_sequence_at_a_time`. Derivatives
+    in `known` are those of the matrix, that is, of `apply` as it is written.
+    """
+    out = jax.eval_shape(apply, known, given)
+    nothing = jtu.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), out)
+    example = jtu.tree_map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), given)
+
+    def matrix(both):
+        given, out = both
+        return given, jtu.tree_map(jnp.subtract, out, apply(known, given))
+
+    def solve(_, both):
+        given, out = both
+        more = one_sequence_at_a_time(apply)(known, given)
+        return given, jtu.tree_map(jnp.add, out, more)
+
+    @one_sequence_at_a_time
+    def transposed(known, out):
+        (given,) = jax.linear_transpose(lambda x: apply(known, x), example)(out)
+        return given
+
+    def transpose_solve(_, both):
+        given, out = both
+        return jtu.tree_map(jnp.add, given, transposed(known, out)), out
+
+    terms = _tie_all((given, nothing))
+    _, out = lax.custom_linear_solve(matrix, terms, solve, transpose_solve)
+    return _tie_all(out)
+
+
+def _tie_all(tree: PyTree[Array]) -> PyTree[Array]:
+    """Whose tangents are all unknown where one of them is; see `tie`."""
+    every = jnp.stack([jnp.sum(v) for v in jtu.tree_leaves(tree)])
+    return jtu.tree_map(lambda v: tie(v, jnp.sum(every)), tree)
