@@ -69,10 +69,14 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+    def is_asked_for(group: str, table: str) -> bool:
+        return group in names and (not options.tables or table in options.tables)
+
     if options.resume:
         results.rows = [row for row in results.rows if not row.failed]
     else:
-        results.rows = [row for row in results.rows if row.group not in names]
+        results.rows = [r for r in results.rows if not is_asked_for(r.group, r.table)]
         # What no row refers to any more is no part of these results.
         results.runs = results.runs if results.rows else []
     results.derived = _derive(results.rows)
@@ -80,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         (name, case)
         for name in names
         for case in GROUPS[name].cases(settings)
-        if not any(row.is_of(name, case) for row in results.rows)
+        if is_asked_for(name, case.table)
+        and not any(row.is_of(name, case) for row in results.rows)
     ]
     try:
         _run(missing, results)
@@ -115,6 +120,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help=f"which to run: {', '.join(GROUPS)}; all if none is given",
     )
     parser.add_argument(
+        "--tables",
+        nargs="+",
+        default=[],
+        metavar="TABLE",
+        help="only these tables of the groups",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="short sequences and 3 repeats"
     )
     parser.add_argument(
@@ -131,6 +143,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     unknown = [name for name in options.groups if name not in GROUPS]
     if unknown:
         parser.error(f"no group {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    tables = [t for name in options.groups or GROUPS for t in GROUPS[name].TABLES]
+    unknown = [name for name in options.tables if name not in tables]
+    if unknown:
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(tables)}")
     return options
 
 

@@ -144,24 +144,26 @@ def _measure_batches(kind: str, steps: int, settings: Settings):
     def one(q, k, v, decay):
         return pararnn.matrix_scan(q, k, v, decay, read=k if erases else None)
 
-    programs = {
-        "batch": jax.vmap(one),
-        "one": lambda *batch: one(*jax.tree.map(lambda v: v[0], batch)),
+    batch = _arguments(kind, count, steps)
+    first = jax.tree.map(lambda v: v[0], batch)
+    programs: dict[str, Callable] = {
+        "batch": lambda batch, first: jax.vmap(one)(*batch),
+        "one": lambda batch, first: one(*first),
+        "batch v&g": lambda batch, first: _with_gradient(jax.vmap(one))(*batch),
+        "one v&g": lambda batch, first: _with_gradient(one)(*first),
     }
-    programs |= {f"{n} v&g": _with_gradient(f) for n, f in programs.items()}
-    arguments = _arguments(kind, count, steps)
-    compiled = compile_all(programs, *arguments)
-    times = time_in_turn(compiled, *arguments, quick=settings.quick)
+    compiled = compile_all(programs, batch, first)
+    times = time_in_turn(compiled, batch, first, quick=settings.quick)
 
     def of_each(ratio):
         return {name: value / count for name, value in ratio.items()}
 
     return {
         "one ms": times.ms("one"),
-        "ratio": of_each(times.ratio("batch", "one")),
+        "batch ratio": of_each(times.ratio("batch", "one")),
         "one v&g ms": times.ms("one v&g"),
-        "v&g ratio": of_each(times.ratio("batch v&g", "one v&g")),
-        "v&g temporary MB": compiled["batch v&g"].temp_bytes / 1e6,
+        "batch v&g ratio": of_each(times.ratio("batch v&g", "one v&g")),
+        "batch v&g temporary MB": compiled["batch v&g"].temp_bytes / 1e6,
     }
 
 

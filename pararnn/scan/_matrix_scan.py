@@ -45,6 +45,8 @@ def matrix_scan(
     The derivative stores the state before each chunk, or where steps are taken before
     each window of time, and computes the rest again. Decays may be zero
     and negative, and products of them may underflow: nothing is divided by them.
+    On a single CPU device a `vmap` goes over its sequences one after the other, except
+    where states are small or `form="recurrent"` is differentiated.
 
     **Arguments:**
 
