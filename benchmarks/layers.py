@@ -196,6 +196,7 @@ def _measure_forms(kind: str, steps: int, settings: Settings):
         "auto over plain": times.ratio("auto", "plain"),
         "recurrent v&g ms": times.ms("recurrent v&g"),
         "chunkwise v&g ratio": times.ratio("chunkwise v&g", "recurrent v&g"),
+        "auto v&g ratio": times.ratio("auto v&g", "recurrent v&g"),
         "chunkwise v&g over plain": times.ratio("chunkwise v&g", "plain v&g"),
         "auto v&g over plain": times.ratio("auto v&g", "plain v&g"),
         "auto v&g memory over plain": memory_ratio(programs["auto v&g"], plain),

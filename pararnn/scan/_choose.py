@@ -146,7 +146,8 @@ _SMALL, _MEDIUM = 24 * 24, 32 * 32
 # head of 32 x 64 took 1.3 of the time in windows of 512), or is a window of something
 # else (`linear` takes 2048 steps at a time of very long sequences).
 _WINDOW, _STEPPED, _LONG = 64 * 4 * 64 * 64, 32, 4096
-# Entries of all heads' matrices from which on sequences of a batch go one by one.
+# Entries of all heads' matrices from which on sequences of a batch go one by one: not
+# those of the first row.
 _ALONE = 2 * 32 * 32
 
 
@@ -180,8 +181,10 @@ def choose_form(
         )
     steps = -(-steps // shards)
     on_cpu = shards == 1 and jax.default_backend() == "cpu"
-    # A loop over a batch that lies across devices would move every sequence to all.
-    in_turn = on_cpu and jax.device_count() == 1 and heads * size >= _ALONE
+    # A loop over a batch that lies across devices would move every sequence to all, and
+    # JAX refuses one over an axis that a mesh knows of.
+    alone = jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
+    in_turn = on_cpu and alone and heads * size >= _ALONE
     if chunk is None:
         # Of several devices each has fewer steps, and every chunk exchanges a little.
         halved = on_cpu and (each_key or erases or size <= _MEDIUM)

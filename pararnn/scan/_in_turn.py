@@ -2,33 +2,14 @@
 
 from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jax.custom_batching import custom_vmap
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, PyTree
 
 from ._linear_scan import tie
-
-
-def one_sequence_at_a_time(fn: Callable) -> Callable:
-    """`fn(*trees)`, for which a `vmap` is a loop over the batch and not an axis.
-
-    What `fn` works on is then as small as for one sequence, and stays in the cache. JAX
-    does not transpose it; see `linear_map`.
-    """
-    run = custom_vmap(fn)
-
-    @run.def_vmap
-    def _(size, batched, *given):
-        del size
-        batch, shared = eqx.partition(given, tuple(batched))
-        out = lax.map(lambda one: run(*eqx.combine(one, shared)), batch)
-        return out, jtu.tree_map(lambda _: True, out)
-
-    return run
 
 
 def linear_map(
@@ -45,8 +26,10 @@ def linear_map(
     \begin{pmatrix} x \\ y \end{pmatrix} = \begin{pmatrix} x \\ 0 \end{pmatrix},$$
 
     as `lax.custom_linear_solve` takes the solvers of a system and of its transpose as
-    they are, where JAX cannot transpose a loop of `one_sequence_at_a_time`. Derivatives
+    they are, where JAX cannot transpose a loop of `sequential_vmap`. Derivatives
     in `known` are those of the matrix, that is, of `apply` as it is written.
+
+    `apply` is traced by all of them: have it compiled (`jax.jit`), so that it is once.
     """
     out = jax.eval_shape(apply, known, given)
     nothing = jtu.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), out)
@@ -58,10 +41,10 @@ def linear_map(
 
     def solve(_, both):
         given, out = both
-        more = one_sequence_at_a_time(apply)(known, given)
+        more = sequential_vmap(apply)(known, given)
         return given, jtu.tree_map(jnp.add, out, more)
 
-    @one_sequence_at_a_time
+    @sequential_vmap
     def transposed(known, out):
         (given,) = jax.linear_transpose(lambda x: apply(known, x), example)(out)
         return given

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array
 
 from ._arithmetic import multiply
 from ._choose import choose_backend
 from ._chunks import Chunk, invert_unit_lower, matmul, summarise
-from ._in_turn import linear_map, one_sequence_at_a_time
+from ._in_turn import linear_map
 from ._linear_scan import linear_scan
 from ._matrix_steps import Terms, take_noted_steps
 from ._prefix import running_max
@@ -130,8 +131,11 @@ def _follow(way: Way):
 
     value = by_steps if way.stepped else ft.partial(_by_chunks, way)
     if way.in_turn:
-        value = one_sequence_at_a_time(value)
+        value = sequential_vmap(value)
     follow = jax.custom_jvp(batch_in_front(value))
+    respond = batch_in_front(ft.partial(_tangents, way))
+    if way.in_turn:
+        respond = jax.jit(respond)
 
     @follow.defjvp
     def _(primals, tangents):
@@ -140,7 +144,6 @@ def _follow(way: Way):
         known = (queries, terms, reset), (course.states, course.written)
         # Of booleans, there are none.
         given = tangents[:3]
-        respond = batch_in_front(ft.partial(_tangents, way))
         if not way.in_turn:
             return course, respond(known, given)
 
@@ -151,7 +154,7 @@ def _follow(way: Way):
 
             return linear_map(of, known, given)
 
-        # Two maps: first derivatives are those of what is returned, without the other.
+        # Two maps, as XLA drops the other one where only what is returned is derived.
         outputs, last = some("outputs", "last")
         states, written = some("states", "written")
         return course, _Course(outputs, states, written, last)

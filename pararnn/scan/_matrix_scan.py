@@ -6,11 +6,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float
 
 from ._arithmetic import promote
 from ._choose import FORMS, Form, Pass, choose_form
-from ._in_turn import one_sequence_at_a_time
 from ._linear_scan import check_reset
 from ._matrix_chunks import Way, batch_in_front, chunkwise
 from ._matrix_steps import Terms, stepwise
@@ -45,8 +45,8 @@ def matrix_scan(
     The derivative stores the state before each chunk, or where steps are taken before
     each window of time, and computes the rest again. Decays may be zero
     and negative, and products of them may underflow: nothing is divided by them.
-    On a single CPU device a `vmap` goes over its sequences one after the other, except
-    where states are small or `form="recurrent"` is differentiated.
+    On a single CPU device, without a mesh in context, a `vmap` takes sequences of large
+    states one after the other, in the steps of `"auto"` and in derivatives by chunks.
 
     **Arguments:**
 
@@ -129,7 +129,7 @@ def matrix_scan(
 
     compute = by(choice.value)
     if choice.value != choice.derivative:
-        compute = one_sequence_at_a_time(compute) if choice.in_turn else compute
+        compute = sequential_vmap(compute) if choice.in_turn else compute
         compute = jax.custom_jvp(compute)
         compute.defjvp(ft.partial(jax.jvp, by(choice.derivative)))
     outputs, last = compute(queries, terms, start, reset)
