@@ -103,7 +103,9 @@ class FormChoice(NamedTuple):
 # A GPU, where a step is a launch, takes the products of matrices; not measured.
 #
 # The chunks above went through the sequence by chunks for the sake of the derivative
-# alone. Since then single steps find the states before them.
+# alone. Since then single steps find the states before them, in 0.72 to 0.89 of the
+# time (T = 4096, 4 heads of K = V = 64, four kinds), and a decay for each key takes a
+# tenth less in chunks of 32 than of 64.
 #
 # A derivative takes windows of chunks that fit into the cache. Value and gradient,
 # T = 4096, 4 heads of K = V = 64, on 2 cores of an AMD EPYC without AVX-512 with
