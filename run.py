@@ -8,6 +8,11 @@ packages are installed into `.venv` beside this file, and again only when
     example   run examples/parallelize_custom_cell.py; arguments go to the script
     test      lint, types, documentation, then every test; arguments go to pytest
     bench     run `python -m benchmarks`; arguments go to it
+
+`test --jax VERSION --python PYTHON` runs the tests alone with another JAX and another
+Python, in an environment of their own: for instance `--jax 0.12.0.1 --python
+python3.13`. Either may be `newest`, of what PyPI and this machine have. `--core` leaves
+out what does not touch the solver, the engine, cells and layers.
 """
 
 import sys
@@ -20,9 +25,11 @@ if sys.version_info < (3, 11):  # noqa: UP036
         % (sys.version.split()[0], sys.executable)
     )
 
+import argparse
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -38,10 +45,67 @@ QUICK_COMPILATION = (
     "--xla_cpu_use_fusion_emitters=false",
 )
 
+# What a new version of JAX can break: the engine, the solver, cells and layers.
+CORE = (
+    *("dependencies", "structure", "linear_scan", "matrix_scan", "fused_scan"),
+    *("transitions", "solve", "methods", "derivatives", "input_part", "implicit"),
+    *("cells", "rnn", "linear_layers", "lineax", "diffrax", "windows", "bad_input"),
+    *("transforms", "random_keys", "reverse", "stack"),
+)
+
 ROOT = Path(__file__).resolve().parent
-VENV = ROOT / ".venv"
-BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
-PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
+
+
+class Environment:
+    """A virtual environment, made by some Python, with some version of JAX."""
+
+    def __init__(self, python: str = sys.executable, jax: str | None = None):
+        self.made_by, self.jax = python, jax
+        parts = () if jax is None else (jax, Path(python).name)
+        self.folder = ROOT / "-".join((".venv", *parts))
+        binaries = self.folder / ("Scripts" if os.name == "nt" else "bin")
+        self.python = binaries / ("python.exe" if os.name == "nt" else "python")
+
+    def install(self, extra: str) -> None:
+        """Make it hold the project with an extra, at no cost if it already does."""
+        if not self.python.exists():
+            must(
+                *(self.made_by, "-m", "venv", self.folder),
+                purpose=f"make {self.folder.name}",
+                hint=f"could not make {self.folder.name}. Likely cause: Python's venv "
+                "module is missing; on Debian and Ubuntu, `apt install python3-venv`.",
+            )
+        metadata = (ROOT / "pyproject.toml").read_bytes()
+        wanted = hashlib.sha256(metadata + sys.version.encode()).hexdigest()
+        stamp = self.folder / f".installed-{extra}"
+        if stamp.exists() and stamp.read_text() == wanted:
+            return
+        versions = () if self.jax in (None, "newest") else (f"jax=={self.jax}",)
+        must(
+            *(self.python, "-m", "pip", "install", "--disable-pip-version-check"),
+            *("--quiet", "--editable", f".[{extra}]", *versions),
+            purpose=f"install pararnn[{extra}] into {self.folder.name} (some minutes "
+            "the first time)",
+            hint="the installation failed. Likely causes: (a) no access to PyPI, (b) a "
+            f"broken {self.folder.name}: delete it and run again.",
+        )
+        stamp.write_text(wanted)
+
+
+def find_python(name: str) -> str:
+    """The path of a Python by name, or of the newest one on this machine.
+
+    A name that a version manager stands in for may not run, so the versions that it
+    keeps are looked through too.
+    """
+    kept = sorted(Path.home().glob(".pyenv/versions/3.*/bin/python3.*"))
+    names = [f"python3.{minor}" for minor in range(20, 10, -1)]
+    for wanted in names if name == "newest" else [name]:
+        paths = [shutil.which(wanted), *(str(p) for p in kept if p.name == wanted)]
+        for path in filter(None, paths):
+            if not subprocess.run([path, "--version"], capture_output=True).returncode:
+                return path
+    sys.exit(f"run.py: there is no Python called {name!r} on this machine.")
 
 
 def call(*command: str | Path, purpose: str, flags: str = "") -> int:
@@ -68,76 +132,75 @@ def must(*command: str | Path, purpose: str, hint: str) -> None:
         sys.exit(code)
 
 
-def install(extra: str) -> None:
-    """Make `.venv` hold the project with an extra, at no cost if it already does."""
-    if not PYTHON.exists():
-        must(
-            *(sys.executable, "-m", "venv", VENV),
-            purpose="make .venv",
-            hint="could not make .venv. Likely cause: Python's venv module is missing; "
-            "on Debian and Ubuntu, `apt install python3-venv`.",
-        )
-    metadata = (ROOT / "pyproject.toml").read_bytes()
-    wanted = hashlib.sha256(metadata + sys.version.encode()).hexdigest()
-    stamp = VENV / f".installed-{extra}"
-    if stamp.exists() and stamp.read_text() == wanted:
-        return
-    must(
-        *(PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--quiet"),
-        *("--editable", f".[{extra}]"),
-        purpose=f"install pararnn[{extra}] into .venv (some minutes the first time)",
-        hint="the installation failed. Likely causes: (a) no access to PyPI, (b) a "
-        "broken .venv: delete it and run again.",
-    )
-    stamp.write_text(wanted)
-
-
 def example(arguments: list[str]) -> int:
-    install("examples")
+    environment = Environment()
+    environment.install("examples")
     script = Path("examples") / "parallelize_custom_cell.py"
-    return call(PYTHON, script, *arguments, purpose="example")
+    return call(environment.python, script, *arguments, purpose="example")
 
 
 def bench(arguments: list[str]) -> int:
-    install("benchmarks")
-    return call(PYTHON, "-m", "benchmarks", *arguments, purpose="benchmarks")
+    environment = Environment()
+    environment.install("benchmarks")
+    python = environment.python
+    return call(python, "-m", "benchmarks", *arguments, purpose="benchmarks")
 
 
 def test(arguments: list[str]) -> int:
     """Run every check, also after one has failed, and pytest last."""
-    install("dev")
-    python = (PYTHON, "-m")
-    with tempfile.TemporaryDirectory() as site:
-        checks = {
-            "lint": (*python, "ruff", "check", "."),
-            "format": (*python, "ruff", "format", "--check", "."),
-            "types": (*python, "pyright", "--pythonpath", PYTHON),
-            "documentation": (
-                *(*python, "mkdocs", "build", "--strict", "--quiet"),
-                *("--site-dir", site),
-            ),
-        }
-        codes = {name: call(*check, purpose=name) for name, check in checks.items()}
-    codes |= run_tests(arguments)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--jax")
+    parser.add_argument("--python")
+    parser.add_argument("--core", action="store_true")
+    options, arguments = parser.parse_known_args(arguments)
+    quick = options.core
+    if options.core:
+        files = (f"tests/test_{name}.py" for name in CORE)
+        arguments = ["-m", "not slow and not optimised", "-n", "2", *files, *arguments]
+    if options.jax or options.python:
+        python = find_python(options.python) if options.python else sys.executable
+        environment = Environment(python, options.jax or "newest")
+        environment.install("tests")
+        codes = run_tests(environment.python, arguments, quick)
+    else:
+        environment = Environment()
+        environment.install("dev")
+        codes = run_checks(environment.python)
+        codes |= run_tests(environment.python, arguments, quick)
     failed = [name for name, code in codes.items() if code]
     if failed:
         print(f"\nrun.py: failed: {', '.join(failed)}", file=sys.stderr)
     return next((code for code in codes.values() if code), 0)
 
 
-def run_tests(arguments: list[str]) -> dict[str, int]:
+def run_checks(python: Path) -> dict[str, int]:
+    module = (python, "-m")
+    with tempfile.TemporaryDirectory() as site:
+        checks = {
+            "lint": (*module, "ruff", "check", "."),
+            "format": (*module, "ruff", "format", "--check", "."),
+            "types": (*module, "pyright", "--pythonpath", python),
+            "documentation": (
+                *(*module, "mkdocs", "build", "--strict", "--quiet"),
+                *("--site-dir", site),
+            ),
+        }
+        return {name: call(*check, purpose=name) for name, check in checks.items()}
+
+
+def run_tests(python: Path, arguments: list[str], quick: bool) -> dict[str, int]:
     """The tests asked for, or all of them, most of them compiled quickly."""
-    pytest = (PYTHON, "-m", "pytest")
+    pytest = (python, "-m", "pytest")
+    flags = " ".join(flag for flag in QUICK_COMPILATION if is_known(python, flag))
     if arguments:
-        return {"tests": call(*pytest, *arguments, purpose="tests")}
+        used = flags if quick else ""
+        return {"tests": call(*pytest, *arguments, purpose="tests", flags=used)}
     # Whole files to each worker: what is shared within one is then made once.
     shared = ("--dist", "loadfile", "--no-loadscope-reorder")
     both = (*pytest, "-n", "2", *shared, "-m")
     return {
         "tests": call(
-            *(*both, "not optimised"),
-            purpose="tests, quickly compiled",
-            flags=" ".join(filter(is_known, QUICK_COMPILATION)),
+            *(*both, "not optimised"), purpose="tests, quickly compiled", flags=flags
         ),
         "optimised tests": call(
             *(*both, "optimised"), purpose="tests, compiled as for users"
@@ -145,9 +208,9 @@ def run_tests(arguments: list[str]) -> dict[str, int]:
     }
 
 
-def is_known(flag: str) -> bool:
+def is_known(python: Path, flag: str) -> bool:
     """Whether this jaxlib has it; XLA ends a program that sets another."""
-    probe = (str(PYTHON), "-c", "import jax; jax.devices()")
+    probe = (str(python), "-c", "import jax; jax.devices()")
     environment = os.environ | {"XLA_FLAGS": flag}
     return not subprocess.run(probe, env=environment, capture_output=True).returncode
 

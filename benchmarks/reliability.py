@@ -17,6 +17,7 @@ from ._case import Case, Settings
 from ._flows import FLOWS, Flow, find_exponent, find_horizon, make_trajectory
 from ._peers import scan_states
 from ._problems import dense_gru, diagonal_gru, elman
+from ._scales import SCALES, Scaled, draw_scaled
 from ._timing import compile_all, relative_error, time_in_turn
 
 TABLES = {
@@ -36,10 +37,16 @@ TABLES = {
     "permutation matrices, by `pararnn.Newton()`, against integer arithmetic.",
     "random cells": "Random cells, widths 1 to 8, lengths 2 to 300 (for `Auto()` "
     "also 4096 and more), float32 and float64, with resets, missing inputs, batches "
-    "and limits on the steps here and there. Wrong: reported as successful, but "
-    "further from the sequential loop than 100 times the tolerance and 100 times what "
-    "the loop makes of changes of its states by two roundings, of either sign, at "
-    "each step. Worst error: the largest difference of a success over what is allowed.",
+    "and limits on the steps here and there. Wrong: reported as successful, but with "
+    "an entry further from the sequential loop than 100 times its tolerance and 100 "
+    "times what the loop makes of changes of its states by two roundings, of either "
+    "sign, at each step. Worst error: the largest difference of a success over what "
+    "is allowed.",
+    "scales": "States of difficult sizes, float32: from 1e-30 to 1e30, denormal, 1e12 "
+    "apart within a leaf, in two dtypes, beside a counter at 1e6, constants and exact "
+    "zeros, from cancelling larger numbers, fading. Every other instance has a limit "
+    "of 4 steps. Wrong: as for random cells, entry by entry, with the same cell in "
+    "float64 for the second part. False failures: not successful without a limit.",
 }
 TRIES = 64
 FLOW_SOLVERS: dict[str, Callable[[int], tuple[pararnn.solver.Solver, int | None]]] = {
@@ -62,6 +69,14 @@ def cases(settings: Settings) -> Iterator[Case]:
             lambda s=name: measure_random(s, programs, instances),
             True,
         )
+    for kind in SCALES:
+        for name in SOLVERS:
+            yield Case(
+                "scales",
+                {"states": kind, "solver": name},
+                lambda s=name, k=kind: measure_scales(s, k, 2 if settings.quick else 6),
+                True,
+            )
     lengths = settings.steps(256, 1024, 4096)
     for flow in FLOWS.values():
         for steps in lengths:
@@ -419,26 +434,30 @@ def judge(program: Program, arguments, states) -> np.ndarray:
     eps = np.finfo(program.dtype).eps
     signs = np.random.default_rng(0).choice((-1.0, 1.0), arguments[-1].shape)
     expected, moved = (
-        loop(*arguments, jnp.asarray(size * signs, program.dtype))
+        _entries(loop(*arguments, jnp.asarray(size * signs, program.dtype)))
         for size in (0, 2 * eps)
     )
-    with np.errstate(invalid="ignore", over="ignore"):
-        error = _size(states, expected)
-        spread = np.maximum.accumulate(_size(moved, expected), axis=1)
-        # The defaults of all methods.
-        tolerance = 64 * eps * _size(expected) + eps
-        allowed = 100 * (tolerance + np.where(np.isnan(spread), np.inf, spread))
-        ratio = np.where(np.isfinite(error), error / allowed, np.inf)
-    return ratio.max(1)
+    return worst_ratio(_entries(states), expected, np.abs(moved - expected), eps)
 
 
-def _size(states, minus=None) -> np.ndarray:
-    """Largest number of the state at each step of each instance, `[count, T]`."""
+def worst_ratio(found, expected, spread, eps) -> np.ndarray:
+    """The largest error over what is allowed, `[count]`, of arrays `[count, T, n]`.
+
+    Allowed are 100 tolerances of the entry, of its own size along the sequence, and 100
+    times the spread of loops up to that step.
+    """
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        size = np.nanmax(np.abs(expected), axis=1, keepdims=True, initial=0)
+        spread = np.maximum.accumulate(np.where(np.isnan(spread), np.inf, spread), 1)
+        error = np.abs(found - expected)
+        ratio = np.where(error == 0, 0, error / (100 * (64 * eps * size + spread)))
+        return np.where(np.isnan(ratio), np.inf, ratio).max((1, 2), initial=0)
+
+
+def _entries(states) -> np.ndarray:
+    """All entries of states `[count, T, ...]`, as float64 `[count, T, n]`."""
     leaves = [np.asarray(v, np.float64) for v in jax.tree.leaves(states)]
-    if minus is not None:
-        pairs = zip(leaves, jax.tree.leaves(minus), strict=True)
-        leaves = [a - np.asarray(b, np.float64) for a, b in pairs]
-    return np.max([np.abs(v).max(-1) for v in leaves], axis=0)
+    return np.concatenate([v.reshape(*v.shape[:2], -1) for v in leaves], axis=-1)
 
 
 def measure_random(name: str, programs: int, instances: int):
@@ -459,4 +478,56 @@ def measure_random(name: str, programs: int, instances: int):
         "wrong": int((success & ~(ratio <= 1)).sum()),
         "worst error": float(np.max(ratio[success], initial=0)),
         "median steps": float(np.median(count)),
+    }
+
+
+# States of difficult sizes.
+
+
+def _in_float64(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), tree)
+
+
+def _judge_scaled(scaled: Scaled, states) -> float:
+    """As `judge`, with the same cell in float64 for the spread.
+
+    It shows what the loop itself makes of its roundings, where numbers cancel too.
+    """
+    loop = jax.jit(lambda xs, h0: scan_states(scaled.cell, xs, h0))
+    expected = loop(scaled.xs, scaled.h0)
+    exact = loop(*_in_float64((scaled.xs, scaled.h0)))
+    found, expected, exact = (
+        _entries(jax.tree.map(lambda v: v[None], tree))
+        for tree in (states, expected, exact)
+    )
+    eps = np.concatenate(
+        [
+            np.full(h.size, float(jnp.finfo(h.dtype).eps))
+            for h in jax.tree.leaves(scaled.h0)
+        ]
+    )
+    # What is smaller than any normal number of the dtype is rounded to zero or not.
+    spread = np.abs(expected - exact) + 4 * np.finfo(np.float32).tiny
+    return float(worst_ratio(found, expected, spread, eps)[0])
+
+
+def measure_scales(name: str, kind: str, instances: int):
+    """What a solver makes of states of a kind; at most 4 steps every other time."""
+    ratios, good, free = [], [], []
+    for seed in range(instances):
+        rng = np.random.default_rng([zlib.crc32(name.encode()), seed])
+        steps = int(rng.integers(40, 120))
+        scaled, solver = draw_scaled(kind, seed, steps), SOLVERS[name](rng, steps)
+        limit = 4 if seed % 2 else None
+        sol = _solve(scaled.cell, scaled.xs, scaled.h0, solver, limit)
+        ratios.append(_judge_scaled(scaled, sol.states))
+        good.append(bool(sol.result == RESULTS.successful))
+        free.append(limit is None)
+    ratio, success, free = map(np.asarray, (ratios, good, free))
+    return {
+        "instances": instances,
+        "successful": int(success.sum()),
+        "false failures": int((free & ~success).sum()),
+        "wrong": int((success & ~(ratio <= 1)).sum()),
+        "worst error": float(np.max(ratio[success], initial=0)),
     }

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .scan._arithmetic import multiply_matrices
 from .solver._blocks import from_blocks, to_blocks, transition_factors
+from .solver._certificate import largest
 from .solver._inputs import AbstractImplicitCell
 from .solver._recurrence import Recurrence
-from .solver._segments import largest
 from .solver._structure import find_structure
 
 

@@ -2,12 +2,12 @@
 
 import time
 
-import asdex
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jax import lax
 
 import pararnn
 from pararnn import Newton, Structure, jacobian_structure, solve
@@ -25,17 +25,17 @@ def one_step(name):
 
 
 @pytest.fixture
-def asdex_calls(monkeypatch):
-    """How often the pattern was worked out, from an empty cache."""
+def searches(monkeypatch):
+    """How often blocks were looked for, from an empty memory."""
     calls = []
-    original = asdex.jacobian_sparsity
+    original = _structure.find_blocks
 
     def counted(*args, **kwargs):
         calls.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(asdex, "jacobian_sparsity", counted)
-    monkeypatch.setattr(_structure, "_cache", {})
+    monkeypatch.setattr(_structure, "find_blocks", counted)
+    monkeypatch.setattr(_structure, "_remembered", {})
     return calls
 
 
@@ -201,24 +201,24 @@ def test_constant_and_empty_states():
 # Caching
 
 
-def test_the_same_program_is_worked_out_once(asdex_calls):
+def test_the_same_program_is_worked_out_once(searches):
     def cell(scale):
         return lambda h, x: jnp.tanh(scale * h) + x
 
     for scale in (jnp.ones(4), 2 * jnp.ones(4)):
         jacobian_structure(cell(scale), jnp.ones(4), jnp.ones(4))
-    assert len(asdex_calls) == 1
+    assert len(searches) == 1
 
 
-def test_another_program_is_worked_out_anew(asdex_calls):
+def test_another_program_is_worked_out_again(searches):
     arguments = jnp.ones(4), jnp.ones(4)
     jacobian_structure(lambda h, x: jnp.tanh(h) + x, *arguments)
     jacobian_structure(lambda h, x: jnp.tanh(h[::-1]) + x, *arguments)
-    assert len(asdex_calls) == 2
+    assert len(searches) == 2
 
 
 @pytest.mark.parametrize("how", ["constant", "argument of a loop"])
-def test_another_index_table_is_another_program(asdex_calls, how):
+def test_another_index_table_is_another_program(searches, how):
     def cell(table):
         def once(h, _):
             return h[jnp.asarray(table)], None
@@ -234,42 +234,60 @@ def test_another_index_table_is_another_program(asdex_calls, how):
     assert repr(same) == "Diagonal"
 
 
-def test_a_sequential_solve_needs_no_structure(asdex_calls):
+def test_a_sequential_solve_needs_no_structure(searches):
     f = lambda h, x: jnp.tanh(h) + x  # noqa: E731
     xs = jnp.ones((5, 4))
     jax.jit(lambda xs: solve(f, xs, xs[0], solver=pararnn.Sequential()).states)(xs)
-    assert not asdex_calls
+    assert not searches
 
 
-def test_a_wide_dense_cell_is_recognised_at_once(asdex_calls):
-    width = 256
-    U, V = (0.1 * jnp.eye(width) + 0.01 for _ in range(2))
+def test_the_memory_is_bounded(searches, monkeypatch):
+    monkeypatch.setattr(_structure, "_MOST_REMEMBERED", 2)
+    h = jnp.ones(3)
+    for shift in (1, 2, 3, 4, 4):
+        jacobian_structure(lambda h, x, k=shift: jnp.roll(h, 1) * k + x, h, h)
+    assert len(searches) == 4 and len(_structure._remembered) == 2
+
+
+# Wide cells
+
+
+def dense_gru(width):
+    W = jnp.zeros((width, width))
 
     def gru(h, x):
-        z = jax.nn.sigmoid(U @ h + x)
-        return (1 - z) * jnp.tanh(V @ h + x) + z * h
+        z = jax.nn.sigmoid(W @ h + x)
+        return (1 - z) * jnp.tanh(W @ h + x) + z * h
 
-    start = time.perf_counter()
-    structure = jacobian_structure(gru, jnp.ones(width), jnp.ones(width))
-    took = time.perf_counter() - start
-    assert repr(structure) == "Dense" and not asdex_calls
-    assert took < 2
+    return gru
 
 
-def test_a_wide_diagonal_cell_is_not_taken_for_dense():
-    f = lambda h, x: jnp.tanh(h) * x  # noqa: E731
-    assert repr(jacobian_structure(f, jnp.ones(80), jnp.ones(80))) == "Diagonal"
+WIDE = {
+    "dense": (dense_gru(1024), 1024, "Dense"),
+    "diagonal": (lambda h, x: jnp.tanh(h) * x, 16384, "Diagonal"),
+    "a domain error": (lambda h, x: h * jnp.log(x), 16384, "Diagonal"),
+    "heads": (
+        lambda h, x: jnp.tanh(
+            (jnp.ones((8, 10, 10)) @ h.reshape(8, 10, 1)).ravel() + x
+        ),
+        80,
+        "BlockDiagonal(10)",
+    ),
+}
 
 
-def test_a_wide_block_cell_is_not_taken_for_dense():
-    U = jnp.ones((8, 10, 10))
-
-    def heads(h, x):
-        mixed = jnp.einsum("nij,nj->ni", U, h.reshape(8, 10))
-        return jnp.tanh(mixed.reshape(80) + x)
-
-    structure = jacobian_structure(heads, jnp.ones(80), jnp.ones(80))
-    assert repr(structure) == "BlockDiagonal(10)"
+@pytest.mark.parametrize("cell, width, expected", WIDE.values(), ids=WIDE)
+def test_a_wide_cell_is_recognised_at_once(searches, cell, width, expected):
+    h = jnp.zeros(width)
+    took = []
+    for _ in range(3):
+        _structure._remembered.clear()
+        start = time.perf_counter()
+        structure = jacobian_structure(cell, h, h)
+        took.append(time.perf_counter() - start)
+    assert repr(structure) == expected
+    # Measured: 0.06 s, tracing included. Room for a machine that is busy.
+    assert min(took) < 0.5
 
 
 # Declared structures
@@ -326,15 +344,17 @@ def test_a_declaration_of_another_width_is_refused(width):
 
 def test_a_primitive_without_a_rule_counts_as_coupling_everything():
     def cell(h, x):
-        return jnp.fft.irfft(jnp.fft.rfft(h) * 0.5, n=5) + x
+        return lax.reduce_window(h, 0.0, lax.add, (2,), (2,), [(0, 1)])[x]
+
+    structure = jacobian_structure(cell, jnp.array([0, 0, 1, 1, 2]), jnp.zeros(5))
+    assert repr(structure) == "Dense"
+
+
+def test_a_cell_without_a_derivative_counts_as_coupling_everything():
+    def cell(h, x):
+        return jax.pure_callback(np.tanh, h, h) + x
 
     assert repr(jacobian_structure(cell, jnp.zeros(5), jnp.zeros(5))) == "Dense"
-
-
-def test_a_domain_error_of_the_probe_proves_nothing():
-    wide = jnp.ones(96)
-    found = jacobian_structure(lambda h, x: h * jnp.log(x), wide, wide)
-    assert repr(found) == "Diagonal"
 
 
 @pytest.mark.parametrize("blocks", [[[0, 1], [1, 2]], [[0], [1]], [0, 1, 2]])

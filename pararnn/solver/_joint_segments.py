@@ -32,6 +32,9 @@ class JointSegments(Segments):
         return near._replace(
             starts=jnp.where(kept, near.starts, start.starts),
             correction=jnp.where(near.done, near.correction, start.correction),
+            entry_correction=jnp.where(
+                near.done, near.entry_correction, start.entry_correction
+            ),
             nonfinite=jnp.where(near.done, near.nonfinite, start.nonfinite),
         )
 

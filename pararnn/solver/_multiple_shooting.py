@@ -32,25 +32,45 @@ def solve_on_segments(
     """
     problem = batch, parameters, inputs, h0, find_structure, method
     segments = Segments(*problem)
-    limit = segments.count if max_steps is None else min(max_steps, segments.count)
+    limited = max_steps is not None and max_steps < segments.count
+    limit = max_steps if limited else segments.count
+
+    def stepping(attempt: Attempt):
+        """Which sequences go on with the method's steps."""
+        carry = attempt.carry
+        return ~attempt.ended & ~carry.stalled & (carry.num_steps < limit)
+
+    def passing(attempt: Attempt):
+        """Which go on with passes of the cell alone, as the steps have done their part.
+
+        Without a limit of the user's they may do so until they end as the loop would.
+        """
+        carry = attempt.carry
+        if limited:
+            left = carry.stalled & (carry.num_steps + carry.passes < limit)
+        else:
+            left = carry.passes < segments.count
+        return ~attempt.ended & ~stepping(attempt) & left
 
     def unfinished(attempt: Attempt):
-        return jnp.any(~attempt.ended & (attempt.carry.num_steps < limit))
+        return jnp.any(stepping(attempt) | passing(attempt))
 
     def attempt_again(attempt: Attempt):
-        attempt = segments.finish(segments.iterate(attempt.carry, limit))
-        return attempt._replace(carry=attempt.carry._replace(done=attempt.ended))
+        carry = segments.pass_on(attempt, passing(attempt))
+        attempt = segments.finish(segments.iterate(carry, limit))
+        carry = attempt.carry._replace(done=~stepping(attempt))
+        return attempt._replace(carry=carry)
 
-    # One attempt is steps until the correction predicts convergence, and a plain pass
-    # that certifies it; seldom is a second one needed. The first is made by the loop
-    # too, so that its program is compiled once.
+    # One attempt is steps until the correction predicts convergence, and a pass of the
+    # cell that certifies it; seldom is a second one needed. The first is made by the
+    # loop too, so that its program is compiled once.
     if segments.length == 1 and batch.recurrence.refinement is not None:
         start = JointSegments(*problem).approach(guess)
         segments = Segments(*problem, first_step=start.num_steps)
         # Joint steps make nothing exact; as many whole ones can still be needed.
         limit += JOINT_STEPS
     else:
-        start = segments.start(guess, may_fail=limit < segments.count)
+        start = segments.start(guess, may_fail=limited)
     attempt = lax.while_loop(unfinished, attempt_again, segments.unattempted(start))
     attempt = segments.or_best(attempt)
     states = segments.states(attempt)

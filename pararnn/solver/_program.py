@@ -5,8 +5,7 @@ arguments. (JAX up to 0.10 keeps them apart from the arguments, without their va
 from 0.11 on a jaxpr holds the values too, and must not where they are tracers.)
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,14 +27,32 @@ def inner_programs(params: dict[str, Any]) -> Iterator[jex.core.Jaxpr]:
                 yield item
 
 
+def is_index(constant: Any) -> bool:
+    """Whether it holds known whole numbers, as tables of indices and masks do.
+
+    Their values are read where a structure is looked for; of others only the shape is.
+    """
+    kind = getattr(getattr(constant, "dtype", None), "kind", "")
+    return kind in tuple("biu") and not isinstance(constant, jax.core.Tracer)
+
+
+def called_program(eqn) -> Any:
+    """The program of a called function, with its constants where it has them."""
+    return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
+
+
 def primitives_of(program: jex.core.Jaxpr) -> set[str]:
     """The names of all that it does, inner programs included."""
     found = set()
     for eqn in program.eqns:
         found.add(eqn.primitive.name)
-        for inner in inner_programs(eqn.params):
-            found |= primitives_of(inner)
+        found |= primitives_within(eqn)
     return found
+
+
+def primitives_within(eqn) -> set[str]:
+    """The names of all that the inner programs of an equation do."""
+    return set().union(*map(primitives_of, inner_programs(eqn.params)))
 
 
 def variables(atoms: Sequence) -> list[jex.core.Var]:
@@ -71,14 +88,11 @@ def evaluate(program: jex.core.Jaxpr, *args) -> list[Array]:
 
 
 def evaluate_inlined(
-    program: jex.core.Jaxpr,
-    *args,
-    calls: Collection[str],
-    instead: Mapping[str, Callable] = MappingProxyType({}),
+    program: jex.core.Jaxpr, *args, calls: frozenset[str]
 ) -> list[Array]:
     """The same, with the calls of these names replaced by the bodies of the called.
 
-    `instead` holds functions to evaluate in place of primitives, by their names.
+    Within loops and branches too, unless all that is called there are jitted functions.
     """
     values = dict(zip(program.invars, args, strict=True))
 
@@ -87,21 +101,39 @@ def evaluate_inlined(
 
     for eqn in program.eqns:
         if eqn.primitive.name in calls:
-            key = "call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"
-            inner = eqn.params[key]
-            operands = [read(v) for v in eqn.invars]
-            operands = [*inner.consts, *operands]
-            outs = evaluate_inlined(
-                opened(inner), *operands, calls=calls, instead=instead
-            )
-        elif eqn.primitive.name in instead:
-            outs = [instead[eqn.primitive.name](*map(read, eqn.invars))]
+            inner = called_program(eqn)
+            operands = [*inner.consts, *map(read, eqn.invars)]
+            outs = evaluate_inlined(opened(inner), *operands, calls=calls)
         else:
             needed = variables(eqn.invars)
+            if not (calls - JITTED).isdisjoint(primitives_within(eqn)):
+                eqn = _with_inner_inlined(eqn, calls)
             alone = part_of(program, [eqn], needed, eqn.outvars)
             outs = evaluate(alone, *(values[v] for v in needed))
         values |= dict(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in program.outvars]
+
+
+def _with_inner_inlined(eqn, calls: frozenset[str]):
+    """An equation whose inner programs do not call these."""
+
+    def rewrite(value):
+        if type(value) in (tuple, list):
+            return type(value)(map(rewrite, value))
+        return (
+            _inline(value, calls) if isinstance(value, jex.core.ClosedJaxpr) else value
+        )
+
+    return eqn.replace(params={k: rewrite(v) for k, v in eqn.params.items()})
+
+
+def _inline(closed: jex.core.ClosedJaxpr, calls: frozenset[str]):
+    """The program with these calls inlined, and what they hold made its own."""
+
+    def run(*args):
+        return evaluate_inlined(opened(closed), *closed.consts, *args, calls=calls)
+
+    return jax.make_jaxpr(run)(*closed.in_avals)
 
 
 def calls_hold_arrays(program: jex.core.Jaxpr) -> bool:
@@ -112,8 +144,4 @@ def calls_hold_arrays(program: jex.core.Jaxpr) -> bool:
 
 def without_calls(closed: jex.core.ClosedJaxpr) -> jex.core.ClosedJaxpr:
     """The program with jitted functions inlined, and what they hold made its own."""
-
-    def run(*args):
-        return evaluate_inlined(opened(closed), *closed.consts, *args, calls=JITTED)
-
-    return jax.make_jaxpr(run)(*closed.in_avals)
+    return _inline(closed, JITTED)

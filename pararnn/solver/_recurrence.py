@@ -9,7 +9,6 @@ import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from ..scan import promote
@@ -18,6 +17,7 @@ from ._program import (
     calls_hold_arrays,
     evaluate,
     evaluate_inlined,
+    is_index,
     opened,
     primitives_of,
     without_calls,
@@ -81,17 +81,12 @@ class Recurrence:
         self.constant_structs = [_shape_dtype(c) for c in constants]
         # Integer constants that are known (index tables, mostly) sharpen the sparsity
         # pattern; floating-point values never do.
-        self.known = [_known_value(c) for c in closed.consts]
+        self.known = [np.asarray(c) if is_index(c) else None for c in closed.consts]
         self._constants = [*constants, *refining]
-        self.key_kinds = [
-            jax.random.key_impl(v) if is_key(v) else None
-            for v in (*constants, *x_leaves)
-        ]
         self.x_structs = x_structs
         self.output = out
         primitives = primitives_of(self.jaxpr)
         self.has_custom_vjp = "custom_vjp_call" in primitives
-        self.has_custom_jvp = "custom_jvp_call" in primitives
 
     def release_constants(self) -> list[Array]:
         """The values the cell closed over, once: they may be tracers, which nothing
@@ -153,7 +148,18 @@ class Recurrence:
     @ft.cached_property
     def eps(self) -> float:
         """Rounding of the coarsest leaf of the state: no residual can be below it."""
-        return max(float(jnp.finfo(s.dtype).eps) for s in self.state_leaves)
+        return float(self.entry_eps.max(initial=0))
+
+    @ft.cached_property
+    def entry_eps(self) -> np.ndarray:
+        """Rounding of each entry of the vector view, in its own dtype, `[width]`."""
+        parts = [
+            np.full(
+                s.size * (2 if _is_complex(s) else 1), float(jnp.finfo(s.dtype).eps)
+            )
+            for s in self.state_leaves
+        ]
+        return np.concatenate(parts)
 
     @ft.cached_property
     def width(self) -> int:
@@ -230,18 +236,6 @@ def _select_fresh(reset, fresh, h):
 def _shape_dtype(x, drop_time: bool = False):
     shape = jnp.shape(x)[1:] if drop_time else jnp.shape(x)
     return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
-
-
-def _known_value(x) -> np.ndarray | None:
-    if isinstance(x, Tracer) or _is_inexact(x) or is_key(x):
-        return None
-    return np.asarray(x)
-
-
-def is_key(x) -> bool:
-    """Whether `x` holds random keys, which have a dtype of their own."""
-    dtype = getattr(x, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _is_inexact(x) -> bool:

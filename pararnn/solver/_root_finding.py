@@ -139,7 +139,8 @@ def step_root(method: "AbstractMethod", fn, y, problem, state: RootState):
     # The function that was given has the last word: one that is not the recurrence's
     # residual must not be reported as solved. Twice, for it may round differently.
     size = method.norm(y)
-    small = method.norm(value) <= 2 * (segments.atol + segments.rtol * size)
+    rtol = float(segments.rtol.max(initial=0))
+    small = method.norm(value) <= 2 * (segments.atol + rtol * size)
     return y, RootState(carry, attempt.certified & small, attempt.residual), aux
 
 

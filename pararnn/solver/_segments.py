@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
 from ..scan import join_time, shift, split_time, spread, time_shards
+from ._certificate import ROUNDINGS, along_entries, entry_sizes, is_small, largest
 from ._recurrence import Batch
 from ._structure import Structure
 from ._warm_up import warm_up
@@ -58,7 +60,10 @@ class Carry(NamedTuple):
     starts: Array  # [S, *batch, width]
     num_steps: Array  # int [*batch]
     done: Bool[Array, "*batch"]
-    correction: Array  # [*batch], the last one, relative
+    correction: Array  # [*batch], the last one, relative to the state
+    entry_correction: Array  # [*batch], relative to each entry
+    stalled: Bool[Array, "*batch"]  # at the rounding of the state, not of each entry
+    passes: Array  # int [*batch], of the plain steps alone
     nonfinite: Array  # int [*batch]
     history: Array  # [history, *batch]
     best: Best | None
@@ -67,7 +72,7 @@ class Carry(NamedTuple):
 class Attempt(NamedTuple):
     """A trajectory made from the segments' starts, and its certificate."""
 
-    parts: tuple[Array, ...]  # by leaf, [length, S, *batch, ...]
+    parts: tuple[Array, ...]  # by leaf, [length, S, *batch, ...], ends included
     residual: Array  # [*batch]
     certified: Bool[Array, "*batch"]
     ended: Bool[Array, "*batch"]  # certified, or known not to stay finite
@@ -110,8 +115,9 @@ class Segments:
         self.rank = len(batch.levels)
         # Those before it were joint steps, which make no segment exact.
         self.first_step = first_step
-        self.rtol = 64 * recurrence.eps if method.rtol is None else method.rtol
-        self.atol = recurrence.eps if method.atol is None else method.atol
+        own = ROUNDINGS * recurrence.entry_eps
+        self.rtol = own if method.rtol is None else np.full_like(own, method.rtol)
+        self.atol = method.atol or 0.0
 
     def _split(self, x):
         """`[T, ...]` to `[length, segments, ...]`; the last segment repeats its end."""
@@ -133,6 +139,9 @@ class Segments:
             num_steps=jnp.zeros(batch_shape, jnp.int32),
             done=jnp.zeros(batch_shape, bool),
             correction=jnp.ones(batch_shape, recurrence.dtype),
+            entry_correction=jnp.ones(batch_shape, recurrence.dtype),
+            stalled=jnp.zeros(batch_shape, bool),
+            passes=jnp.zeros(batch_shape, jnp.int32),
             nonfinite=jnp.zeros(batch_shape, jnp.int32),
             history=jnp.full(
                 (self.method.history, *batch_shape), jnp.nan, recurrence.dtype
@@ -214,8 +223,7 @@ class Segments:
         starts, defects = self._corrected(carry, entering, tangents)
         # Each start against its own size: one that runs away must not excuse the
         # others. (h0 stays, and need not be finite.)
-        scale = largest(starts, -1) + self._tiny
-        change = largest(starts - carry.starts, -1) / scale
+        change = _relative(largest(starts - carry.starts, -1), largest(starts, -1))
         change = jnp.where(self._place(change.ndim) == 0, 0, change)
         starts, change, overflowed = lax.cond(
             jnp.all(jnp.isfinite(change)),
@@ -226,29 +234,41 @@ class Segments:
             entering,
         )
         correction = jnp.max(change, axis=0, initial=0)
+        own = self._largest_of_entries(carry.starts, starts)
+        own = jnp.where(jnp.isfinite(correction), own, jnp.inf)
+        settled = self._foresees_convergence(own, carry.entry_correction)
+        # Entries that come from the cancelling of larger ones have been as exact as
+        # steps can make them: what is left is for passes of the plain steps.
+        stalled = self._foresees_convergence(correction, carry.correction)
+        stalled = stalled & ~settled & (own >= 0.5 * carry.entry_correction)
         best = self._keep_best(carry, defects)
-        done = self._foresees_convergence(correction, carry.correction)
         if self.rank:  # one sequence alone moves as long as the loop runs
             starts = jnp.where(moving[None, ..., None], starts, carry.starts)
         counted = moving.astype(jnp.int32)
         return Carry(
             starts=starts,
             num_steps=carry.num_steps + counted,
-            done=carry.done | (moving & done),
+            done=carry.done | (moving & (settled | stalled)),
             correction=jnp.where(moving, correction, carry.correction),
+            entry_correction=jnp.where(moving, own, carry.entry_correction),
+            stalled=jnp.where(moving, stalled, carry.stalled),
+            passes=carry.passes,
             nonfinite=carry.nonfinite + counted * overflowed,
             history=self._record(carry, moving, defects),
             best=best,
         )
 
-    @property
-    def _small(self) -> float:
-        return 0.1 * math.sqrt(self.rtol)
+    def _largest_of_entries(self, before, after) -> Array:
+        """The largest change of a start, `[*batch]`, each entry against its size.
 
-    @property
-    def _tiny(self) -> float:
-        """The size of state below which corrections count absolutely."""
-        return self.atol / self._small if self._small else self.atol
+        Entries of a coarser dtype change by more of their roundings.
+        """
+        either = jnp.maximum(jnp.abs(before), jnp.abs(after))
+        change = _relative(jnp.abs(after - before), entry_sizes(either, self.length))
+        eps = self.recurrence.entry_eps
+        change = change * along_entries(eps.min(initial=1) / eps, change)
+        change = jnp.where(self._place(change.ndim) == 0, 0, change)
+        return jnp.max(change, axis=(0, -1), initial=0)
 
     def _foresees_convergence(self, correction, before) -> Bool[Array, " *batch"]:
         """Whether the error that remains is forecast to be below the tolerance.
@@ -261,16 +281,18 @@ class Segments:
         more can be had of corrections of a few roundings, which is what the loop itself
         makes at each step and passes on in the same way.
         """
+        rtol = float(self.rtol.min(initial=1))
         rate = correction / before
         # A step that overflowed was no measure of a rate.
         rate = jnp.where(jnp.isfinite(before), rate, jnp.inf)
         if self.method.quadratic:
             ahead = correction * rate**2
-            settled = correction <= self._small
+            settled = correction <= 0.1 * math.sqrt(rtol)
         else:
             ahead = jnp.where(rate < 1, correction * rate / (1 - rate), jnp.inf)
-            settled = correction <= 4 * self.recurrence.eps
-        return settled | (ahead <= 0.1 * self.rtol)
+            finest = float(self.recurrence.entry_eps.min(initial=1))
+            settled = correction <= 4 * finest
+        return settled | (ahead <= 0.1 * rtol)
 
     def _corrected(self, carry: Carry, entering, tangents):
         """The starts behind one Newton correction, and the defects it corrects.
@@ -380,47 +402,69 @@ class Segments:
         ends, states = lax.scan(
             body, starts, self.inputs, unroll=True if self.length == 1 else 1
         )
-        following = shift(self.h0, carry.starts, reverse=True)
-        residuals = largest(self._ravel(ends) - following, -1)
-        place = self._place(residuals.ndim)
-        followed = (place + 1) * self.length < self.steps
-        residuals = jnp.where(followed, residuals, 0)
-        # Each segment ends where the next one starts, unless it has no finite end.
-        lost = ~jnp.isfinite(residuals)
-        joined = followed & ~lost
-
-        def join(s, h):
-            mask = joined.reshape(joined.shape + (1,) * (h.ndim - joined.ndim))
-            return s.at[-1].set(jnp.where(mask, shift(h[0], h, reverse=True), s[-1]))
-
-        states = tuple(join(s, h) for s, h in zip(states, starts, strict=True))
-        scale = largest(following, -1)
-        small = ~lost & (residuals <= self.atol + self.rtol * scale) | ~followed
+        ends, following = self._ravel(ends), self._following(self._ravel(starts))
+        residuals = jnp.where(self._followed(ends.ndim), jnp.abs(ends - following), 0)
+        sizes = entry_sizes(following, self.length)
+        lost = ~jnp.all(jnp.isfinite(residuals), axis=-1)
+        small = is_small(residuals, sizes, self.rtol, self.atol) & ~lost
         # The last state of a segment is the next start; it is as good as its residual.
-        first = jnp.min(jnp.where(small, self.count, place), axis=0)
+        first = jnp.min(jnp.where(small, self.count, self._place(small.ndim)), axis=0)
         failed = (first + 1) * self.length - 1
         return Attempt(
             parts=states,
-            residual=jnp.max(residuals, axis=0, initial=0),
+            residual=largest(residuals, (0, -1)),
             certified_steps=jnp.where(jnp.all(small, axis=0), self.steps, failed),
             certified=jnp.all(small, axis=0),
             ended=jnp.all(small | lost, axis=0),
             carry=carry,
         )
 
+    def _followed(self, ndim: int) -> Bool[Array, " S *ones"]:
+        """Which segments another one follows, within the sequence."""
+        return (self._place(ndim) + 1) * self.length < self.steps
+
+    def _following(self, starts) -> Array:
+        """The start of the next segment, zeros where there is none."""
+        following = shift(self.h0, starts, reverse=True)
+        return jnp.where(self._followed(following.ndim), following, 0)
+
+    def pass_on(self, attempt: Attempt, chosen: Bool[Array, " *batch"]) -> Carry:
+        """For the chosen sequences, each segment's end as the start of the next.
+
+        The ends are those of the program that certifies: after k such passes the first
+        k segments follow one from the other to the last bit.
+        """
+        carry = attempt.carry
+        ends = self._ravel(tuple(leaf[-1] for leaf in attempt.parts))
+        ends = jnp.where(jnp.isfinite(ends), ends, self.restart)
+        chosen_starts = jnp.where(
+            chosen[None, ..., None], shift(self.h0, ends), carry.starts
+        )
+        return carry._replace(
+            starts=chosen_starts, passes=carry.passes + chosen.astype(jnp.int32)
+        )
+
     def states(self, attempt: Attempt) -> tuple[Array, ...]:
-        """The trajectory, `[T, *batch, ...]` by leaf."""
-        return tuple(join_time(leaf, self.steps) for leaf in attempt.parts)
+        """The trajectory, `[T, *batch, ...]` by leaf.
+
+        Each segment ends where the next one starts, unless it has no finite end.
+        """
+        starts = self._unravel(attempt.carry.starts)
+        ends = self._ravel(tuple(leaf[-1] for leaf in attempt.parts))
+        finite = jnp.all(jnp.isfinite(ends - self._following(self._ravel(starts))), -1)
+        joined = self._followed(finite.ndim) & finite
+
+        def join(s, h):
+            mask = joined.reshape(joined.shape + (1,) * (h.ndim - joined.ndim))
+            return s.at[-1].set(jnp.where(mask, shift(h[0], h, reverse=True), s[-1]))
+
+        states = map(join, attempt.parts, starts)
+        return tuple(join_time(leaf, self.steps) for leaf in states)
 
 
-def largest(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:
-    """The largest size along the axes; infinite where one of them is NaN.
-
-    `jnp.max` alone loses NaN: of 70000 ones and a NaN it returns 1, jitted on a CPU
-    (jaxlib 0.10.2).
-    """
-    sizes = jnp.where(jnp.isnan(values), jnp.inf, jnp.abs(values))
-    return jnp.max(sizes, axis, initial=0)
+def _relative(change: Array, size: Array) -> Array:
+    """`change / size`, 0 where nothing changed."""
+    return jnp.where(change == 0, 0, change / size)
 
 
 def _overflowed(ends: Array) -> Bool[Array, " segments *batch"]:

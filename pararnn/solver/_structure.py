@@ -1,46 +1,29 @@
-"""Which states depend on which: the structure of `∂f/∂h`, found from the program.
+"""The structure of `∂f/∂h`: its blocks, found from the cell's program.
 
-The exact sparsity pattern comes from `asdex`, which follows the indices through the
-cell's jaxpr without evaluating it. Its connected components are the blocks: a pattern
-that is block-diagonal after some permutation is found whatever the order of the state.
+The connected components of the dependencies are the blocks, so that a Jacobian that is
+block-diagonal after some permutation is found whatever the order of the state.
 """
 
 import hashlib
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import asdex
+import equinox as eqx
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import PyTree
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
+from ._dependencies import find_blocks
 from ._inputs import make_recurrence
-from ._program import (
-    JITTED,
-    evaluate_inlined,
-    inner_programs,
-    opened,
-    primitives_of,
-)
-from ._recurrence import Recurrence, _is_inexact, is_key
+from ._program import is_index
+from ._recurrence import Recurrence
 
-# From this width on, a dense cell is recognised by two numerical derivatives before
-# the pattern is worked out: asdex takes 0.04 s for a dense GRU at width 64, 0.9 s at
-# 256 and 12.5 s at 1024.
-_PROBE_FROM = 64
-
-# Primitives of JAX 0.11 that asdex 0.5 has no rule for, in terms of others.
-_UNKNOWN = {"one_minus_square": lambda x: 1 - x * x}
-
-_cache: dict[str, np.ndarray] = {}
+_remembered: dict[tuple[int, str], np.ndarray] = {}
+_MOST_REMEMBERED = 256
 _unique = itertools.count()
 
 
@@ -125,14 +108,13 @@ def find_structure(recurrence: Recurrence) -> Structure:
     width = recurrence.width
     if width <= 1:
         return Structure(np.zeros((width, 1), int), width)
-    key = _fingerprint(recurrence)
-    if key not in _cache:
-        with jax.ensure_compile_time_eval():
-            if width >= _PROBE_FROM and _is_dense(recurrence):
-                _cache[key] = np.arange(width)[None]
-            else:
-                _cache[key] = _blocks(recurrence)
-    return Structure(_cache[key], width)
+    program = _trace_tangent(recurrence)
+    key = width, _digest(program)
+    if key not in _remembered:
+        while len(_remembered) >= _MOST_REMEMBERED:
+            _remembered.pop(next(iter(_remembered)))
+        _remembered[key] = _find_blocks(program, width)
+    return Structure(_remembered[key], width)
 
 
 def declared_structure(declared: Any, recurrence: Recurrence) -> Structure:
@@ -184,177 +166,77 @@ def _picture(structure: Structure, width: int) -> str:
     return f"Pattern found (first {shown} states):\n" + "\n".join(rows)
 
 
-def _blocks(recurrence: Recurrence) -> np.ndarray:
-    width = recurrence.width
+def _trace_tangent(recurrence: Recurrence) -> jex.core.ClosedJaxpr | None:
+    """The JVP of a step on vectors as a function of the tangent first.
+
+    Its constants are the whole numbers that the cell closes over and are known. `None`
+    if JAX has no JVP of the cell: then nothing is known of its derivative.
+    """
+    known = recurrence.known
+    unknown = [
+        struct
+        for struct, value in zip(recurrence.constant_structs, known, strict=True)
+        if value is None
+    ]
+
+    def tangent(dv, v, x, unknown):
+        rest = iter(unknown)
+        constants = [next(rest) if value is None else value for value in known]
+
+        def step(v):
+            return recurrence.vector_step((constants, None), v, (x, None), smooth=True)
+
+        return jax.jvp(step, (v,), (dv,))[1]
+
+    v = jax.ShapeDtypeStruct((recurrence.width,), recurrence.dtype)
     try:
-        rows, columns = _pattern(recurrence)
-    except NotImplementedError:
-        # A primitive that asdex has no rule for: everything may depend on everything.
+        return jax.make_jaxpr(tangent)(v, v, recurrence.x_structs, unknown)
+    except (NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def _find_blocks(program: jex.core.ClosedJaxpr | None, width: int) -> np.ndarray:
+    """The blocks as [`Structure`][pararnn.Structure] lists them."""
+    if program is None:
         return np.arange(width)[None]
-    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), (width, width))
-    count, label = connected_components(graph, directed=False)
-    sizes = np.bincount(label, minlength=count)
-    blocks = np.full((count, sizes.max()), width)
+    label = find_blocks(program)
+    sizes = np.bincount(label)
+    blocks = np.full((len(sizes), sizes.max()), width)
     place = np.arange(width) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     members = np.argsort(label, kind="stable")
     blocks[label[members], place] = members
     return blocks
 
 
-def _real_step(recurrence: Recurrence):
-    """The step on the real vector view, with constants and inputs as arguments."""
-
-    kinds = recurrence.key_kinds
-
-    def restore(value, kind):
-        return value if kind is None else jax.random.wrap_key_data(value, impl=kind)
-
-    def step(v, x_leaves, unknown):
-        unknown = iter(unknown)
-        constants = [
-            restore(next(unknown), kind) if known is None else known
-            for known, kind in zip(recurrence.known, kinds, strict=False)
-        ]
-        x_kinds = kinds[len(constants) :]
-        x_leaves = [restore(x, kind) for x, kind in zip(x_leaves, x_kinds, strict=True)]
-        h = recurrence.unravel(v)
-        out = recurrence.smooth_step((constants, None), h, (x_leaves, None))
-        return recurrence.ravel(out)
-
-    return step
-
-
-def _plain(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Random keys as the integers they are made of."""
-    if is_key(struct):
-        return jax.eval_shape(jax.random.key_data, struct)
-    return struct
-
-
-def _unknown(recurrence: Recurrence):
-    return [
-        _plain(struct)
-        for struct, known in zip(
-            recurrence.constant_structs, recurrence.known, strict=True
-        )
-        if known is None
-    ]
-
-
-def _traced(recurrence: Recurrence):
-    """The function whose pattern is sought, of its first argument, and its arguments.
-
-    asdex reads the body of a `custom_jvp` function, but its derivative is the rule: a
-    spike with a surrogate gradient depends on nothing by the one and on its argument by
-    the other. In the JVP, as a function of the tangent, the rule stands in its place.
-    """
-    step = _real_step(recurrence)
-    zeros = jtu.tree_map(
-        lambda s: np.zeros(s.shape, s.dtype),
-        (
-            jax.ShapeDtypeStruct((recurrence.width,), recurrence.dtype),
-            [_plain(s) for s in recurrence.x_structs],
-            _unknown(recurrence),
-        ),
-    )
-    if not recurrence.has_custom_jvp:
-        return step, zeros
-
-    def tangent(dv, v, x, unknown):
-        return jax.jvp(lambda v: step(v, x, unknown), (v,), (dv,))[1]
-
-    return tangent, (zeros[0], *zeros)
-
-
-def _pattern(recurrence: Recurrence) -> tuple[np.ndarray, np.ndarray]:
-    function, zeros = _traced(recurrence)
-    function = _in_known_terms(function, zeros)
-    pattern = asdex.jacobian_sparsity(function, *zeros, argnums=0)
-    return np.asarray(pattern.rows), np.asarray(pattern.cols)
-
-
-def _in_known_terms(function: Callable, zeros) -> Callable:
-    """The function, without the primitives that asdex does not know."""
-    closed = jax.make_jaxpr(function)(*zeros)
-    if primitives_of(closed.jaxpr).isdisjoint(_UNKNOWN):
-        return function
-
-    def rewritten(*args):
-        leaves = (*closed.consts, *jtu.tree_leaves(args))
-        program = opened(closed)
-        return evaluate_inlined(program, *leaves, calls=JITTED, instead=_UNKNOWN)[0]
-
-    return rewritten
-
-
-def _is_dense(recurrence: Recurrence) -> bool:
-    """Whether one state provably reaches all others, so that there is one block.
-
-    At random numbers a nonzero derivative proves a dependency. If a column or a row of
-    the Jacobian has no zero, every state is connected to that one state.
-    """
-    rng = np.random.default_rng(0)
-
-    def random(s):
-        if _is_inexact(s):
-            return (
-                rng.standard_normal(s.shape)
-                / math.sqrt(max(1, s.shape[-1] if s.shape else 1))
-            ).astype(s.dtype)
-        return np.zeros(s.shape, s.dtype)
-
-    x_structs = [_plain(s) for s in recurrence.x_structs]
-    if any(not _is_inexact(s) for s in (*_unknown(recurrence), *x_structs)):
-        return False
-    v = rng.standard_normal(recurrence.width).astype(recurrence.dtype)
-    x = [random(s) for s in x_structs]
-    constants = [random(s) for s in _unknown(recurrence)]
-    step = _real_step(recurrence)
-    last = np.zeros_like(v)
-    last[-1] = 1
-
-    @jax.jit
-    def probe(v, x, constants):
-        out, pull = jax.vjp(lambda v: step(v, x, constants), v)
-        _, column = jax.jvp(lambda v: step(v, x, constants), (v,), (last,))
-        return pull(jnp.asarray(last, out.dtype))[0], column
-
-    row, column = probe(v, x, constants)
-
-    def full(d):
-        return bool(np.all(np.isfinite(d) & (np.asarray(d) != 0)))
-
-    return full(row) or full(column)
-
-
-def _fingerprint(recurrence: Recurrence) -> str:
-    """A text that two programs share only if they compute the same dependencies."""
+def _digest(closed: jex.core.ClosedJaxpr | None) -> str:
+    """A text that two programs share only if they have the same dependencies."""
     digest = hashlib.sha256()
 
     def add(*items):
-        digest.update(repr(items).encode())
+        text = repr(items)
+        # What is shown by its address may be gone when another has that address.
+        digest.update((text + str(next(_unique) if " at 0x" in text else "")).encode())
 
-    def parameter(value):
-        if isinstance(value, jex.core.ClosedJaxpr):
-            jaxpr(value.jaxpr)
-            for c in value.consts:
-                if isinstance(c, Tracer):
-                    add("unknown", next(_unique))
-                else:
-                    add(np.shape(c), np.asarray(c).tobytes())
-        elif isinstance(value, jex.core.Jaxpr):
-            jaxpr(value)
+    def add_array(value):
+        content = np.asarray(value).tobytes() if is_index(value) else None
+        add(jnp.shape(value), str(jnp.result_type(value)), content)
+
+    def add_parameter(value):
+        if isinstance(value, jex.core.ClosedJaxpr | jex.core.Jaxpr):
+            add_program(value)
         elif isinstance(value, tuple | list):
             for item in value:
-                parameter(item)
-        elif isinstance(value, np.ndarray | jax.Array):
-            add(value.shape, str(value.dtype), np.asarray(value).tobytes())
-        elif callable(value):
-            add(id(value))
-        else:
+                add_parameter(item)
+        elif eqx.is_array(value):
+            add_array(value)
+        # Functions are derivative rules of custom calls, and take no part.
+        elif not callable(value):
             add(value)
 
-    def jaxpr(program):
+    def add_program(program):
+        for constant in getattr(program, "consts", ()):
+            add_array(constant)
+        program = getattr(program, "jaxpr", program)
         number: dict[Any, int] = {}
 
         def name(v):
@@ -364,23 +246,12 @@ def _fingerprint(recurrence: Recurrence) -> str:
 
         add([name(v) for v in (*program.constvars, *program.invars)])
         for eqn in program.eqns:
-            add(eqn.primitive.name, [name(v) for v in eqn.invars])
-            add([name(v) for v in eqn.outvars])
+            add(eqn.primitive.name, [name(v) for v in (*eqn.invars, *eqn.outvars)])
             for key in sorted(eqn.params):
-                # Functions are the derivative rules of custom calls: they take no part.
-                if not callable(eqn.params[key]) or list(
-                    inner_programs({"": eqn.params[key]})
-                ):
-                    add(key)
-                    parameter(eqn.params[key])
+                add(key)
+                add_parameter(eqn.params[key])
         add([name(v) for v in program.outvars])
 
-    if recurrence.has_custom_jvp:
-        # The rules take part in the pattern, so they must in the text.
-        function, zeros = _traced(recurrence)
-        parameter(jax.make_jaxpr(function)(*zeros))
-    jaxpr(recurrence.jaxpr)
-    for known in recurrence.known:
-        add(None if known is None else (known.shape, str(known.dtype), known.tobytes()))
-    add(str(recurrence.state_leaves))
+    if closed is not None:
+        add_program(closed)
     return digest.hexdigest()

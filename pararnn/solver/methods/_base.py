@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, PyTree
 
 from ...scan import Schedule, run_scan
 from .._blocks import from_blocks, to_blocks, transition_factors
+from .._certificate import largest
 from .._root_finding import RootState, finish_root, init_root, step_root
-from .._segments import Linearization, largest
+from .._segments import Linearization
 from .._structure import Structure
 from ._options import chosen_options
 
@@ -37,9 +38,10 @@ class AbstractMethod(optx.AbstractRootFinder):
         parallel, least robust). In between, each segment is stepped sequentially. All
         segments have the same length, rounded up, so there may be fewer; where devices
         share time, each has the same number of them.
-    - `rtol`, `atol`: the solve has converged when at every step t the residual, in the
-        max-norm over the state, is at most `atol + rtol * max|h_t|`. Default: 64 and 1
-        times the rounding of the state's dtype.
+    - `rtol`, `atol`: the solve has converged when at every step the residual of every
+        entry of the state is at most `atol + rtol * size`, the size being that of the
+        entry itself around that step. `rtol` defaults to 64 roundings of the entry's
+        dtype, and `atol` to 0.
     - `history`: how many steps of the residual history to keep in `stats`.
     """
 

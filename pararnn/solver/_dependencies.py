@@ -1,0 +1,552 @@
+"""Which states depend on which, read off the program of the derivative.
+
+The JVP of a step is traced as a function of the tangent. So JAX itself decides what has
+a derivative, and which (`stop_gradient`, `floor`, the rule of a `custom_jvp`), and what
+remains is linear in the tangent: movements of data, sums, products with other numbers.
+
+Every entry of every array has the number of a node in one graph, or 0 if the tangent
+does not reach it. Moving data moves the numbers. Where entries meet, a new node has an
+edge from each of them. A sum of n entries is n edges, and a product with a matrix one
+node for a row, so the graph is as large as the program's arrays: never states times
+states. Two states are in one block if a chain of paths through the graph, each from an
+input to an output, connects them; output i counts as input i.
+
+What no rule is known for couples all that it reads with all that it writes.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend as jex
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, connected_components
+
+from ._movements import (
+    BY_NUMPY,
+    MOVEMENTS,
+    Windows,
+    as_matrices,
+    convolution_patches,
+    gather_windows,
+    scatter_windows,
+)
+from ._program import called_program, inner_programs, is_index
+
+# Loops of at most so many equations, over all rounds, are followed round by round.
+_UNROLLED = 10_000
+# Known factors of at most so many entries are searched for zeros.
+_SEARCHED = 2**22
+
+
+class Known(NamedTuple):
+    """What is known of an array.
+
+    `nodes` are the numbers of its entries, `None` if the tangent reaches none of them.
+    `value` computes the array, `None` if that takes more than the program's text.
+    """
+
+    nodes: np.ndarray | None = None
+    value: Callable[[], np.ndarray] | None = None
+
+
+def find_blocks(program: jex.core.ClosedJaxpr) -> np.ndarray:
+    """The block that each state belongs to.
+
+    **Arguments:** `program`, of a function of the tangent `[width]` and anything else,
+    linear in the tangent, to the tangent `[width]` of the next state.
+
+    **Returns:** int `[width]`, the numbers of the blocks, from 0.
+    """
+    tangent, *others = program.jaxpr.invars
+    graph = Graph(tangent.aval.size)
+    first = Known(np.arange(1, graph.count).reshape(tangent.aval.shape))
+    with jax.ensure_compile_time_eval():
+        (out,) = follow(graph, program, [first, *(Known() for _ in others)])
+    return graph.components(out.nodes)
+
+
+class Graph:
+    """Nodes 1 to `inputs` are the inputs, 0 is none; edges lead to effects."""
+
+    def __init__(self, inputs: int):
+        self.inputs, self.count = inputs, inputs + 1
+        self._edges: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def new(self, shape) -> np.ndarray:
+        """New nodes."""
+        start, self.count = self.count, self.count + math.prod(shape)
+        return np.arange(start, self.count).reshape(shape)
+
+    def connect(self, causes: np.ndarray, effects: np.ndarray) -> None:
+        """Edges between the entries of two arrays that broadcast."""
+        causes, effects = np.broadcast_arrays(causes, effects)
+        self._edges.append((causes[causes != 0], effects[causes != 0]))
+
+    def merge(self, nodes: np.ndarray) -> np.ndarray:
+        """One node for all along the last axis, an old one if there is only one."""
+        out = np.array(nodes.max(-1, initial=0))
+        mixed = ((nodes != out[..., None]) & (nodes != 0)).any(-1)
+        effects = self.new((np.count_nonzero(mixed),))
+        self.connect(nodes[mixed], effects[:, None])
+        out[mixed] = effects
+        return out
+
+    def join(self, shape, *many: np.ndarray | None) -> np.ndarray | None:
+        """Entry by entry, one node for those of several arrays."""
+        arrays = [np.broadcast_to(a, shape) for a in many if a is not None]
+        if len(arrays) < 2:
+            return arrays[0] if arrays else None
+        once = _once(*arrays)
+        merged = self.merge(np.stack([a[once] for a in arrays], -1))
+        return np.broadcast_to(merged, shape)
+
+    def sum(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """One node for all along some axes, which stay, with length 1."""
+        axes = sorted(axis % nodes.ndim for axis in axes)
+        few = np.moveaxis(nodes[_once(nodes)], axes, range(-len(axes), 0))
+        merged = self.merge(few.reshape(*few.shape[: nodes.ndim - len(axes)], -1))
+        kept = [1 if i in axes else n for i, n in enumerate(nodes.shape)]
+        return np.broadcast_to(np.expand_dims(merged, axes), kept)
+
+    def blur(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """Every entry the node of all along some axes: any of them may be meant."""
+        return np.broadcast_to(self.sum(nodes, axes), nodes.shape) if axes else nodes
+
+    def components(self, out: np.ndarray | None) -> np.ndarray:
+        """Which inputs are connected by paths from input to output."""
+        if out is None:
+            return np.arange(self.inputs)
+        out = np.broadcast_to(out, (self.inputs,))
+        first, ends = np.arange(1, self.inputs + 1), out[out != 0]
+        # One node leads to all inputs, and one is led to by all outputs.
+        source, sink = 0, self.count
+        edges = [*self._edges, (0 * first + source, first), (ends, 0 * ends + sink)]
+        rows, columns = (np.concatenate(part) for part in zip(*edges, strict=True))
+        size = (sink + 1, sink + 1)
+        forward = csr_array((np.ones(len(rows), bool), (rows, columns)), size)
+        between = np.zeros(sink + 1, int)
+        for start, matrix in ((source, forward), (sink, forward.T.tocsr())):
+            between[breadth_first_order(matrix, start, True, False)] += 1
+        between[[source, sink]] = 0
+        kept = (between[rows] == 2) & (between[columns] == 2)
+        reached = between[out] == 2
+        rows = np.concatenate([rows[kept], first[reached]])
+        columns = np.concatenate([columns[kept], out[reached]])
+        same = csr_array((np.ones(len(rows), bool), (rows, columns)), size)
+        label = connected_components(same, directed=False)[1][first]
+        return np.unique(label, return_inverse=True)[1]
+
+
+def _once(*arrays: np.ndarray):
+    """An index that takes one entry along the axes where all arrays repeat theirs."""
+    strides = zip(*(a.strides for a in arrays), strict=True)
+    return tuple(slice(None) if any(s) else slice(0, 1) for s in strides)
+
+
+def follow(graph: Graph, closed: Any, given: Sequence[Known]) -> list[Known]:
+    """What is known of the results of a program, from what is of its arguments."""
+    program = getattr(closed, "jaxpr", closed)
+    known = dict(zip(program.invars, given, strict=True))
+    constants = getattr(closed, "consts", ())
+    known |= zip(program.constvars, map(_constant, constants), strict=True)
+
+    def read(atom) -> Known:
+        if isinstance(atom, jex.core.Literal):
+            return Known(value=lambda: np.asarray(atom.val))
+        return known[atom]
+
+    for eqn in program.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        if eqn.primitive.name in _CALLS:
+            outs = follow(graph, called_program(eqn), values)
+        elif all(value.nodes is None for value in values):
+            outs = _evaluate_later(eqn, values)
+        else:
+            rule = _RULES.get(eqn.primitive.name, _couple_all)
+            outs = rule(graph, eqn, *values)
+            outs = outs if isinstance(outs, list) else [outs]
+            outs = [out if isinstance(out, Known) else Known(out) for out in outs]
+        known |= zip(eqn.outvars, outs, strict=True)
+    return [read(atom) for atom in program.outvars]
+
+
+def _constant(value: Any) -> Known:
+    return Known(value=lambda: np.asarray(value)) if is_index(value) else Known()
+
+
+def _evaluate_later(eqn, values: Sequence[Known]) -> list[Known]:
+    """Results that the tangent does not reach, computed only if they are asked for."""
+    if any(v.value is None for v in values) or not _says_all(eqn):
+        return [Known() for _ in eqn.outvars]
+    memory: list[np.ndarray] = []
+
+    def result(i: int) -> np.ndarray:
+        if not memory:
+            memory.extend(_evaluate(eqn, [v.value() for v in values if v.value]))
+        return memory[i]
+
+    return [Known(value=lambda i=i: result(i)) for i in range(len(eqn.outvars))]
+
+
+def _says_all(eqn) -> bool:
+    """Whether the text of an equation determines what it computes."""
+    params = {k: v for k, v in eqn.params.items() if k != "update_jaxpr"}
+    functions = any(map(callable, params.values()))
+    return not (functions or eqn.effects or list(inner_programs(params)))
+
+
+def _evaluate(eqn, arrays: list) -> list:
+    if eqn.primitive.name in BY_NUMPY:
+        outs = BY_NUMPY[eqn.primitive.name](eqn, *arrays)
+        return outs if isinstance(outs, list) else [outs]
+    outs = eqn.primitive.bind(*arrays, **eqn.params)
+    outs = outs if eqn.primitive.multiple_results else [outs]
+    # NumPy has no array of random keys.
+    keys = jax.dtypes.extended
+    return [o if jax.dtypes.issubdtype(o.dtype, keys) else np.asarray(o) for o in outs]
+
+
+def _nodes(value: Known, var) -> np.ndarray:
+    return np.broadcast_to(0 if value.nodes is None else value.nodes, var.aval.shape)
+
+
+def _couple_all(graph, eqn, *values: Known):
+    reached = [
+        v.nodes[_once(v.nodes)].reshape(-1) for v in values if v.nodes is not None
+    ]
+    node = graph.merge(np.concatenate(reached))
+    return [np.broadcast_to(node, var.aval.shape) for var in eqn.outvars]
+
+
+# Movements.
+
+
+def _move(graph, eqn, *values: Known):
+    return MOVEMENTS[eqn.primitive.name](eqn, *map(_nodes, values, eqn.invars))
+
+
+def _select(graph, eqn, which: Known, *cases: Known):
+    shape = eqn.outvars[0].aval.shape
+    if which.value is None:
+        return graph.join(shape, *(case.nodes for case in cases))
+    chosen = np.broadcast_to(which.value(), shape)
+    nodes = map(_nodes, cases, eqn.invars[1:])
+    return graph.join(
+        shape, *(np.where(chosen == i, c, 0) for i, c in enumerate(nodes))
+    )
+
+
+def _look_up(places: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    return np.append(nodes.reshape(-1), 0)[places]
+
+
+def _indices(windows: Windows, known: Known, var) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The indices, and along which axes they could be any others."""
+    if known.value is None:
+        return np.zeros(var.aval.shape, int), windows.indexed
+    return np.asarray(known.value()), ()
+
+
+def _gather(graph, eqn, operand: Known, indices: Known):
+    windows, nodes = gather_windows(eqn), _nodes(operand, eqn.invars[0])
+    at, anywhere = _indices(windows, indices, eqn.invars[1])
+    return _look_up(windows.places(at), graph.blur(nodes, anywhere))
+
+
+def _scatter(graph, eqn, operand: Known, indices: Known, updates: Known):
+    windows = scatter_windows(eqn)
+    at, anywhere = _indices(windows, indices, eqn.invars[1])
+    places = windows.places(at)
+    old, new = _nodes(operand, eqn.invars[0]), _nodes(updates, eqn.invars[2])
+    places, new = np.broadcast_arrays(places, new)
+    inside = places >= 0
+    if anywhere or eqn.primitive.name != "scatter":
+        kept = old
+    else:
+        kept = old.reshape(-1).copy()
+        kept[places[inside]] = 0
+        kept = kept.reshape(old.shape)
+    landed = graph.new((old.size,))
+    graph.connect(new[inside], landed[places[inside]])
+    hit = np.zeros(old.size, bool)
+    hit[places[inside & (new != 0)]] = True
+    landed = np.where(hit, landed, 0).reshape(old.shape)
+    return graph.join(old.shape, kept, graph.blur(landed, anywhere))
+
+
+def _window(starts: Sequence[Known], sizes, shape):
+    """The slices of a dynamic slice, and the axes along which it may lie anywhere."""
+    slices, anywhere = [], []
+    for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        known = 0 if start.value is None else int(start.value())
+        if start.value is None and size < shape[axis]:
+            anywhere.append(axis)
+        first = min(max(known, 0), shape[axis] - size)
+        slices.append(slice(first, first + size))
+    return tuple(slices), anywhere
+
+
+def _dynamic_slice(graph, eqn, operand: Known, *starts: Known):
+    nodes = _nodes(operand, eqn.invars[0])
+    window, anywhere = _window(starts, eqn.params["slice_sizes"], nodes.shape)
+    return graph.blur(nodes, anywhere)[window]
+
+
+def _dynamic_update_slice(graph, eqn, operand: Known, update: Known, *starts: Known):
+    old, new = map(_nodes, (operand, update), eqn.invars)
+    window, anywhere = _window(starts, new.shape, old.shape)
+    kept, landed = old.copy(), np.zeros(old.shape, int)
+    if not anywhere:
+        kept[window] = 0
+    landed[window] = new if not anywhere else graph.blur(new, anywhere)
+    return graph.join(old.shape, kept, graph.blur(landed, anywhere))
+
+
+# Sums and products.
+
+
+def _join(graph, eqn, *values: Known):
+    return graph.join(eqn.outvars[0].aval.shape, *(v.nodes for v in values))
+
+
+def _multiply(graph, eqn, *values: Known):
+    """Entry by entry; where a factor is known to be zero, so is the product."""
+    out = _join(graph, eqn, *values)
+    for value in values:
+        if value.value and out.size <= _SEARCHED:
+            out = np.where(value.value() == 0, 0, out)
+    return out
+
+
+def _reduce(graph, eqn, operand: Known):
+    axes = eqn.params["axes"]
+    return graph.sum(operand.nodes, axes).squeeze(tuple(axes))
+
+
+def _cumulate(graph, eqn, operand: Known):
+    axis, back = eqn.params["axis"], eqn.params["reverse"]
+    nodes = np.flip(operand.nodes, axis) if back else operand.nodes
+    out = graph.new(nodes.shape)
+    graph.connect(nodes, out)
+    along = np.moveaxis(out, axis, 0)
+    graph.connect(along[:-1], along[1:])
+    return np.flip(out, axis) if back else out
+
+
+def _multiply_matrices(graph, eqn, *values: Known):
+    """One node for all products with a row, unless it is known which are zero."""
+    summed, batch = eqn.params["dimension_numbers"]
+    shape, parts = eqn.outvars[0].aval.shape, []
+    for side, (mine, other) in enumerate((values, values[::-1])):
+        if mine.nodes is None:
+            continue
+        rows = as_matrices(mine.nodes, batch[side], summed[side])
+        count = math.prod(rows.shape[:2])
+        size = (*rows.shape[:2], math.prod(shape) // max(1, count))
+        nodes, theirs = None, eqn.invars[1 - side].aval
+        if other.value and theirs.size <= _SEARCHED:
+            factors = as_matrices(other.value(), batch[1 - side], summed[1 - side])
+            b, column, k = np.nonzero(factors)
+            if len(b) < factors.size and len(b) * size[1] <= _SEARCHED:
+                nodes = graph.new(size)
+                graph.connect(rows[b, :, k], nodes[b, :, column])
+        if nodes is None:
+            nodes = np.broadcast_to(graph.sum(rows, (2,)), size)
+        parts.append((nodes.swapaxes(1, 2) if side else nodes).reshape(shape))
+    return graph.join(shape, *parts)
+
+
+def _convolve(graph, eqn, images: Known, kernel: Known):
+    if kernel.nodes is not None or eqn.params["batch_group_count"] > 1:
+        return _couple_all(graph, eqn, images, kernel)
+    read = graph.merge(convolution_patches(eqn, images.nodes))
+    out, spec = eqn.outvars[0].aval.shape, eqn.params["dimension_numbers"].out_spec
+    each = np.repeat(read, out[spec[1]] // read.shape[1], axis=1)
+    return each.transpose(np.argsort(spec))
+
+
+def _transform(graph, eqn, operand: Known):
+    axes = range(-len(eqn.params["fft_lengths"]), 0)
+    summed = graph.sum(operand.nodes, axes)
+    return np.broadcast_to(summed, eqn.outvars[0].aval.shape)
+
+
+def _within_matrices(graph, eqn, *values: Known):
+    """Linear algebra on stacks of matrices: no matrix reads of another."""
+    summed = [graph.sum(v.nodes, (-2, -1)) for v in values if v.nodes is not None]
+    return graph.join(eqn.outvars[0].aval.shape, *summed)
+
+
+# Programs within the program.
+
+
+def _count_equations(program) -> int:
+    """Those of a loop's body count for every round."""
+    return sum(
+        1
+        + eqn.params.get("length", 1)
+        * sum(map(_count_equations, inner_programs(eqn.params)))
+        for eqn in program.eqns
+    )
+
+
+def _branch(graph, eqn, index: Known, *values: Known):
+    branches = eqn.params["branches"]
+    if index.value:
+        branches = [branches[min(max(int(index.value()), 0), len(branches) - 1)]]
+    outs = [follow(graph, branch, values) for branch in branches]
+    if len(outs) == 1:
+        return outs[0]
+    return [
+        graph.join(var.aval.shape, *(out.nodes for out in several))
+        for var, several in zip(eqn.outvars, zip(*outs, strict=True), strict=True)
+    ]
+
+
+def _any_rounds(graph, body, constants, carry, others):
+    """Any number of rounds: what is carried has nodes that lead back to themselves.
+
+    Returns what is known of the carry, and of what the body returns.
+    """
+    variables = body.jaxpr.invars[len(constants) :][: len(carry)]
+    ends = body.jaxpr.outvars[: len(carry)]
+    reached = [value.nodes is not None for value in carry]
+    while True:
+        inside = [
+            Known(
+                graph.new(var.aval.shape) if is_reached else None,
+                # Known before the loop, and changed by no round.
+                value.value if var is end else None,
+            )
+            for value, is_reached, var, end in zip(
+                carry, reached, variables, ends, strict=True
+            )
+        ]
+        outs = follow(graph, body, [*constants, *inside, *others])
+        also = [
+            r or out.nodes is not None for r, out in zip(reached, outs, strict=False)
+        ]
+        if also == reached:
+            break
+        reached = also
+    for before, node, after in zip(carry, inside, outs, strict=False):
+        for nodes in (before.nodes, after.nodes):
+            if nodes is not None:
+                graph.connect(nodes, node.nodes)
+    return inside, outs
+
+
+def _while(graph, eqn, *values: Known):
+    # Not all versions of JAX say how many constants there are, but it follows.
+    body, carried = eqn.params["body_jaxpr"], len(eqn.outvars)
+    values = values[len(values) - len(body.jaxpr.invars) :]
+    constants = len(values) - carried
+    return _any_rounds(graph, body, values[:constants], values[constants:], [])[0]
+
+
+def _scan(graph, eqn, *values: Known):
+    body, length = eqn.params["jaxpr"], eqn.params["length"]
+    # What is carried has the same rank within, what is scanned over has one axis less.
+    inside = body.jaxpr.invars, body.jaxpr.outvars
+    alike = [
+        sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(*pair, strict=True))
+        for pair in zip((eqn.invars, eqn.outvars), inside, strict=True)
+    ]
+    end, start = alike[0], alike[0] - alike[1]
+    parts = values[:start], values[start:end], values[end:]
+    if length * _count_equations(body.jaxpr) <= _UNROLLED:
+        return _round_by_round(graph, eqn, *parts)
+    if start == end:
+        # Nothing is carried, so that all rounds can be followed at once.
+        mapped = jax.vmap(
+            jex.core.jaxpr_as_fun(body),
+            (None,) * start + (0,) * len(parts[2]),
+            axis_size=length,
+        )
+        structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+        return follow(graph, jax.make_jaxpr(mapped)(*structs), values)
+    constants, carry, xs = parts
+    any_x = [
+        Known(None if x.nodes is None else graph.sum(x.nodes, (0,))[0]) for x in xs
+    ]
+    carried, outs = _any_rounds(graph, body, constants, carry, any_x)
+    stacked = [
+        Known(None if out.nodes is None else np.broadcast_to(out.nodes, var.aval.shape))
+        for out, var in zip(outs[len(carry) :], eqn.outvars[len(carry) :], strict=True)
+    ]
+    return [*(Known(c.nodes) for c in carried), *stacked]
+
+
+def _round_by_round(graph, eqn, constants, carry, xs):
+    length = eqn.params["length"]
+    rounds = range(length)
+
+    def at(x: Known, t: int) -> Known:
+        nodes, value = x
+        return Known(
+            None if nodes is None else nodes[t], value and (lambda: value()[t])
+        )
+
+    made: list = [[]] * length
+    for t in reversed(rounds) if eqn.params["reverse"] else rounds:
+        given = [*constants, *carry, *(at(x, t) for x in xs)]
+        outs = follow(graph, eqn.params["jaxpr"], given)
+        carry, made[t] = outs[: len(carry)], outs[len(carry) :]
+    inside = eqn.params["jaxpr"].jaxpr.outvars[len(carry) :]
+    stacked = [
+        np.stack([_nodes(out[i], var) for out in made]) if made else None
+        for i, var in enumerate(inside)
+    ]
+    return [*carry, *stacked]
+
+
+def _solve_linear(graph, eqn, *values: Known):
+    """`lax.custom_linear_solve`: what its own solver does."""
+    lengths = eqn.params["const_lengths"]
+    before = lengths.matvec + lengths.vecmat
+    constants = values[before : before + lengths.solve]
+    right = values[sum(lengths) :]
+    return follow(graph, eqn.params["jaxprs"].solve, [*constants, *right])
+
+
+_CALLS = {
+    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
+    *("custom_jvp_call", "custom_vjp_call"),
+}
+_SUMS = (
+    *(
+        "add",
+        "add_any",
+        "sub",
+        "neg",
+        "div",
+        "convert_element_type",
+        "reduce_precision",
+    ),
+    *("real", "imag", "complex", "conj"),
+)
+_SCATTERS = ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter_mul")
+_RULES: dict[str, Callable] = {
+    **dict.fromkeys(MOVEMENTS, _move),
+    **dict.fromkeys(_SUMS, _join),
+    **dict.fromkeys(_SCATTERS, _scatter),
+    "cond": _branch,
+    "conv_general_dilated": _convolve,
+    "cumsum": _cumulate,
+    "custom_linear_solve": _solve_linear,
+    "linear_solve": _solve_linear,
+    "dot_general": _multiply_matrices,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "fft": _transform,
+    "gather": _gather,
+    "mul": _multiply,
+    "reduce_sum": _reduce,
+    "scan": _scan,
+    "select_n": _select,
+    "triangular_solve": _within_matrices,
+    "while": _while,
+}

@@ -1,0 +1,227 @@
+"""What is certified: every entry of the state, against its own size and dtype."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pararnn import (
+    ELK,
+    RESULTS,
+    Auto,
+    DampedNewton,
+    Jacobi,
+    Ladder,
+    Newton,
+    Picard,
+    QuasiNewton,
+    Windows,
+    solve,
+)
+from pararnn.solver._certificate import STRETCH, entry_sizes, is_small
+from tests.problems import scan
+
+SOLVERS = {
+    "auto": Auto(),
+    "newton": Newton(),
+    "newton on segments": Newton(20),
+    "quasi-newton": QuasiNewton(10),
+    "damped newton": DampedNewton(10),
+    "elk": ELK(10),
+    "picard": Picard(10),
+    "jacobi": Jacobi(10),
+    "ladder": Ladder((Jacobi(10), Newton(10)), max_steps=2),
+    "windows": Windows(Newton(5), 30),
+}
+each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+
+
+class Problem(NamedTuple):
+    """A cell, its first state, and what two programs of a step may differ by.
+
+    `roundings` are float32's, of the largest size of each leaf.
+    """
+
+    cell: Any
+    h0: Any
+    roundings: tuple[float, ...]
+
+    def run(self, solver, **options):
+        """The solution, and the residual of each leaf at the worst step."""
+        xs = jax.random.normal(jax.random.key(0), (60,), jnp.float32)
+        h0 = jax.tree.map(jnp.float32, self.h0)
+
+        @jax.jit
+        def run(xs, h0):
+            sol = solve(self.cell, xs, h0, solver=solver, throw=False, **options)
+            before = jax.tree.map(
+                lambda h, s: jnp.concatenate([h[None], s[:-1]]), h0, sol.states
+            )
+            # One step after the other, so that nothing of the solver takes part.
+            ahead = jax.lax.map(lambda at: self.cell(*at), (before, xs))
+            gaps = jax.tree.map(lambda a, b: jnp.abs(a - b), ahead, sol.states)
+            return sol, jax.tree.map(jnp.max, gaps)
+
+        sol, gaps = run(xs, h0)
+        sizes = jax.tree.map(lambda s: np.abs(s).max(), sol.states)
+        relative = [
+            float(gap) / max(float(size), 1e-30)
+            for gap, size in zip(
+                jax.tree.leaves(gaps), jax.tree.leaves(sizes), strict=True
+            )
+        ]
+        return sol, np.array(relative) / np.finfo(np.float32).eps
+
+
+U = 1e-9
+
+
+def tiny(h, x):
+    return U * jnp.tanh(2 * jnp.sin(3 * h / U) + x)
+
+
+def clock_and_gate(h, x):
+    return h[0] + 1, jnp.tanh(2 * jnp.sin(3 * h[1]) + x)
+
+
+def cancelling(h, x):
+    big = jnp.tanh(0.5 * h[1] + x)
+    return (3 + 1e-4 * jnp.sin(big)) - 3 + 0.5 * h[0], big
+
+
+def chaotic(h, x):
+    del x
+    return 3.99 * h * (1 - h)
+
+
+def constant_and_zero(h, x):
+    return h[0], 0 * h[1], jnp.tanh(h[2] + x)
+
+
+PROBLEMS = {
+    "tiny": Problem(tiny, 0.0, (8.0,)),
+    "a clock and a gate": Problem(clock_and_gate, (1e6, 0.0), (1.0, 8.0)),
+    # 3 is 30,000 times as large as what is left of it.
+    "cancelling": Problem(cancelling, (1e-4, 0.1), (2e4, 8.0)),
+    "chaotic": Problem(chaotic, 0.3, (8.0,)),
+    "constant and zero": Problem(constant_and_zero, (1e20, 0.0, 0.2), (0.0, 0.0, 8.0)),
+}
+
+
+@each_solver
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_every_entry_is_held_to_its_own_size(problem, solver):
+    """And without a limit on its steps every method ends with a certified answer."""
+    sol, roundings = problem.run(solver)
+    assert sol.result == RESULTS.successful
+    assert int(sol.stats["certified_steps"]) == 60
+    assert (roundings <= 64 + np.array(problem.roundings)).all()
+
+
+def test_a_limit_ends_without_a_certificate():
+    sol, _ = PROBLEMS["chaotic"].run(Newton(), max_steps=3)
+    assert sol.result == RESULTS.not_converged
+    assert int(sol.stats["num_steps"]) == 3 and int(sol.stats["certified_steps"]) < 60
+
+
+@pytest.mark.parametrize("power", [-100, -20, 20, 100])
+@pytest.mark.parametrize("name", ["newton on segments", "damped newton", "jacobi"])
+def test_units_do_not_matter(name, power):
+    """In units of a power of two every number of the solve is the same but for them."""
+    units = 2.0**power
+
+    def in_units(h, x):
+        return units * jnp.tanh(0.9 * (h / units) + jnp.sin(h / units) + x)
+
+    def run(cell, h0):
+        sol, _ = Problem(cell, h0, (0.0,)).run(SOLVERS[name])
+        return np.asarray(sol.states, np.float64), sol.stats
+
+    def in_one(h, x):
+        return jnp.tanh(0.9 * h + jnp.sin(h) + x)
+
+    states, stats = run(in_one, 0.4)
+    scaled, scaled_stats = run(in_units, units * 0.4)
+    np.testing.assert_array_equal(scaled, units * states)
+    assert int(scaled_stats["num_steps"]) == int(stats["num_steps"])
+
+
+def test_an_entry_is_held_to_its_dtype(getkey):
+    """A coarse leaf beside a fine one excuses nothing of it."""
+    xs = jax.random.normal(getkey(), (200, 3), jnp.float32)
+    h0 = jnp.zeros(3, jnp.bfloat16), jnp.zeros(3, jnp.float32)
+
+    def cell(h, x):
+        coarse, fine = h
+        fine = jnp.tanh(0.8 * fine[::-1] + x)
+        return jnp.tanh(coarse + fine.astype(jnp.bfloat16)), fine
+
+    sol = solve(cell, xs, h0, solver=Newton(25))
+    expected = scan(cell, xs, h0)
+    assert float(jnp.max(jnp.abs(sol.states[1] - expected[1]))) < 2e-5
+
+
+def test_an_absolute_tolerance_is_the_users():
+    sol, roundings = PROBLEMS["tiny"].run(Newton(10, atol=1.0), max_steps=1)
+    assert sol.result == RESULTS.successful and roundings.max() > 1e3
+    sol, _ = PROBLEMS["tiny"].run(Newton(10, atol=1e-12), max_steps=1)
+    assert sol.result == RESULTS.not_converged
+
+
+def test_no_tolerance_at_all_is_reached_by_passes_of_the_cell():
+    sol, roundings = PROBLEMS["chaotic"].run(Newton(12, rtol=0.0))
+    assert sol.result == RESULTS.successful and float(sol.stats["residual"]) == 0
+    assert roundings.max() <= 8
+
+
+def test_a_sequence_that_fails_is_told_from_those_that_do_not():
+    """Under `vmap` each sequence has its own certificate, and its own passes."""
+    h0 = jnp.asarray([0.3, 0.0, 0.6], jnp.float32)
+
+    @jax.jit
+    @jax.vmap
+    def run(h0):
+        xs = jnp.zeros(60, jnp.float32)
+        solver = Newton(30)
+        free = solve(chaotic, xs, h0, solver=solver, throw=False)
+        held = solve(chaotic, xs, h0, solver=solver, throw=False, max_steps=4)
+        return free.result == RESULTS.successful, held.result == RESULTS.successful
+
+    free, held = run(h0)
+    assert free.tolist() == [True, True, True]
+    assert held.tolist() == [False, True, False]
+
+
+# The parts
+
+
+@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize("count", [1, 5, 31, 200])
+def test_sizes_are_those_nearby(count, length, getkey):
+    starts = jax.random.normal(getkey(), (count, 2, 3)) * jnp.exp(
+        jax.random.normal(getkey(), (count, 1, 1))
+    )
+    sizes = np.asarray(entry_sizes(starts, length))
+    values = np.abs(np.asarray(starts))
+    for i in range(count):
+        far = max(1, 2 * -(-STRETCH // length) + 1)
+        near = max(1, STRETCH // length // 2)
+        inner = values[max(0, i - near) : i + near + 1].max(0)
+        outer = values[max(0, i - far) : i + far + 1].max(0)
+        assert (inner <= sizes[i]).all() and (sizes[i] <= outer).all()
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+def test_what_is_not_finite_excuses_nothing(bad):
+    starts = jnp.ones((40, 1)).at[7].set(bad)
+    np.testing.assert_array_equal(entry_sizes(starts, 1), 1)
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1.0, 1e30, 3e38])
+def test_tolerances_neither_vanish_nor_overflow(size):
+    size, rtol = jnp.float32(size), np.array([2.0**-17])
+    for factor, expected in ((2.0**-18, True), (2.0**-15, size < 1e-36)):
+        residual = (size * jnp.float32(factor)).reshape(1, 1)
+        assert bool(is_small(residual, size.reshape(1, 1), rtol, 0.0)[0]) == expected
