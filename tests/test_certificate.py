@@ -20,7 +20,7 @@ from pararnn import (
     Windows,
     solve,
 )
-from pararnn.solver._certificate import STRETCH, entry_sizes, is_small
+from pararnn.solver._certificate import BLOCK, REACH, entry_sizes, is_small
 from tests.problems import scan
 
 SOLVERS = {
@@ -197,26 +197,27 @@ def test_a_sequence_that_fails_is_told_from_those_that_do_not():
 # The parts
 
 
-@pytest.mark.parametrize("length", [1, 7, 40])
+@pytest.mark.parametrize("length", [1, 3, 7, 16, 40])
 @pytest.mark.parametrize("count", [1, 5, 31, 200])
-def test_sizes_are_those_nearby(count, length, getkey):
+def test_sizes_are_of_now_and_a_few_steps_before(count, length, getkey):
+    h0 = jax.random.normal(getkey(), (2, 3))
     starts = jax.random.normal(getkey(), (count, 2, 3)) * jnp.exp(
-        jax.random.normal(getkey(), (count, 1, 1))
+        2 * jax.random.normal(getkey(), (count, 1, 1))
     )
-    sizes = np.asarray(entry_sizes(starts, length))
-    values = np.abs(np.asarray(starts))
-    for i in range(count):
-        far = max(1, 2 * -(-STRETCH // length) + 1)
-        near = max(1, STRETCH // length // 2)
-        inner = values[max(0, i - near) : i + near + 1].max(0)
-        outer = values[max(0, i - far) : i + far + 1].max(0)
-        assert (inner <= sizes[i]).all() and (sizes[i] <= outer).all()
+    sizes = np.asarray(entry_sizes(h0, starts, length))
+    values = np.abs(np.concatenate([h0[None], starts]))
+    least, most = -(-(REACH - BLOCK) // length), -(-(REACH + BLOCK) // length)
+    for i in range(1, count + 1):
+        near = np.maximum(values[i], values[max(0, i - least) : i].max(0, initial=0))
+        far = np.maximum(values[i], values[max(0, i - most - 1) : i].max(0))
+        assert (near <= sizes[i - 1]).all() and (sizes[i - 1] <= far).all()
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
 def test_what_is_not_finite_excuses_nothing(bad):
     starts = jnp.ones((40, 1)).at[7].set(bad)
-    np.testing.assert_array_equal(entry_sizes(starts, 1), 1)
+    sizes = entry_sizes(jnp.full(1, bad), starts, 1)
+    np.testing.assert_array_equal(sizes, jnp.ones((40, 1)).at[7].set(1))
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1.0, 1e30, 3e38])

@@ -6,9 +6,10 @@ beside a large one. So entry j of the state at step t has to satisfy
     |f(h_{t-1}, x_t) - h_t|_j <= atol + rtol_j * size_{t,j},
 
 where `rtol_j` is by default 64 roundings of that entry's own dtype, `atol` is 0, and
-`size_{t,j}` is the largest absolute value that entry j has at the starts of segments
-about so many steps around step t: a value that happens to pass through zero is not held
-to itself alone, and one that was large long ago excuses nothing.
+`size_{t,j}` is the largest absolute value of entry j at this step and at the starts of
+segments in the 32 steps before it (or at the one start before, if segments are longer).
+So a value that happens to pass through zero is not held to that zero, one that was
+large long ago excuses nothing, and neither does one that will be.
 """
 
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from jaxtyping import Array, Bool, Float
 from ..scan import join_time, shift, split_time, time_shards
 
 ROUNDINGS = 64
-# Sizes are looked for in stretches of so many steps, and in both of their neighbours.
-STRETCH = 32
+# Sizes are looked for in about so many steps before, in blocks of so many.
+REACH, BLOCK = 32, 8
 
 
 def largest(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:
@@ -33,20 +34,28 @@ def largest(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:
 
 
 def entry_sizes(
-    starts: Float[Array, "S *batch width"], length: int
+    h0: Float[Array, "*batch width"],
+    starts: Float[Array, "S *batch width"],
+    length: int,
 ) -> Float[Array, "S *batch width"]:
-    """The size of every entry around every start of a segment of `length` steps.
+    """The size of every entry at every start of a segment of `length` steps.
 
-    What is not finite has no size, so that it excuses nothing around it.
+    What is not finite has no size, so that it excuses nothing behind it.
     """
     count, shards = starts.shape[0], time_shards(starts.shape[0])
-    stretches = shards * -(-count * length // (STRETCH * shards))
-    values = split_time(jnp.abs(starts), min(stretches, shards * -(-count // shards)))
-    own = jnp.max(jnp.where(jnp.isfinite(values), values, 0), axis=0)
-    none = jnp.zeros_like(own[0])
-    before, behind = shift(none, own), shift(none, own, reverse=True)
-    around = jnp.maximum(own, jnp.maximum(before, behind))
-    return join_time(jnp.broadcast_to(around, values.shape), count)
+    together = max(1, BLOCK // length)
+    blocks = shards * -(-count // (together * shards))
+    sizes = split_time(_finite_size(starts), blocks)
+    largest_of_block, first = jnp.max(sizes, axis=0), _finite_size(h0)
+    before = jnp.zeros_like(largest_of_block)
+    for _ in range(-(-REACH // (sizes.shape[0] * length))):
+        largest_of_block = shift(first, largest_of_block)
+        before = jnp.maximum(before, largest_of_block)
+    return join_time(jnp.maximum(sizes, before[None]), count)
+
+
+def _finite_size(values: Array) -> Array:
+    return jnp.where(jnp.isfinite(values), jnp.abs(values), 0)
 
 
 def along_entries(values: Float[np.ndarray, " width"], like: Array) -> Array:

@@ -264,7 +264,8 @@ class Segments:
         Entries of a coarser dtype change by more of their roundings.
         """
         either = jnp.maximum(jnp.abs(before), jnp.abs(after))
-        change = _relative(jnp.abs(after - before), entry_sizes(either, self.length))
+        sizes = entry_sizes(self.h0, either, self.length)
+        change = _relative(jnp.abs(after - before), sizes)
         eps = self.recurrence.entry_eps
         change = change * along_entries(eps.min(initial=1) / eps, change)
         change = jnp.where(self._place(change.ndim) == 0, 0, change)
@@ -404,7 +405,7 @@ class Segments:
         )
         ends, following = self._ravel(ends), self._following(self._ravel(starts))
         residuals = jnp.where(self._followed(ends.ndim), jnp.abs(ends - following), 0)
-        sizes = entry_sizes(following, self.length)
+        sizes = entry_sizes(self.h0, following, self.length)
         lost = ~jnp.all(jnp.isfinite(residuals), axis=-1)
         small = is_small(residuals, sizes, self.rtol, self.atol) & ~lost
         # The last state of a segment is the next start; it is as good as its residual.
