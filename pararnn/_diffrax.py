@@ -15,7 +15,16 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ._equation import with_derivative
-from .solver import RESULTS, Auto, Solution, Solver, Structure, solve
+from .scan import check_bits
+from .solver import (
+    RESULTS,
+    Auto,
+    Solution,
+    Solver,
+    Structure,
+    check_solver,
+    solve,
+)
 
 # Any pytree of states; a step maps one to the next, given the times (t0, t1).
 Step = Callable[[PyTree, tuple[Array, Array]], PyTree]
@@ -92,6 +101,7 @@ def integrate(
     Hairer, Nørsett and Wanner, *Solving Ordinary Differential Equations I*, II.1; for
     Newton's method over the steps, Lim et al. (2309.12252, section 3).
     """
+    check_solver("integrate", solver)
     terms = _as_terms(terms)
     _check_method(method, terms)
     ts = _check_times(ts, terms)
@@ -309,7 +319,8 @@ class _Stages:
         """Find the slope at a stage; where the stage is then, so far."""
         tableau = self.tableau
         node = tableau.c1 if number == 0 else tableau.c[number - 1]
-        weight = float(tableau.a_diagonal[number]) if tableau.implicit else 0.0
+        diagonal = tableau.a_diagonal
+        weight = 0.0 if diagonal is None else float(diagonal[number])
         t = self.t1 if node == 1 else self.t0 + float(node) * (self.t1 - self.t0)
         slope = jtu.tree_map(lambda leaf: leaf[number], self.slopes)
         inputs = at, t, self.t0, self.t1
@@ -500,6 +511,7 @@ def _check_times(ts: Any, terms) -> Array:
             "cause: it comes from `jnp.arange(T + 1)`: write `jnp.arange(T + 1.0)`, or "
             "multiply by the length of a step."
         )
+    check_bits("integrate", "ts", ts)
     backwards = all(type(term) is diffrax.ODETerm for term in _single_terms(terms))
     order = "strictly increasing" + (" or strictly decreasing" if backwards else "")
     message = (
@@ -529,6 +541,7 @@ def _promote(y0, time_dtype):
             raise TypeError(
                 f"integrate: `y0{jtu.keystr(path)}` is not an array but {leaf!r:.80}."
             )
+        check_bits("integrate", f"y0{jtu.keystr(path)}", leaf)
     if not jtu.tree_leaves(y0):
         raise ValueError("integrate: `y0` holds no arrays: there is nothing to solve.")
 

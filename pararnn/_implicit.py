@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._equation import Equation, solution
+from .scan import check_bits
 from .solver._inputs import AbstractImplicitCell
 from .solver._recurrence import Recurrence
 from .solver._segments import largest
@@ -359,6 +360,7 @@ def _check_state(h: PyTree) -> None:
                 "every leaf must be a floating-point or complex array, since the "
                 "equation is solved for it. Cast it, or move it to the inputs."
             )
+        check_bits("Implicit", f"h{jtu.keystr(path)}", leaf)
 
 
 def _check_residual(recurrence: Recurrence) -> None:

@@ -14,7 +14,7 @@ from ._parameters import check_flag
 from ._reverse import backwards
 from .cells import AbstractCell
 from .scan import check_reset
-from .solver import Auto, Solver, count_steps, solve
+from .solver import Auto, Solver, check_solver, count_steps, solve
 
 
 class RNN(eqx.Module):
@@ -30,7 +30,8 @@ class RNN(eqx.Module):
         only. It is a parameter of the layer like any other.
     - `output`: what to emit of a state; the state itself if not given.
 
-    **Raises:** `TypeError`, `ValueError` if the cell cannot be adapted.
+    **Raises:** `TypeError`, `ValueError` if the cell cannot be adapted or the solver is
+    not one.
     """
 
     cell: Any
@@ -44,6 +45,7 @@ class RNN(eqx.Module):
         init_state: PyTree[Array] | None = None,
         output: Callable[[PyTree], Any] | None = None,
     ):
+        check_solver("RNN", solver)
         self.cell = as_cell(cell, init_state, output)
         self.solver = solver
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ..scan import check_reset
+from ..scan import check_bits, check_reset
 from ._recurrence import Recurrence
 
 
@@ -116,6 +116,7 @@ def _check_state(where: str, h0: PyTree) -> None:
                 "respect to it. Cast it, for instance `h0.astype(jnp.float32)`; a "
                 "counter belongs in `xs`."
             )
+        check_bits(where, name, leaf)
     if not jtu.tree_leaves(h0):
         raise ValueError(
             f"{where}: `h0` holds no arrays: there is no state to solve for."
