@@ -13,10 +13,11 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
 from ..scan import time_shards
+from ._adapters import as_step
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
 from ._auto import Auto
 from ._input_part import Division, InputPart, divide
-from ._inputs import as_step, check_like, check_resets, count_steps, make_recurrence
+from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._recurrence import Batch, Recurrence
 from ._report import as_result, hold_back, raise_on_failure, report
 from ._run import Run, Solver, history_of
