@@ -71,23 +71,20 @@ class FlaxCell(eqx.Module):
         """The outputs of all steps, given the carries behind them.
 
         Only what a step computes for its output alone is computed here: nothing where
-        the output is a part of the carry, a head where there is one. `before()` gives
-        the carries before the steps, which are not needed then.
+        the output is a part of the carry, the head where there is one. `before()` gives
+        the carries before the steps, if they are needed.
         """
         h, x = (jtu.tree_map(_one_step, tree) for tree in (after, xs))
         closed, shapes = jax.make_jaxpr(self.step, return_shape=True)(h, x)
         if calls_hold_arrays(closed.jaxpr):
             closed = without_calls(closed)
-        constants, (old, inputs) = (
-            closed.jaxpr.constvars,
-            _split(closed.jaxpr.invars, h),
-        )
+        old, inputs = _split(closed.jaxpr.invars, h)
         new, emitted = _split(closed.jaxpr.outvars, h)
         part = part_for(opened(closed), emitted, new)
         moving = _named(inputs, xs) | _named(new, after)
         if not moving.keys() >= set(old).intersection(part.invars):
             moving = _named(old, before()) | moving
-        fixed = dict(zip(constants, closed.consts, strict=True))
+        fixed = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         names = [v for v in part.invars if v in moving]
 
         def emit(_, leaves):
