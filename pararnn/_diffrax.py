@@ -1,5 +1,6 @@
 """Differential equations: one fixed step of a diffrax solver is a cell."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, Literal, get_origin
 
@@ -13,7 +14,17 @@ import optimistix as optx
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from .solver import RESULTS, Auto, Solution, Solver, Structure, solve
+from ._equation import with_derivative
+from .scan import check_bits
+from .solver import (
+    RESULTS,
+    Auto,
+    Solution,
+    Solver,
+    Structure,
+    check_solver,
+    solve,
+)
 
 # Any pytree of states; a step maps one to the next, given the times (t0, t1).
 Step = Callable[[PyTree, tuple[Array, Array]], PyTree]
@@ -46,7 +57,9 @@ def integrate(
     k_i = f\Bigl(t + c_i \Delta,\ y + \Delta \sum_{j < i} a_{ij} k_j\Bigr);$$
 
     the stages of an implicit one are found inside the step by its own root finder, and
-    differentiated by the implicit function theorem. The numbers are those of
+    differentiated by the implicit function theorem. A step whose root finder fails is
+    NaN, and so is its derivative; it raises nothing by itself, so that a solver may
+    come by such a step on its way. The numbers are those of
     `diffrax.diffeqsolve(..., stepsize_controller=diffrax.StepTo(ts))`, whatever
     `solver` is. Derivatives and `vmap` are those of [`pararnn.solve`][]: forward and
     reverse mode, with respect to `y0`, `args`, `ts` and everything in `terms`.
@@ -79,13 +92,16 @@ def integrate(
     **Raises:** `TypeError` or `ValueError` while tracing if terms, method and times do
     not fit together; a runtime error if the times are not monotonic and only known when
     the program runs; with `throw=True`, a runtime error as from [`pararnn.solve`][], or
-    if the root finder of an implicit step failed. (With `throw=False` the states are
-    NaN from such a step on.)
+    if the root finder of an implicit step failed. With `throw=False` the states are
+    NaN from such a step on. (An implicit method of one's own that is neither a
+    Runge-Kutta method nor `ImplicitEuler` is differentiated by diffrax, whose linear
+    solves raise where a step has failed.)
 
     **Sources:** Kidger, *On Neural Differential Equations* (2202.02435, section 5);
     Hairer, Nørsett and Wanner, *Solving Ordinary Differential Equations I*, II.1; for
     Newton's method over the steps, Lim et al. (2309.12252, section 3).
     """
+    check_solver("integrate", solver)
     terms = _as_terms(terms)
     _check_method(method, terms)
     ts = _check_times(ts, terms)
@@ -114,26 +130,26 @@ def _as_cell(method, terms, args) -> Step:
     """One step of the method, as a function of the state and of (t0, t1)."""
     if _is_plain_explicit(method):
         return _write_out(method.tableau, terms, args)
-    if getattr(method, "scan_kind", "") is None:
-        # The other kinds of equinox's loop lack one of the two modes of derivative.
-        method = eqx.tree_at(
-            lambda m: m.scan_kind, method, "bounded", is_leaf=lambda x: x is None
-        )
-    implicit = isinstance(method, diffrax.AbstractImplicitSolver)
-    exact = implicit and not eqx.is_array_like(method.root_finder.rtol)
+    if isinstance(method, diffrax.AbstractImplicitSolver):
+        return _as_implicit_cell(method, terms, args)
+    # The other kinds of equinox's loop lack one of the two modes of derivative.
+    method = _with_loop(method, "bounded")
+    return lambda y, times: _step(method, terms, args, y, *times)[0]
 
-    def step(y, times):
-        t0, t1 = times
-        stepper = _with_root_finder(method, y, t1 - t0) if exact else method
-        # Made anew at each step: a stage kept from the last one is only a saving.
-        state = stepper.init(terms, t0, t1, y, args)
-        y, _, _, _, result = stepper.step(terms, t0, t1, y, args, state, False)
-        if implicit:
-            found = diffrax.is_successful(result)
-            y = jtu.tree_map(lambda leaf: jnp.where(found, leaf, jnp.nan), y)
-        return y
 
-    return step
+def _step(method, terms, args, y, t0, t1):
+    """One step by diffrax: the state, what it knows of the step, and the result."""
+    # Initialised at each step: a stage kept from the last one is only a saving.
+    state = method.init(terms, t0, t1, y, args)
+    y, _, details, _, result = method.step(terms, t0, t1, y, args, state, False)
+    return y, details, result
+
+
+def _with_loop(method, kind: str):
+    """The method with that kind of loop over its stages, unless it has one already."""
+    if getattr(method, "scan_kind", "") is not None:
+        return method
+    return eqx.tree_at(lambda m: m.scan_kind, method, kind, is_leaf=lambda x: x is None)
 
 
 def _is_plain_explicit(method) -> bool:
@@ -192,6 +208,137 @@ def _advance(y, weights, stages):
         return leaf + sum(weighted[1:], start=weighted[0])
 
     return jtu.tree_map(advance, y, *(stage for _, stage in used))
+
+
+# Implicit steps -----------------------------------------------------------------------
+
+
+def _as_implicit_cell(method, terms, args) -> Step:
+    """A step whose stages diffrax finds, and whose derivative is that of the stages.
+
+    Differentiated by diffrax, a step solves linear systems that raise on a number that
+    is not finite, and nothing can stop them. Newton's method over the steps meets such
+    numbers on its way, and so does the derivative of a solution that has failed. So
+    diffrax sees no derivative here. A failed step is NaN, and so is its derivative.
+    """
+    stepped = type(method).step
+    if stepped is diffrax.ImplicitEuler.step:
+        restore = ft.partial(_through_euler, terms, args)
+    elif stepped is diffrax.AbstractRungeKutta.step:
+        restore = ft.partial(_through_stages, method.tableau, terms, args)
+    else:
+        restore = None  # its stages are not known
+    exact = not eqx.is_array_like(method.root_finder.rtol)
+    method = _with_loop(method, "lax" if restore else "bounded")
+
+    def find(y, t0, t1):
+        stepper = _with_root_finder(method, y, t1 - t0) if exact else method
+        y, details, result = _step(stepper, terms, args, y, t0, t1)
+        return y, details.get("k"), diffrax.is_successful(result)
+
+    def step(y, times):
+        point = y, *times
+        if restore is None:
+            y, _, found = find(*point)
+        else:
+            # As data, whose arrays are seen, also those that functions close over.
+            constant = eqx.filter_closure_convert(find, *point)
+            constant, held = _without_derivative((constant, point))
+            y, slopes, found = constant(*held)
+            y = restore(point, y, slopes)
+
+        def mark(leaf):
+            # A factor, not a choice, which would leave the derivative as it is.
+            return leaf * jnp.where(found, jnp.ones((), leaf.dtype), jnp.nan)
+
+        return jtu.tree_map(mark, y)
+
+    return step
+
+
+def _without_derivative(tree):
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.lax.stop_gradient(arrays), rest)
+
+
+def _through_euler(terms, args, point, after, slopes):
+    """The state after a step of the implicit Euler method, with its derivative."""
+    del slopes
+
+    def residual(after, point):
+        y, t0, t1 = point
+        change = terms.vf_prod(t1, after, args, terms.contr(t0, t1))
+        return jtu.tree_map(lambda z, y, k: z - y - k, after, y, change)
+
+    return with_derivative(residual, after, point)(after, point)
+
+
+def _through_stages(tableau, terms, args, point, after, slopes):
+    """The state after a Runge-Kutta step with known slopes, with its derivative.
+
+    Each slope is the solution of an equation that has those before it for inputs. With
+    several tableaus, an implicit one and explicit ones, each has a slope of its own at
+    a stage, and all are of the same state.
+    """
+    del after
+    if not isinstance(tableau, diffrax.MultiButcherTableau):
+        tableaus, terms, slopes = (tableau,), (terms,), (slopes,)
+    else:
+        tableaus, terms = tableau.tableaus, terms.terms
+    y = point[0]
+    stages = [
+        _Stages(*part, args, point)
+        for part in zip(tableaus, terms, slopes, strict=True)
+    ]
+    for number in range(tableaus[0].num_stages):
+        at = y
+        for stage in stages:
+            at = _advance(at, stage.lower(number), stage.found)
+        # The explicit ones start from what the implicit one has found.
+        for stage in sorted(stages, key=lambda s: not s.tableau.implicit):
+            at = stage.find(number, at)
+    for stage in stages:
+        y = _advance(y, stage.tableau.b_sol, stage.found)
+    return y
+
+
+class _Stages:
+    """The slopes of one tableau and its term, found one after the other."""
+
+    def __init__(self, tableau: diffrax.ButcherTableau, term, slopes, args, point):
+        self.tableau, self.term, self.args, self.slopes = tableau, term, args, slopes
+        _, self.t0, self.t1 = point
+        self.found: list[PyTree] = []
+        # By the weight of a slope in its own equation, of which there are one or two.
+        self.known: dict[float, Callable[[PyTree, PyTree], PyTree]] = {}
+
+    def lower(self, number: int):
+        return () if number == 0 else self.tableau.a_lower[number - 1]
+
+    def find(self, number: int, at):
+        """Find the slope at a stage; where the stage is then, so far."""
+        tableau = self.tableau
+        node = tableau.c1 if number == 0 else tableau.c[number - 1]
+        diagonal = tableau.a_diagonal
+        weight = 0.0 if diagonal is None else float(diagonal[number])
+        t = self.t1 if node == 1 else self.t0 + float(node) * (self.t1 - self.t0)
+        slope = jtu.tree_map(lambda leaf: leaf[number], self.slopes)
+        inputs = at, t, self.t0, self.t1
+        if weight not in self.known:
+            self.known[weight] = self._with_derivative(weight, slope, inputs)
+        self.found.append(self.known[weight](slope, inputs))
+        return _advance(at, [weight], self.found[-1:])
+
+    def _with_derivative(self, weight: float, slope, inputs):
+        def residual(slope, inputs):
+            at, t, t0, t1 = inputs
+            at = _advance(at, [weight], [slope])
+            control = self.term.contr(t0, t1)
+            return jtu.tree_map(
+                jnp.subtract, slope, self.term.vf_prod(t, at, self.args, control)
+            )
+
+        return with_derivative(residual, slope, inputs)
 
 
 class _UntilStill(optx.Newton):
@@ -364,6 +511,7 @@ def _check_times(ts: Any, terms) -> Array:
             "cause: it comes from `jnp.arange(T + 1)`: write `jnp.arange(T + 1.0)`, or "
             "multiply by the length of a step."
         )
+    check_bits("integrate", "ts", ts)
     backwards = all(type(term) is diffrax.ODETerm for term in _single_terms(terms))
     order = "strictly increasing" + (" or strictly decreasing" if backwards else "")
     message = (
@@ -393,6 +541,7 @@ def _promote(y0, time_dtype):
             raise TypeError(
                 f"integrate: `y0{jtu.keystr(path)}` is not an array but {leaf!r:.80}."
             )
+        check_bits("integrate", f"y0{jtu.keystr(path)}", leaf)
     if not jtu.tree_leaves(y0):
         raise ValueError("integrate: `y0` holds no arrays: there is nothing to solve.")
 

@@ -1,13 +1,24 @@
 """Cells of other libraries as cells of this one."""
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, PyTree
+
+from .solver._adapters import call_nnx, loaded_nnx
+from .solver._program import (
+    calls_hold_arrays,
+    evaluate,
+    opened,
+    part_for,
+    without_calls,
+)
 
 
 class EquinoxCell(eqx.Module):
@@ -34,28 +45,102 @@ class FlaxCell(eqx.Module):
     """A Flax NNX cell, `cell(carry, x) -> (carry, y)`, its parameters as a pytree."""
 
     parameters: PyTree[Array]
-    fresh: PyTree[Array]
+    fresh: PyTree[Array] | None
     graph: Any = eqx.field(static=True)
 
-    def __init__(self, cell: Any):
-        nnx = sys.modules["flax.nnx"]
-        # Flax draws the first carry (zeros, unless `carry_init` says otherwise) from a
-        # generator; drawn once here, it is the same at every call.
-        self.fresh = cell.initialize_carry((cell.in_features,), nnx.Rngs(0))
-        self.graph, self.parameters = nnx.split(cell)
+    def __init__(self, cell: Any, *, own_carry: bool):
+        """`own_carry`, whether the fresh state is to be that of the cell."""
+        self.fresh = _first_carry(cell) if own_carry else None
+        self.graph, self.parameters = loaded_nnx().split(cell)
 
-    def _merged(self) -> Any:
-        return sys.modules["flax.nnx"].merge(self.graph, self.parameters)
+    def __call__(self, state: PyTree[Array], x: PyTree[Array]) -> PyTree[Array]:
+        return self.step(state, x)[0]
 
-    def __call__(self, state: PyTree[Array], x: Array) -> PyTree[Array]:
-        return self._merged()(state, x)[0]
+    def step(
+        self, state: PyTree[Array], x: PyTree[Array]
+    ) -> tuple[PyTree[Array], PyTree]:
+        """The next carry, and the cell's output."""
+        return call_nnx(self.graph, self.parameters, state, x)
 
     def init_state(self) -> PyTree[Array]:
         return jax.lax.stop_gradient(self.fresh)
 
-    def output(self, state: PyTree[Array]) -> Array:
-        # Flax's LSTM carries (c, h) and emits h; the others carry what they emit.
-        return state[1] if isinstance(state, tuple) else state
+    def outputs(
+        self, before: Callable[[], PyTree[Array]], xs: PyTree, after: PyTree[Array]
+    ) -> PyTree:
+        """The outputs of all steps, given the carries behind them.
+
+        Only what a step computes for its output alone is computed here: nothing where
+        the output is a part of the carry, the head where there is one. `before()` gives
+        the carries before the steps, if they are needed.
+        """
+        h, x = (jtu.tree_map(_one_step, tree) for tree in (after, xs))
+        closed, shapes = jax.make_jaxpr(self.step, return_shape=True)(h, x)
+        if calls_hold_arrays(closed.jaxpr):
+            closed = without_calls(closed)
+        old, inputs = _split(closed.jaxpr.invars, h)
+        new, emitted = _split(closed.jaxpr.outvars, h)
+        part = part_for(opened(closed), emitted, new)
+        moving = _named(inputs, xs) | _named(new, after)
+        if not moving.keys() >= set(old).intersection(part.invars):
+            moving = _named(old, before()) | moving
+        fixed = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+        names = [v for v in part.invars if v in moving]
+
+        def emit(_, leaves):
+            values = fixed | dict(zip(names, leaves, strict=True))
+            return evaluate(part, *(values[v] for v in part.invars))
+
+        steps = jtu.tree_leaves(after)[0].shape[0]
+        leaves = jax.vmap(emit)(np.arange(steps), [moving[v] for v in names])
+        return jtu.tree_unflatten(jtu.tree_structure(shapes[1]), leaves)
+
+
+def _split(atoms, state: PyTree) -> tuple[list, list]:
+    """The variables of the state, and those that follow."""
+    count = len(jtu.tree_leaves(state))
+    return atoms[:count], atoms[count:]
+
+
+def _named(atoms, tree: PyTree) -> dict[jex.core.Var, Array]:
+    pairs = zip(atoms, jtu.tree_leaves(tree), strict=True)
+    return {v: leaf for v, leaf in pairs if isinstance(v, jex.core.Var)}
+
+
+def _one_step(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf))
+
+
+def _first_carry(cell: Any) -> PyTree[Array]:
+    """What Flax would start from, for inputs `[in_features]`.
+
+    Flax draws the first carry (zeros, unless `carry_init` says otherwise) from a
+    generator; drawn once here, it is the same at every call.
+    """
+    missing = [
+        name for name in ("initialize_carry", "in_features") if not hasattr(cell, name)
+    ]
+    if not missing:
+        try:
+            return cell.initialize_carry((cell.in_features,), loaded_nnx().Rngs(0))
+        except NotImplementedError:
+            missing = ["initialize_carry"]
+    raise ValueError(
+        f"RNN: the Flax cell {type(cell).__name__} does not say what its fresh state "
+        f"is: it has no `{'` and no `'.join(missing)}`. Pass `init_state=`, a pytree "
+        "of arrays like its carry, for instance `init_state=jnp.zeros(width)`."
+    )
+
+
+def _check_flax(cell: Any) -> None:
+    """Refuse what runs over whole sequences by itself."""
+    nnx = loaded_nnx()
+    if isinstance(cell, nnx.RNN | nnx.Bidirectional):
+        raise TypeError(
+            f"RNN: the cell is a flax.nnx.{type(cell).__name__}, which runs over whole "
+            "sequences by itself. Pass the cell within it, `layer.cell`; for both "
+            "directions, put two `pararnn.RNN` into a `pararnn.Bidirectional`."
+        )
 
 
 class FunctionCell(eqx.Module):
@@ -86,6 +171,8 @@ def as_cell(
 ) -> Any:
     """A module with `__call__(state, x)`, `init_state()` and `output(state)`.
 
+    Only a `FlaxCell` has no `output`: what it emits is no function of the state alone.
+
     **Raises:** `TypeError` for something that cannot be called; `ValueError` if the
     fresh state of a plain function is not given.
     """
@@ -94,11 +181,12 @@ def as_cell(
             f"RNN: the cell is a {type(cell).__name__}, which cannot be called; "
             "expected a cell module or a function `f(h, x) -> h`."
         )
-    nnx = sys.modules.get("flax.nnx")
+    nnx = loaded_nnx()
     if isinstance(cell, eqx.nn.GRUCell | eqx.nn.LSTMCell):
         adapted = EquinoxCell(cell)
     elif nnx is not None and isinstance(cell, nnx.Module):
-        adapted = FlaxCell(cell)
+        _check_flax(cell)
+        adapted = FlaxCell(cell, own_carry=init_state is None)
     elif hasattr(cell, "init_state") or init_state is not None:
         adapted = cell
     else:
@@ -107,7 +195,16 @@ def as_cell(
             "`init_state=`, a pytree of arrays, for instance "
             "`init_state=jnp.zeros(width)`; or give the cell a method `init_state()`."
         )
-    complete = hasattr(adapted, "init_state") and hasattr(adapted, "output")
+    complete = isinstance(adapted, FlaxCell) or (
+        hasattr(adapted, "init_state") and hasattr(adapted, "output")
+    )
     if complete and init_state is None and output is None:
         return adapted
     return FunctionCell(adapted, init_state, output)
+
+
+def emitting_cell(cell: Any) -> FlaxCell | None:
+    """The Flax cell within an adapted one, if its own outputs are emitted."""
+    if isinstance(cell, FunctionCell) and cell.emit is None:
+        cell = cell.function
+    return cell if isinstance(cell, FlaxCell) else None

@@ -5,6 +5,7 @@ theorem at the solution, and never passes through the iterations. The same block
 the solvers find in a cell's Jacobian are found in `∂F/∂h_t` and inverted one by one.
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,12 +17,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .scan._arithmetic import multiply_matrices
-from .solver._blocks import from_blocks, to_blocks, transition_factors
+from ._equation import Equation, solution
+from .scan import check_bits
 from .solver._certificate import largest
 from .solver._inputs import AbstractImplicitCell
 from .solver._recurrence import Recurrence
-from .solver._structure import find_structure
 
 
 class Implicit(AbstractImplicitCell):
@@ -67,9 +67,11 @@ class Implicit(AbstractImplicitCell):
     is given as it is: a function that calls it is a cell like others.)
 
     **A step that fails** has NaN in its whole state, so that [`pararnn.solve`][] ends
-    with `RESULTS.nonfinite_states`. It fails if there is no solution, if $\partial_z F$
-    is singular on the way or at the solution, or if Newton's method started too far
-    from it. [`pararnn.Implicit.stats`][] of the step before
+    with `RESULTS.nonfinite_states`; its derivative is NaN too. It fails if there is no
+    solution, if Newton's method started too far from it, or if $\partial_z F$ is
+    singular on the way or at the solution. A double root is such a solution: small
+    changes of the equation move it by their square root or remove it, so that it has
+    no derivative. [`pararnn.Implicit.stats`][] of the step before
     `stats["first_nonfinite"]` tells more.
 
     **Arguments:**
@@ -85,7 +87,8 @@ class Implicit(AbstractImplicitCell):
         derivative does.
     - `rtol`, `atol`: a step has been solved when two corrections in succession, in the
         max-norm over the state, are at most `atol + rtol * max|h_new|`. Convergence
-        being quadratic, the second brings the error down to rounding. Default: the
+        being quadratic, the second brings the error down to rounding; where it is not,
+        one more step tells a singular solution from a regular one. Default: the
         square root of the rounding of the state's dtype, and that rounding itself;
         what is below the rounding of `h_new` or `h` always suffices.
     - `max_steps`: limit on Newton's steps.
@@ -134,8 +137,8 @@ class Implicit(AbstractImplicitCell):
         **Raises:** `ValueError` or `TypeError` while tracing, if `F` or `guess` does
         not fit the state.
         """
-        equation, arguments = _pose(self, h, x)
-        return equation.state(_root(*arguments, equation=equation))
+        equation, arguments, search = _pose(self, h, x)
+        return equation.state(solution(*arguments, equation=equation, search=search))
 
     def refine(self, z: PyTree[Array], h: PyTree[Array], x: PyTree) -> PyTree[Array]:
         r"""One step of Newton's method, from z towards the solution.
@@ -150,11 +153,11 @@ class Implicit(AbstractImplicitCell):
 
         **Raises:** as a call.
         """
-        equation, (constants, h_leaves, x_leaves, _) = _pose(self, h, x)
+        equation, (constants, inputs, _), _ = _pose(self, h, x)
         v = lax.stop_gradient(equation.recurrence.ravel(_leaves(z)))
-        held = lax.stop_gradient((constants, h_leaves, x_leaves))
-        _, inverse = equation.residual_and_inverse(held[0], v, *held[1:])
-        value = equation.residual(constants, v, h_leaves, x_leaves)
+        held = lax.stop_gradient((constants, inputs))
+        _, inverse = equation.residual_and_inverse(held[0], v, held[1])
+        value = equation.residual(constants, v, inputs)
         return equation.state(v - equation.apply(inverse, value))
 
     def stats(self, h: PyTree[Array], x: PyTree) -> dict[str, Any]:
@@ -168,197 +171,113 @@ class Implicit(AbstractImplicitCell):
 
         **Raises:** as a call.
         """
-        equation, arguments = _pose(self, h, x)
-        end = _newton(equation, *lax.stop_gradient(arguments))
+        equation, arguments, search = _pose(self, h, x)
+        end = search.run(equation, *lax.stop_gradient(arguments))
         return {
-            "converged": end.close,
+            "converged": end.converged,
             "num_steps": end.num_steps,
             "correction": end.correction,
             "last": equation.state(end.v),
         }
 
 
-class _Equation:
-    """`F(z, h, x) = 0` for z, as data: a recurrence in z, driven by h and x.
-
-    What traces a cell and finds its structure does so for `F` unchanged: one "step" is
-    from z to the residual, with `(h, x)` for its input. States are real vectors `v`.
-    """
-
-    def __init__(self, recurrence: Recurrence, options: Implicit):
-        self.recurrence = recurrence
-        self.structure = find_structure(recurrence)
-        eps = recurrence.eps
-        self.rtol = eps**0.5 if options.rtol is None else options.rtol
-        self.atol = eps if options.atol is None else options.atol
-        self.rounding = 64 * eps
-        self.max_steps = options.max_steps
-
-    def residual(self, constants, v: Array, h, x) -> Array:
-        return self.recurrence.vector_step((constants, None), v, ((*h, *x), None))
-
-    def residual_and_inverse(self, constants, v: Array, h, x) -> tuple[Array, Array]:
-        """`F` at v, and the inverse of its Jacobian there, block by block."""
-
-        def at(v):
-            return self.residual(constants, v, h, x)
-
-        seeds = jnp.asarray(self.structure.seeds, v.dtype)
-        value, push = jax.linearize(at, v)
-        kind, blocks = transition_factors(self.structure, jax.vmap(push)(seeds))
-        if kind == "elementwise":
-            return value, 1 / blocks
-        empty = self.structure.blocks == self.structure.width
-        if np.any(empty):
-            # The empty places of small blocks solve the equation 1 * 0 = 0.
-            filler = empty[:, :, None] & np.eye(self.structure.size, dtype=bool)
-            blocks = jnp.where(filler, 1, blocks)
-        return value, _inverse(blocks)
-
-    def apply(self, inverse: Array, v: Array) -> Array:
-        v = to_blocks(self.structure, v)
-        diagonal = self.structure.kind == "diagonal"
-        v = inverse * v if diagonal else multiply_matrices(inverse, v)
-        return from_blocks(self.structure, v)
-
-    def state(self, v: Array) -> PyTree[Array]:
-        leaves = self.recurrence.unravel(v)
-        return jtu.tree_unflatten(self.recurrence.state_tree, leaves)
-
-
 class _Iterate(NamedTuple):
-    """Where Newton's method stands."""
+    """Where Newton's method stands, and how it got there."""
 
     v: Float[Array, " width"]
     correction: Float[Array, ""]  # the last one, in the max-norm
+    near: Bool[Array, ""]  # it was small beside every entry
+    close: Bool[Array, ""]  # it was within the tolerance
+    crawled: Bool[Array, ""]  # a small one was followed by another of its size
+    probing: Bool[Array, ""]  # the next step starts beside v, to see if it leads back
     num_steps: Int[Array, ""]
-    close: Bool[Array, ""]  # the last correction was within the tolerance
+    converged: Bool[Array, ""]
     ended: Bool[Array, ""]
 
 
-@eqx.filter_custom_jvp
-def _root(constants, h, x, guess, *, equation: _Equation):
-    """The solution as a real vector, NaN where there is none."""
-    end = _newton(equation, constants, h, x, guess)
-    return jnp.where(end.close, end.v, jnp.nan)
+class _Newton(NamedTuple):
+    r"""Newton's method, until it has come to rest at a regular solution or cannot.
 
-
-@_root.def_jvp
-def _(primals, tangents, *, equation: _Equation):
-    """The implicit function theorem.
-
-    The solution is taken from `_root` again, whose derivative is this rule: so the rule
-    can itself be differentiated, to any order.
+    Near a solution of multiplicity m, where the Jacobian is singular, corrections
+    shrink by the factor 1 - 1/m only, down to where rounding decides: there one of them
+    may be small by chance. So if corrections have crawled, a last step is taken from 8
+    tolerances beside the solution. From there it leads back to a regular one, and at
+    most half of the way, or anywhere, to a singular one.
     """
-    v = _root(*primals, equation=equation)
-    # The guess takes no part.
-    arguments, tangents = primals[:3], tangents[:3]
-    untouched = jtu.tree_map(_is_none, tangents, is_leaf=_is_none)
-    held, moved = eqx.partition(arguments, untouched)
-    if not jtu.tree_leaves(moved):
-        return v, None
 
-    def at_solution(moved):
-        constants, h, x = eqx.combine(held, moved)
-        return equation.residual(constants, v, h, x)
+    rtol: float
+    atol: float
+    eps: float
+    max_steps: int
 
-    # `moved` and `tangents` have the same leaves.
-    _, pushed = jax.jvp(at_solution, (moved,), (tangents,))
-    constants, h, x = arguments
-    _, inverse = equation.residual_and_inverse(constants, v, h, x)
-    return v, -equation.apply(inverse, pushed)
+    def __call__(self, equation: Equation, constants, inputs, start: Array) -> Array:
+        """The solution, or NaN everywhere."""
+        end = self.run(equation, constants, inputs, start)
+        return jnp.where(end.converged, end.v, jnp.nan)
 
+    def run(self, equation: Equation, constants, inputs, start: Array) -> _Iterate:
+        recurrence = equation.recurrence
+        # What the equation subtracts from one another is as large as the previous
+        # state, also where the next one is zero.
+        before = recurrence.ravel(inputs[: recurrence.state_tree.num_leaves])
 
-def _is_none(x) -> bool:
-    return x is None
+        def step(at: _Iterate) -> _Iterate:
+            reach = jnp.where(at.probing, self._reach(at.v, before), 0)
+            beside = at.v + reach
+            value, inverse = equation.residual_and_inverse(constants, beside, inputs)
+            change = equation.apply(inverse, value)
+            probed = at._replace(
+                num_steps=at.num_steps + 1,
+                converged=largest(change - reach) <= 0.25 * largest(reach),
+                ended=jnp.asarray(True),
+            )
+            moved = self._move(at, change, before)
+            return jtu.tree_map(ft.partial(jnp.where, at.probing), probed, moved)
 
+        def unfinished(at: _Iterate):
+            return ~at.ended & (at.num_steps < self.max_steps)
 
-def _newton(equation: _Equation, constants, h, x, guess) -> _Iterate:
-    """Newton's method, until it has come to rest or cannot."""
-    ravel = equation.recurrence.ravel
-    start = ravel(h if guess is None else guess)
-    # What the equation subtracts from one another is as large as the previous state,
-    # also where the next one is zero.
-    floor = equation.rounding * largest(ravel(h))
+        no, none = jnp.asarray(False), jnp.asarray(0, jnp.int32)
+        first = jnp.asarray(jnp.inf, start.dtype)
+        at = _Iterate(start, first, no, no, no, no, none, no, no)
+        return lax.while_loop(unfinished, step, at)
 
-    def step(at: _Iterate) -> _Iterate:
-        value, inverse = equation.residual_and_inverse(constants, at.v, h, x)
-        change = equation.apply(inverse, value)
+    def _reach(self, v: Array, before: Array) -> Array:
+        """How far from v to probe, entry by entry."""
+        rtol = max(self.rtol, self.eps**0.5)
+        rounding = 64 * self.eps * jnp.abs(before)
+        return 8 * (self.atol + rtol * jnp.abs(v) + rounding)
+
+    def _move(self, at: _Iterate, change: Array, before: Array) -> _Iterate:
+        """One step, and what it says about all of them."""
         v = at.v - change
         correction, size = largest(change), largest(v)
         finite = jnp.isfinite(correction) & jnp.isfinite(size)
-        rounding = jnp.maximum(equation.rounding * size, floor)
-        allowed = jnp.maximum(equation.atol + equation.rtol * size, rounding)
+        rounding = 64 * self.eps * jnp.maximum(size, largest(before))
+        allowed = jnp.maximum(self.atol + self.rtol * size, rounding)
         close = finite & (correction <= allowed)
+        scale = self.eps**0.25 * jnp.maximum(jnp.abs(v), jnp.abs(before))
+        slow = (correction > 0.25 * at.correction) & (correction > rounding)
+        crawled = at.crawled | (at.near & slow)
         at_rest = close & (at.close | (correction <= rounding))
-        return _Iterate(v, correction, at.num_steps + 1, close, at_rest | ~finite)
-
-    def unfinished(at: _Iterate):
-        return ~at.ended & (at.num_steps < equation.max_steps)
-
-    no, dtype = jnp.asarray(False), start.dtype
-    none = jnp.asarray(0, jnp.int32)
-    first = _Iterate(start, jnp.asarray(jnp.inf, dtype), none, no, no)
-    return lax.while_loop(unfinished, step, first)
-
-
-@jax.custom_jvp
-def _inverse(blocks: Float[Array, "n size size"]) -> Float[Array, "n size size"]:
-    """The inverses of blocks; not finite where one is singular.
-
-    With inverses, a Jacobian's columns are one matrix product, and the dependencies of
-    a product are seen by asdex, those of a factorisation are not. It has no rule for
-    what `jnp.linalg` is made of, and so takes the cell for dense: which is right for
-    one block only. Several are small, most often, and eliminated by hand.
-    """
-    if len(blocks) > 1:
-        return _eliminate(blocks)
-    factors, _, order = lax.linalg.lu(blocks[0])
-    permuted = order[:, None] == lax.broadcasted_iota(order.dtype, factors.shape, 1)
-    half = lax.linalg.triangular_solve(
-        factors,
-        permuted.astype(factors.dtype),
-        left_side=True,
-        lower=True,
-        unit_diagonal=True,
-    )
-    return lax.linalg.triangular_solve(factors, half, left_side=True)[None]
-
-
-@_inverse.defjvp
-def _(primals, tangents):
-    inverse = _inverse(*primals)
-    moved = multiply_matrices(multiply_matrices(inverse, tangents[0]), inverse)
-    return inverse, -moved
-
-
-def _eliminate(blocks: Array) -> Array:
-    """Gauss-Jordan elimination with partial pivoting, all blocks side by side."""
-    size = blocks.shape[1]
-    row = lax.broadcasted_iota(jnp.int32, blocks.shape[:2], 1)
-
-    def column(k, both):
-        entries = lax.dynamic_index_in_dim(both, k, 2, keepdims=False)
-        best = jnp.argmax(jnp.where(row < k, -1, jnp.abs(entries)), axis=1)
-        here = (row == k)[:, :, None]
-        there = (row == best.astype(row.dtype)[:, None])[:, :, None]
-        pivots = jnp.sum(jnp.where(there, both, 0), axis=1, keepdims=True)
-        moved = lax.dynamic_index_in_dim(both, k, 1)
-        both = jnp.where(there, moved, both)
-        pivots = pivots / lax.dynamic_index_in_dim(pivots, k, 2)
-        factors = lax.dynamic_index_in_dim(both, k, 2)
-        return jnp.where(here, pivots, both - factors * pivots)
-
-    unit = jnp.broadcast_to(jnp.eye(size, dtype=blocks.dtype), blocks.shape)
-    both = jnp.concatenate([blocks, unit], axis=2)
-    return lax.fori_loop(0, size, column, both)[:, :, size:]
+        return _Iterate(
+            v=v,
+            correction=correction,
+            near=jnp.all(jnp.abs(change) <= self.atol + scale),
+            close=close,
+            crawled=crawled,
+            probing=at_rest & crawled,
+            num_steps=at.num_steps + 1,
+            converged=at_rest & ~crawled,
+            ended=(at_rest & ~crawled) | ~finite,
+        )
 
 
 # What users pass, checked.
 
 
 def _pose(options: Implicit, h: PyTree, x: PyTree):
-    """The equation of one step, and what it is made of: constants, h, x, guess."""
+    """The equation of one step, its constants, inputs and start, and the search."""
     _check_state(h)
     # The recurrence drops a time axis, which one step has not.
     inputs = jtu.tree_map(lambda leaf: jnp.asarray(leaf)[None], (h, x))
@@ -374,14 +293,20 @@ def _pose(options: Implicit, h: PyTree, x: PyTree):
             f"(c) `F` branches on values: use `jnp.where`. It said: {error}"
         ) from error
     _check_residual(recurrence)
-    guess = None
+    start = h
     if options.guess is not None:
-        guess = options.guess(h, x)
-        _check_guess(guess, h)
-        guess = lax.stop_gradient(_leaves(guess))
-    equation = _Equation(recurrence, options)
-    arguments = recurrence.release_constants(), _leaves(h), _leaves(x), guess
-    return equation, arguments
+        start = options.guess(h, x)
+        _check_guess(start, h)
+    eps = recurrence.eps
+    search = _Newton(
+        rtol=eps**0.5 if options.rtol is None else options.rtol,
+        atol=eps if options.atol is None else options.atol,
+        eps=eps,
+        max_steps=options.max_steps,
+    )
+    start = lax.stop_gradient(recurrence.ravel(_leaves(start)))
+    arguments = recurrence.release_constants(), (*_leaves(h), *_leaves(x)), start
+    return Equation(recurrence), arguments, search
 
 
 def _leaves(tree: PyTree) -> tuple[Array, ...]:
@@ -435,6 +360,7 @@ def _check_state(h: PyTree) -> None:
                 "every leaf must be a floating-point or complex array, since the "
                 "equation is solved for it. Cast it, or move it to the inputs."
             )
+        check_bits("Implicit", f"h{jtu.keystr(path)}", leaf)
 
 
 def _check_residual(recurrence: Recurrence) -> None:

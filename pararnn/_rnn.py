@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from ._foreign_cells import FunctionCell, as_cell
+from ._foreign_cells import FunctionCell, as_cell, emitting_cell
 from ._parameters import check_flag
 from ._reverse import backwards
 from .cells import AbstractCell
-from .scan import check_reset
-from .solver import Auto, Solver, count_steps, solve
+from .scan import check_reset, shift
+from .solver import Auto, Solver, check_solver, count_steps, solve
 
 
 class RNN(eqx.Module):
@@ -24,13 +24,18 @@ class RNN(eqx.Module):
 
     - `cell`: a cell of this library, `eqx.nn.GRUCell`, `eqx.nn.LSTMCell`, a Flax NNX
         cell, a module with `init_state()` and `output(state)`, or any function
-        `f(h, x) -> h`.
+        `f(h, x) -> h`. A Flax NNX cell, `cell(carry, x) -> (carry, y)`, emits its own
+        y, as in `flax.nnx.RNN`; one that returns its carry alone emits that.
     - `solver`: as for [`pararnn.solve`][].
-    - `init_state`: the fresh state, a pytree of arrays; needed for a plain function
-        only. It is a parameter of the layer like any other.
-    - `output`: what to emit of a state; the state itself if not given.
+    - `init_state`: the fresh state, a pytree of arrays; needed for a plain function,
+        and a Flax cell without `initialize_carry` or `in_features`. It is a parameter
+        of the layer like any other.
+    - `output`: what to emit of a state. Defaults to what the cell emits, which of a
+        function is the state itself.
 
-    **Raises:** `TypeError`, `ValueError` if the cell cannot be adapted.
+    **Raises:** `TypeError`, `ValueError` if the cell cannot be adapted or the solver is
+    not one. A call raises `NotImplementedError` if a step changes a variable of a Flax
+    cell, as Dropout and BatchNorm do unless `cell.eval()` was called.
     """
 
     cell: Any
@@ -44,6 +49,7 @@ class RNN(eqx.Module):
         init_state: PyTree[Array] | None = None,
         output: Callable[[PyTree], Any] | None = None,
     ):
+        check_solver("RNN", solver)
         self.cell = as_cell(cell, init_state, output)
         self.solver = solver
 
@@ -111,7 +117,15 @@ class RNN(eqx.Module):
             # A function, so that everything is checked before the cell sees it.
             initial_guess=guess if split and steps else None,
         )
-        ys = jax.vmap(cell.output)(solution.states)
+        flax = emitting_cell(cell)
+        if flax is None:
+            ys = jax.vmap(cell.output)(solution.states)
+        else:
+
+            def before():
+                return _states_before(state, solution.states, reset, fresh)
+
+            ys = flax.outputs(before, xs, solution.states)
         if steps:
             state = jtu.tree_map(lambda s: s[-1], solution.states)
         return ys, state, solution.stats
@@ -120,8 +134,27 @@ class RNN(eqx.Module):
         self, x: PyTree[Array], state: PyTree[Array]
     ) -> tuple[PyTree[Array], PyTree[Array]]:
         """One step, for decoding: `(y, state)`, the same numbers as `__call__`."""
+        flax = emitting_cell(self.cell)
+        if flax is not None:
+            state, y = flax.step(state, x)
+            return y, state
         state = self.cell(state, x)
         return self.cell.output(state), state
+
+
+def _states_before(state, states, reset, fresh):
+    """The states that all steps start from, leaves `[T, ...]`."""
+
+    def one(first, leaf, fresh):
+        if leaf.shape[0] == 0:
+            return leaf
+        before = shift(jnp.asarray(first, leaf.dtype), leaf)
+        if reset is None:
+            return before
+        mask = jnp.asarray(reset).reshape(-1, *(1,) * (leaf.ndim - 1))
+        return jnp.where(mask, jnp.asarray(fresh)[None], before)
+
+    return jtu.tree_map(one, state, states, fresh)
 
 
 def _without_derivative(function: Callable, *arguments: Any) -> Any:

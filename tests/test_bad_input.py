@@ -1,11 +1,13 @@
 """Wrong calls of `solve` and `RNN`: what is raised, and what the message says."""
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import pytest
 
 import pararnn
-from pararnn import RNN, Newton, solve
+import pararnn.dynamics
+from pararnn import RNN, Ladder, Newton, Windows, solve
 from tests.helpers import refusal
 
 N, T = 3, 5
@@ -25,6 +27,8 @@ def weighted(h, x):
 
 
 RESET = jnp.zeros(T, bool)
+F8, KEY = jnp.float8_e4m3fn, jax.random.key(0)
+HEADS = jnp.ones((T, 2, N))
 
 # name: (call, exception, parts of the message)
 WRONG = {
@@ -117,6 +121,113 @@ WRONG = {
         call(solver=Newton),
         TypeError,
         ["Newton", "forget to call the class"],
+    ),
+    "the name of a solver of windows": (
+        lambda: Windows("newton", 8),
+        TypeError,
+        ["Windows", "'newton'", "pararnn.Newton("],
+    ),
+    "a number of steps as the solver of windows": (
+        lambda: Windows(5, 8),
+        TypeError,
+        ["Windows", "`solver` is 5"],
+    ),
+    "the class of a solver of windows": (
+        lambda: Windows(Newton, 8),
+        TypeError,
+        ["Windows", "forget to call the class"],
+    ),
+    "windows within windows": (
+        lambda: Windows(Windows(Newton(), 8), 8),
+        TypeError,
+        ["Windows", "give its solver"],
+    ),
+    "the class of a method on a ladder": (
+        lambda: Ladder((Newton,)),
+        TypeError,
+        ["Ladder", "forget to call the class"],
+    ),
+    "the name of a layer's solver": (
+        lambda: RNN(f, init_state=H0, solver="newton"),
+        TypeError,
+        ["RNN", "'newton'"],
+    ),
+    "the class of a model's solver": (
+        lambda: pararnn.LanguageModel(7, 4, solver=Newton, key=KEY),
+        TypeError,
+        ["LanguageModel", "forget to call the class"],
+    ),
+    "no solver for a mixer that needs none": (
+        lambda: pararnn.make_mixer("lru", 4, solver=None, key=KEY),
+        TypeError,
+        ["make_mixer", "None"],
+    ),
+    "the name of a solver of an equation": (
+        lambda: pararnn.integrate(
+            lambda t, y, args: y, diffrax.Heun(), jnp.arange(3.0), H0, solver="newton"
+        ),
+        TypeError,
+        ["integrate", "'newton'"],
+    ),
+    "the name of a solver of a study": (
+        lambda: pararnn.dynamics.Study(solver="newton"),
+        TypeError,
+        ["Study", "'newton'"],
+    ),
+    "a state of 8 bits": (
+        call(h0=H0.astype(F8)),
+        TypeError,
+        ["solve", "`h0` is float8_e4m3fn", "16 bits", "astype"],
+    ),
+    "a part of the state in 4 bits": (
+        call(f=lambda h, x: h, h0=(H0, H0.astype(jnp.float4_e2m1fn))),
+        TypeError,
+        ["`h0[1]` is float4_e2m1fn"],
+    ),
+    "a layer's state of 8 bits": (
+        lambda: RNN(f, init_state=H0.astype(F8))(XS),
+        TypeError,
+        ["float8_e4m3fn", "16 bits"],
+    ),
+    "the structure of a cell with a state of 8 bits": (
+        lambda: pararnn.jacobian_structure(f, XS[0], H0.astype(F8)),
+        TypeError,
+        ["jacobian_structure", "float8_e4m3fn"],
+    ),
+    "an implicit step from a state of 8 bits": (
+        lambda: pararnn.Implicit(lambda z, h, x: z)(H0.astype(F8), XS[0]),
+        TypeError,
+        ["Implicit", "`h` is float8_e4m3fn"],
+    ),
+    "an equation with a state of 8 bits": (
+        lambda: pararnn.integrate(f, diffrax.Heun(), jnp.arange(3.0), H0.astype(F8)),
+        TypeError,
+        ["integrate", "`y0` is float8_e4m3fn"],
+    ),
+    "a linear recurrence of inputs of 8 bits": (
+        lambda: pararnn.linear_scan(pararnn.Diagonal(XS), XS.astype(F8)),
+        TypeError,
+        ["linear_scan", "`inputs` is float8_e4m3fn"],
+    ),
+    "a linear recurrence with factors of 8 bits": (
+        lambda: pararnn.linear_scan(pararnn.Diagonal(XS.astype(F8)), XS),
+        TypeError,
+        ["linear_scan", "`transition` is float8_e4m3fn"],
+    ),
+    "a linear recurrence from a state of 8 bits": (
+        lambda: pararnn.linear_scan(pararnn.Diagonal(XS), XS, H0.astype(F8)),
+        TypeError,
+        ["linear_scan", "`initial` is float8_e4m3fn"],
+    ),
+    "a matrix recurrence of keys of 8 bits": (
+        lambda: pararnn.matrix_scan(HEADS, HEADS.astype(F8), HEADS),
+        TypeError,
+        ["matrix_scan", "`keys` is float8_e4m3fn"],
+    ),
+    "a fused recurrence with factors of 8 bits": (
+        lambda: pararnn.fused_scan(lambda x: (x.astype(F8), x), lambda h, x: h, XS, H0),
+        TypeError,
+        ["fused_scan", "`factor` is float8_e4m3fn"],
     ),
     "an unknown adjoint": (
         call(adjoint="backward"),

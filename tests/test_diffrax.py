@@ -14,7 +14,7 @@ import numpy as np
 import optimistix as optx
 import pytest
 
-from pararnn import RESULTS, Auto, Newton, Sequential, integrate
+from pararnn import RESULTS, Auto, Ladder, Newton, Sequential, integrate
 from tests.helpers import assert_close
 
 T = 33
@@ -600,3 +600,100 @@ def test_other_failures_of_an_implicit_method():
 
     with pytest.raises(eqx.EquinoxRuntimeError, match="value that the cell closes"):
         run(jnp.asarray(jnp.nan))
+
+
+def robertson(t, y, args):
+    a, b, c = y
+    slow, back, fast = 0.04 * a, 1e4 * b * c, 3e7 * b * b
+    return jnp.stack([back - slow, slow - back - fast, fast])
+
+
+def blow_up(t, y, args):
+    return args * y**2
+
+
+def euler_by_numpy(ts, y0):
+    """Implicit Euler for Robertson's equations, each step by Newton's method."""
+    y, states = np.array(y0), []
+    for dt in np.diff(ts):
+        z = y
+        for _ in range(50):
+            field = np.asarray(robertson(0.0, z, None))
+            b, c = z[1:]
+            jacobian = np.array(
+                [
+                    [-0.04, 1e4 * c, 1e4 * b],
+                    [0.04, -1e4 * c - 6e7 * b, -1e4 * b],
+                    [0, 6e7 * b, 0],
+                ]
+            )
+            z = z - np.linalg.solve(np.eye(3) - dt * jacobian, z - y - dt * field)
+        y = z
+        states.append(y)
+    return np.stack(states)
+
+
+@pytest.mark.parametrize("solver", [Ladder((Newton(8),)), Newton()])
+def test_iterates_without_a_step_raise_nothing(solver):
+    """Newton's method over the steps comes by states from which no step is found."""
+    ts = np.concatenate([[0.0], np.geomspace(1e-5, 1e4, 60)])
+    y0 = jnp.array([1.0, 0.0, 0.0])
+    method = diffrax.ImplicitEuler()
+
+    @jax.jit
+    def run(y0):
+        options = {"solver": solver, "throw": False}
+        return integrate(robertson, method, jnp.asarray(ts), y0, **options)
+
+    sol = run(y0)
+    assert sol.result == RESULTS.successful
+    wanted = euler_by_numpy(ts, y0)
+    np.testing.assert_allclose(sol.states, wanted, rtol=1e-8, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("method", "solver"),
+    [
+        ("implicit-euler", Sequential()),
+        ("implicit-euler", Ladder((Newton(8),))),
+        pytest.param("kvaerno3", Sequential(), marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_that_fails_has_no_derivative(method, solver):
+    """Past a blow-up. Before it, z = y + dt z² has the root that a formula gives."""
+    dt, T = 0.05, 40
+    ts = dt * jnp.arange(T + 1.0)
+
+    @jax.jit
+    def run(y0, rate, weights):
+        def loss(y0, rate):
+            options = {"solver": solver, "throw": False}
+            sol = integrate(blow_up, IMPLICIT[method](), ts, y0, rate, **options)
+            return jnp.sum(weights * sol.states), sol
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(y0, rate)
+
+    (_, sol), gradient = run(jnp.asarray(1.0), jnp.asarray(1.0), jnp.ones(T))
+    assert sol.result == RESULTS.nonfinite_states
+    first = int(sol.stats["first_nonfinite"])
+    assert 5 < first < 25 and np.all(np.isnan(sol.states[first:]))
+    assert np.all(np.isnan(gradient))
+    if method == "implicit-euler":
+        y, wanted = 1.0, []
+        while 4 * dt * y < 1:
+            y = (1 - np.sqrt(1 - 4 * dt * y)) / (2 * dt)
+            wanted.append(y)
+        np.testing.assert_allclose(sol.states[:first], wanted, rtol=1e-9)
+
+
+def test_a_closure_is_differentiated():
+    """Parameters that the field closes over, not only those in `args`."""
+    method, y0, ts = tight(diffrax.ImplicitEuler), jnp.ones(2), jnp.linspace(0, 1.0, 6)
+
+    def loss(run):
+        def of(rate):
+            return total(run(lambda t, y, args: -rate * y**3, method, ts, y0))
+
+        return jax.jit(jax.value_and_grad(of))(jnp.asarray([0.5, 40.0]))
+
+    assert_close(loss(by_integrate(Sequential())), loss(by_loop), 1e-11)

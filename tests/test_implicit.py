@@ -484,18 +484,78 @@ def test_a_guess_selects_the_solution_and_has_no_derivative():
 
 
 def test_tolerances_decide_what_is_accepted():
-    """A double root, to which Newton's method crawls: half the error at each step."""
+    """From 2 to the root at 1, looser tolerances stop at an iterate before."""
 
     def F(z, h, x):
-        return (z - 1) ** 2
+        return z**3 - 1
 
     def at(**options):
-        return jax.jit(Implicit(F, max_steps=200, **options))(jnp.full(1, 2.0), 0.0)
+        cell = Implicit(F, **options)
+        stats = jax.jit(cell.stats)(jnp.full(1, 2.0), 0.0)
+        assert stats["converged"]
+        return abs(stats["last"][0] - 1), int(stats["num_steps"])
 
-    assert np.abs(at(rtol=np.float64(1e-3)) - 1) < 2e-3
-    assert np.abs(at() - 1) < 1e-7
+    iterates = [2.0]
+    for _ in range(9):
+        z = iterates[-1]
+        iterates.append(z - (z**3 - 1) / (3 * z**2))
+    corrections = np.abs(np.diff(iterates))
+    for rtol in (0.5, np.float64(1e-3), None):
+        error, steps = at(rtol=rtol)
+        close = corrections <= (2e-8 if rtol is None else rtol) * np.array(iterates[1:])
+        assert steps == np.argmax(close) + 2
+        np.testing.assert_allclose(error, abs(iterates[steps] - 1), atol=1e-15)
     # Near enough to the previous state is not near the solution.
-    assert np.isnan(jax.jit(Implicit(F))(jnp.full(1, 1e10), 0.0))
+    assert np.isnan(jax.jit(Implicit(F, max_steps=20))(jnp.full(1, 1e10), 0.0))
+
+
+SINGULAR = {
+    "double": lambda z: (z - 1) ** 2,
+    "double, with rounding": lambda z: z * z - 2 * z + 1,
+    "double, at zero": lambda z: z**2,
+    "double, of a cosine": lambda z: 1 - jnp.cos(z - 1),
+    "triple": lambda z: z**3 - 3 * z**2 + 3 * z - 1,
+    "double, beside a regular one": lambda z: jnp.stack([z[0] - z[1], (z[1] - 1) ** 2]),
+}
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_a_singular_solution_fails(name):
+    """From many starts, however many steps there are; and so does its derivative."""
+    cell = Implicit(lambda z, h, x: SINGULAR[name](z) - x, max_steps=200)
+    starts = 1 + np.array([1e-7, 1e-5, -1e-3, 0.03, -0.2, 0.9, 0.51, 1.7, 3.3])
+    starts = np.stack([starts, starts[::-1]], axis=1)
+
+    def run(h):
+        gradient = jax.grad(lambda x: jnp.sum(cell(h, x)))(0.0)
+        return cell(h, 0.0), gradient, cell.stats(h, 0.0)["converged"]
+
+    states, gradients, converged = jax.jit(jax.vmap(run))(starts)
+    assert np.all(np.isnan(states)) and np.all(np.isnan(gradients))
+    assert not np.any(converged)
+
+
+def test_a_solution_that_is_nearly_singular_does_not_fail():
+    """Roots at 1 and 1 + gap, from beyond and from the middle of them, and at rest."""
+    gap = 1e-4
+    cell = Implicit(lambda z, h, x: (z - 1) * (z - 1 - gap) - x)
+    starts = jnp.array([[3.0], [1 + 0.7 * gap], [1 + gap], [1 + gap + 1e-9]])
+    states, slopes = jax.jit(
+        jax.vmap(lambda h: (cell(h, 0.0), jax.grad(lambda x: cell(h, x)[0])(0.0)))
+    )(starts)
+    np.testing.assert_allclose(states[:, 0], 1 + gap, rtol=1e-11)
+    np.testing.assert_allclose(slopes, 1 / gap, rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+def test_a_singular_solution_is_reported(solver):
+    F, xs = SINGULAR["double"], jnp.where(jnp.arange(T) < 9, 0.25, 0.0)[:, None]
+    cell = Implicit(lambda z, h, x: F(z) - x, guess=lambda h, x: 2 + 0 * h)
+    run = ft.partial(solve, cell, h0=jnp.ones(1), solver=SOLVERS[solver], throw=False)
+    solution = jax.jit(lambda xs: run(xs))(xs)
+    assert solution.result == RESULTS.nonfinite_states
+    assert solution.stats["first_nonfinite"] == 9
+    close(solution.states[:9], np.full((9, 1), 1.5), 1e-14)
 
 
 def test_tolerances_below_rounding_are_rounding():

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 
 import pararnn
-from pararnn import RESULTS, Auto, Newton, Sequential, Structure, solve
+from pararnn import (
+    RESULTS,
+    Auto,
+    Jacobi,
+    Ladder,
+    Newton,
+    Sequential,
+    Structure,
+    Windows,
+    solve,
+)
 from pararnn.solver._auto import choose_ladder
 from tests.helpers import assert_close
 from tests.problems import (
@@ -210,6 +220,94 @@ def test_residual_history_falls():
     assert history.shape == (8,) and taken < 8
     assert np.isfinite(history[:taken]).all() and np.isnan(history[taken:]).all()
     assert history[taken - 1] < 1e-3 * history[0]
+
+
+@pytest.mark.parametrize(
+    "solver, length",
+    [
+        (Newton(history=5), 5),
+        (Ladder((Jacobi(4, history=2), Newton(history=7), Newton(4))), 7),
+        (Windows(Newton(history=3), 2), 3),
+        (Windows(Ladder((Jacobi(4, history=2),)), 2), 2),
+        (Newton(1, history=4), 4),
+        (Ladder((Newton(),)), None),
+        (Sequential(), None),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 5])
+def test_the_residual_history_is_there_whatever_happened(solver, length, steps):
+    def history(xs):
+        sol = solve(lambda h, x: jnp.tanh(h + x), xs, jnp.zeros(2), solver=solver)
+        return sol.stats.get("residual_history")
+
+    for batch in ((), (3,)):
+        run = jax.vmap(history) if batch else history
+        found = jax.eval_shape(run, jnp.zeros((*batch, steps, 2)))
+        if length is None:
+            assert found is None
+        else:
+            assert found.shape == (*batch, length) and found.dtype == jnp.float64
+    if steps == 0 and length is not None:
+        assert np.all(np.isnan(jax.jit(history)(jnp.zeros((0, 2)))))
+
+
+def on_a_ladder():
+    """A batch on a ladder: solved by either method, by the loop, and with a reset."""
+    rungs = Newton(6, rtol=1e-13, history=2), Newton(4, history=4)
+    ladder = Ladder(rungs, (1, 2))
+    gains = jnp.array([1e-9, 1.0, 3.9, 1.0])
+    xs = 0.01 * jnp.cos(jnp.arange(4 * 24.0).reshape(4, 24))
+    reset = jnp.zeros((4, 24), bool).at[3, 11].set(True)
+
+    def run(solver, gain, xs, reset, **options):
+        def cell(h, x):
+            return gain * h * (1 - h) + x
+
+        return solve(cell, xs, jnp.asarray(0.3), solver=solver, reset=reset, **options)
+
+    return run, rungs, ladder, (gains, xs, reset)
+
+
+def test_the_history_of_a_ladder_is_that_of_the_rung_that_answers():
+    run, (first, second), ladder, problems = on_a_ladder()
+    sols = jax.jit(jax.vmap(ft.partial(run, ladder)))(*problems)
+    rungs = np.asarray(sols.stats["rung"])
+    assert set(rungs) == {0, 1, 2}
+
+    @jax.jit
+    @jax.vmap
+    def one_by_one(*problem):
+        options = {"throw": False}
+        sol = run(first, *problem, max_steps=1, **options)
+        then = run(second, *problem, max_steps=2, initial_guess=sol.states, **options)
+        return [s.stats["residual_history"] for s in (sol, then)]
+
+    short, long = map(np.asarray, one_by_one(*problems))
+    nothing = np.full((4, 2), np.nan)
+    padded = np.concatenate([short, nothing], axis=1)
+    choices = np.stack([padded, long, np.full((4, 4), np.nan)])
+    wanted = choices[rungs, np.arange(4)]
+    np.testing.assert_allclose(sols.stats["residual_history"], wanted, rtol=1e-9)
+
+
+def test_the_history_over_windows_is_the_largest():
+    run, _, ladder, problems = on_a_ladder()
+    sols = jax.jit(jax.vmap(ft.partial(run, Windows(ladder, 12))))(*problems)
+
+    @jax.jit
+    @jax.vmap
+    def one_by_one(gain, xs, reset):
+        first = run(ladder, gain, xs[:12], reset[:12])
+
+        def cell(h, x):
+            return gain * h * (1 - h) + x
+
+        options = {"solver": ladder, "reset": reset[12:]}
+        second = solve(cell, xs[12:], first.states[-1], **options)
+        return jnp.stack([s.stats["residual_history"] for s in (first, second)])
+
+    wanted = np.fmax.reduce(one_by_one(*problems), axis=1)
+    np.testing.assert_allclose(sols.stats["residual_history"], wanted, rtol=1e-9)
 
 
 def test_loose_tolerances_take_fewer_steps():

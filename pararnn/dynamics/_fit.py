@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._parameters import check_key, check_number, check_positive, check_size
-from ..solver import Auto, Solver
+from ..solver import Auto, Solver, check_solver
 from ._forcing import Forcing
 from ._model import Reconstruction
 from ._systems import Series
@@ -113,6 +113,7 @@ def fit(
     are not stacked; as `pararnn.solve` while tracing.
     """
     check_key("fit", key)
+    check_solver("fit", solver)
     _check_windows(series, recipe)
     _check_stacked(models)
     arrays, static = eqx.partition(models, eqx.is_inexact_array)

@@ -22,7 +22,7 @@ from .._records import Record, Records
 from .._registry import make_by_name
 from .._specs import parse_spec
 from ..cells import ALRNNCell, make_cell
-from ..solver import Auto, Solver
+from ..solver import Auto, Solver, check_solver
 from ._draw import draw_reconstruction
 from ._exponent import flow_map, largest_exponent
 from ._fit import Recipe, fit
@@ -43,7 +43,8 @@ EXPONENT_STEPS = 50_000
 class Study:
     """What is the same for all combinations.
 
-    **Raises:** `ValueError` on a value outside of its range.
+    **Raises:** `ValueError` on a value outside of its range, `TypeError` on a solver
+    that is not one.
     """
 
     units: int = 20
@@ -63,6 +64,7 @@ class Study:
         for name in ("units", "runs", "observations"):
             check_size("Study", name, getattr(self, name))
         check_size("Study", "seed", self.seed, least=0)
+        check_solver("Study", self.solver)
 
 
 def make_forcing(spec: str) -> Forcing:

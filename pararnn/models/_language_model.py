@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 from .._parameters import check_dtype, check_key, check_size, wide_dtype
 from ..devices import gather_parameters
 from ..scan import check_reset
-from ..solver import Auto, Solver
+from ..solver import Auto, Solver, check_solver
 from ._block import Block, normalise
 from ._mixers import make_mixer
 
@@ -85,9 +85,10 @@ class LanguageModel(eqx.Module):
 
         **Raises:** `ValueError` on a size that is not a positive integer, mixers that
         do not divide the depth, an unknown mixer (listing those that exist), and what
-        the mixers' constructors raise.
+        the mixers' constructors raise; `TypeError` for what is not a solver.
         """
         where = "LanguageModel"
+        check_solver(where, solver)
         self.vocab_size = check_size(where, "vocab_size", vocab_size)
         self.d_model = check_size(where, "d_model", d_model)
         pattern = _check_pattern(mixer, check_size(where, "depth", depth))

@@ -14,7 +14,7 @@ from .._registry import make_by_name
 from .._rnn import RNN
 from .._specs import parse_spec
 from ..cells import CELLS, make_cell
-from ..solver import Auto, Solver
+from ..solver import Auto, Solver, check_solver
 from ._block import project
 
 # Packages enter their layers here, each a mapping from name to a constructor
@@ -137,8 +137,9 @@ def make_mixer(
     - `key`: a key of `jax.random`.
 
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
-    what the layer's constructor raises.
+    what the layer's constructor raises; `TypeError` for what is not a solver.
     """
+    check_solver("make_mixer", solver)
     name, options = parse_spec("make_mixer", mixer)
     if name in CELLS:
         return CellMixer(d_model, name, solver=solver, dtype=dtype, key=key, **options)

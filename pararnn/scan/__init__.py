@@ -1,6 +1,7 @@
 """The scan engine: transitions, and the linear recurrences solved with them."""
 
 from ._arithmetic import (
+    check_bits as check_bits,
     invert_matrices as invert_matrices,
     multiply_matrices as multiply_matrices,
     promote as promote,

@@ -18,6 +18,21 @@ def promote(*values):
         return jnp.result_type(*values)
 
 
+def check_bits(where: str, name: str, value) -> None:
+    """Refuse floating point of fewer than 16 bits, which JAX stores but does not add.
+
+    **Raises:** `TypeError`, naming the dtype.
+    """
+    dtype = value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
+    if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{where}: `{name}` is {dtype}. A recurrence needs floating point of at "
+            "least 16 bits: JAX stores narrower numbers but does not calculate with "
+            f"them. Cast it, for instance `{name}.astype(jnp.bfloat16)`; inputs and "
+            "weights that are stored in fewer bits can be cast inside the cell."
+        )
+
+
 def multiply(a: Array, x: Array) -> Array:
     """Elementwise product in the common dtype; leading axes broadcast."""
     a, x = _align(a, x)

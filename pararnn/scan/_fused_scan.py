@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Inexact, PyTree
 
-from ._arithmetic import multiply, promote
+from ._arithmetic import check_bits, multiply, promote
 from ._choose import FusedForm, choose_fused, choose_window
 from ._linear_scan import check_reset, linear_scan
 from ._time_axis import time_shards
@@ -133,7 +133,9 @@ def _start(terms, first, initial: Array) -> Array:
             f"fused_scan: `terms` returned {made!r}, expected a pair of arrays, the "
             "factor and the term of one step."
         )
+    check_bits("fused_scan", "initial", initial)
     for name, v in zip(("factor", "term"), made, strict=True):
+        check_bits("fused_scan", name, v)
         if not _broadcasts(v.shape, initial.shape):
             raise ValueError(
                 f"fused_scan: `terms` makes a {name} of shape {v.shape}, which does "

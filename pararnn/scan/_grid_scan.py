@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._arithmetic import promote
+from ._arithmetic import check_bits, promote
 from ._linear_scan import linear_scan
 from ._transitions import Diagonal
 
@@ -131,6 +131,7 @@ def _check(given: dict[str, Array]) -> None:
                 f"{getattr(v, 'dtype', type(v).__name__)}. Cast it, for instance with "
                 "`.astype(jnp.float32)`."
             )
+        check_bits("grid_scan", name, v)
     keys, values = given["keys"].shape, given["values"].shape
     if len(keys) != 4 or len(values) != 4:
         raise ValueError(

@@ -8,7 +8,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Inexact
 
-from ._arithmetic import promote
+from ._arithmetic import check_bits, promote
 from ._backends import Schedule, associative, chunked, identity, sequential
 from ._choose import BACKENDS, Backend, choose_backend
 from ._time_axis import scan_stretches, shift, time_shards
@@ -209,6 +209,14 @@ def _check(transition, inputs, initial, reset, reset_state, backend) -> Layout:
             "point or complex numbers. Cast them, for instance with "
             "`inputs.astype(jnp.float32)`."
         )
+    given = {"transition": transition.values, "inputs": inputs}
+    for name, value in {
+        **given,
+        "initial": initial,
+        "reset_state": reset_state,
+    }.items():
+        if value is not None:
+            check_bits("linear_scan", name, value)
     steps, shape = inputs.shape[0], inputs.shape[1:]
     if transition.values.shape[0] not in (1, steps):
         raise ValueError(

@@ -9,7 +9,7 @@ import numpy as np
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float
 
-from ._arithmetic import promote
+from ._arithmetic import check_bits, promote
 from ._choose import FORMS, Form, Pass, choose_form
 from ._linear_scan import check_reset
 from ._matrix_chunks import Way, batch_in_front, chunkwise
@@ -144,6 +144,7 @@ def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
                 f"{getattr(v, 'dtype', type(v).__name__)}. Cast it, for instance with "
                 "`.astype(jnp.float32)`."
             )
+        check_bits("matrix_scan", name, v)
     keys, values = given["keys"], given["values"]
     if keys.ndim != 3 or values.ndim != 3:
         raise ValueError(

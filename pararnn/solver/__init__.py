@@ -12,7 +12,7 @@ from ._structure import (
     Structure as Structure,
     jacobian_structure as jacobian_structure,
 )
-from ._windows import Windows as Windows
+from ._windows import Windows as Windows, check_solver as check_solver
 from .methods import (
     ELK as ELK,
     AbstractMethod as AbstractMethod,

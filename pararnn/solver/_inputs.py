@@ -1,7 +1,6 @@
 """What a user passes to a solver: adapted to `f(h, x) -> h`, and checked."""
 
 import abc
-import sys
 from collections.abc import Callable
 
 import equinox as eqx
@@ -10,7 +9,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ..scan import check_reset
+from ..scan import check_bits, check_reset
+from ._adapters import as_step
 from ._recurrence import Recurrence
 
 
@@ -27,21 +27,6 @@ class AbstractImplicitCell(eqx.Module):
 
         Its derivative with respect to h, where z is `f(h, x)`, is that of the cell.
         """
-
-
-def as_step(cell: Callable) -> Callable:
-    """Any supported cell as a function `f(h, x) -> h`.
-
-    Equinox's `GRUCell` and `LSTMCell` take `(input, state)` and are turned round. A
-    Flax NNX cell returns `(carry, output)`, of which the carry is kept. Everything else
-    is called as it is.
-    """
-    if isinstance(cell, eqx.nn.GRUCell | eqx.nn.LSTMCell):
-        return lambda h, x: cell(x, h)
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is not None and isinstance(cell, nnx.Module):
-        return lambda h, x: cell(h, x)[0]  # pyright: ignore[reportCallIssue]
-    return cell
 
 
 def make_recurrence(
@@ -116,6 +101,7 @@ def _check_state(where: str, h0: PyTree) -> None:
                 "respect to it. Cast it, for instance `h0.astype(jnp.float32)`; a "
                 "counter belongs in `xs`."
             )
+        check_bits(where, name, leaf)
     if not jtu.tree_leaves(h0):
         raise ValueError(
             f"{where}: `h0` holds no arrays: there is no state to solve for."

@@ -33,6 +33,8 @@ class Ladder(eqx.Module):
                 f"Ladder: `methods` is {self.methods!r:.200}; expected a tuple of "
                 "methods, for instance (pararnn.Jacobi(64), pararnn.Newton(64)). The "
                 "sequential loop comes last by itself."
+                + " Did you forget to call the class?"
+                * self._holds_a_class()
             )
         if len(self.steps) != len(self.methods) or not all(
             is_count(n) and n >= 1 for n in self.steps
@@ -41,6 +43,10 @@ class Ladder(eqx.Module):
                 f"Ladder: `max_steps` is {self.max_steps!r} for {len(self.methods)} "
                 "methods; expected a whole number >= 1, or one for each method."
             )
+
+    def _holds_a_class(self) -> bool:
+        among = self.methods if isinstance(self.methods, tuple | list) else ()
+        return any(isinstance(method, type) for method in among)
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -80,6 +80,22 @@ def opened(closed: jex.core.ClosedJaxpr) -> jex.core.Jaxpr:
     return part_of(program, program.eqns, arguments, program.outvars)
 
 
+def part_for(program: jex.core.Jaxpr, outvars, known) -> jex.core.Jaxpr:
+    """The part that some variables are computed by, from others that are known.
+
+    Its arguments are those that it needs: known ones, and arguments of the program.
+    """
+    known = set(variables(known))
+    missing, eqns = set(variables(outvars)) - known, []
+    for eqn in reversed(program.eqns):
+        if missing.intersection(eqn.outvars):
+            missing.update(v for v in variables(eqn.invars) if v not in known)
+            eqns.insert(0, eqn)
+    made = {v for eqn in eqns for v in eqn.outvars}
+    used = variables([*(v for eqn in eqns for v in eqn.invars), *outvars])
+    return part_of(program, eqns, [v for v in used if v not in made], outvars)
+
+
 def evaluate(program: jex.core.Jaxpr, *args) -> list[Array]:
     """What the program returns."""
     outs = jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(program, []))(*args)

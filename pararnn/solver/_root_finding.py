@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from ._inputs import as_step, check_like, check_resets, count_steps, make_recurrence
+from ._adapters import as_step
+from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._recurrence import Batch
 from ._segments import Carry, Segments
 from ._structure import find_structure

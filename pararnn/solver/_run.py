@@ -16,12 +16,21 @@ from ._ladder import Ladder
 from ._multiple_shooting import solve_on_segments
 from ._recurrence import Batch
 from ._relay import solve_in_turns
-from ._sequential import Sequential, solve_sequentially
+from ._sequential import solve_sequentially
 from ._structure import Structure
-from ._windows import Windows, solve_windows
+from ._windows import WholeSolver, Windows, solve_windows
 from .methods import AbstractMethod
 
-Solver = Auto | Ladder | AbstractMethod | Sequential | Windows
+Solver = WholeSolver | Windows
+
+
+def history_of(solver: Solver) -> int:
+    """The length of the residual history in the statistics."""
+    if isinstance(solver, Windows):
+        return history_of(solver.solver)
+    if isinstance(solver, Ladder):
+        return max((method.history for method in solver.methods), default=0)
+    return solver.history if isinstance(solver, AbstractMethod) else 0
 
 
 class Run(NamedTuple):
@@ -63,7 +72,7 @@ class Run(NamedTuple):
             states, stats = run._climb(solver, inputs, h0, guess, max_steps)
         else:
             states, stats = self._step(inputs, h0)
-        return states, self._complete(stats, steps, shape)
+        return states, self._complete(stats, steps, shape, history_of(solver))
 
     def _prepare(self, inputs):
         """What is left to run, and its inputs, once their own part is computed."""
@@ -94,31 +103,24 @@ class Run(NamedTuple):
                 method,
                 max_steps,
             )
-        states, stats = self._step(inputs, h0)
-        shape = h0[0].shape[: len(self.batch.levels)]
-        history = (method.history, *shape)
-        return states, stats | {
-            "residual_history": jnp.full(history, jnp.nan, self.batch.recurrence.dtype)
-        }
+        return self._step(inputs, h0)
 
     def _climb(self, ladder: Ladder, inputs, h0, guess, max_steps):
         """One rung after the other, as long as any sequence is not certified."""
         steps = jtu.tree_leaves(inputs)[0].shape[0]
         shape = h0[0].shape[: len(self.batch.levels)]
 
+        def on_rung(number, states, stats):
+            stats = stats | {"rung": number}
+            return states, self._complete(stats, steps, shape, history_of(ladder))
+
         def attempt(number, guess):
             limit = max_steps or ladder.steps[number]
             method = ladder.methods[number]
-            states, stats = self._iterate(method, inputs, h0, guess, limit)
-            return states, self._complete(stats, steps, shape) | {
-                "rung": jnp.full(shape, number, jnp.int32)
-            }
+            return on_rung(number, *self._iterate(method, inputs, h0, guess, limit))
 
         def last():
-            states, stats = self._step(inputs, h0)
-            return states, self._complete(stats, steps, shape) | {
-                "rung": jnp.full(shape, len(ladder.methods), jnp.int32)
-            }
+            return on_rung(len(ladder.methods), *self._step(inputs, h0))
 
         found = attempt(0, guess)
         for number in range(1, len(ladder.methods) + 1):
@@ -133,8 +135,11 @@ class Run(NamedTuple):
             )
         return found
 
-    def _complete(self, stats, steps: int, shape):
-        """Every statistic as an array over the batch, whatever the solver."""
+    def _complete(self, stats, steps: int, shape, history: int):
+        """Every statistic as an array over the batch, whatever the solver.
+
+        The residual history is NaN where the solver has none to tell of.
+        """
         dtypes = {
             "num_steps": jnp.int32,
             "residual": self.batch.recurrence.dtype,
@@ -152,9 +157,10 @@ class Run(NamedTuple):
             )
             for name, dtype in dtypes.items()
         }
-        history = stats.get("residual_history")
-        if history is not None and history.shape[0]:
-            complete["residual_history"] = history
+        if history:
+            empty = jnp.full((history, *shape), jnp.nan, dtypes["residual"])
+            kept = stats.get("residual_history", empty[:0])
+            complete["residual_history"] = empty.at[: len(kept)].set(kept)
         return complete
 
 
@@ -170,7 +176,7 @@ def _keep_certified(before, after):
     merged = {}
     for name, old in stats.items():
         if name == "residual_history":
-            merged[name] = old
+            merged[name] = choose(old, new_stats[name], 1)
         elif name in ("num_steps", "nonfinite"):
             # The steps that were tried remain part of the story.
             merged[name] = old + jnp.where(kept, 0, new_stats[name])

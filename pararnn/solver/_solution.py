@@ -65,7 +65,9 @@ class Solution(eqx.Module):
         - `"first_nonfinite"` (int32): first step with a state that is not finite, T if
             there is none.
         - `"residual_history"` (real, `[history]`): defect before each step, NaN from
-            the last one on; only of methods with `history=...`.
+            the last one on; only with methods that have `history=...`. With a ladder,
+            it is as long as the longest of its methods', and that of the method the
+            states come from: all NaN for the loop.
     - `solver`: the solver as text.
 
     Under `vmap` the result and all statistics have the batch's axes.

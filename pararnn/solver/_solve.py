@@ -13,16 +13,17 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
 from ..scan import time_shards
+from ._adapters import as_step
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
 from ._auto import Auto
 from ._input_part import Division, InputPart, divide
-from ._inputs import as_step, check_like, check_resets, count_steps, make_recurrence
+from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._recurrence import Batch, Recurrence
 from ._report import as_result, hold_back, raise_on_failure, report
-from ._run import Run, Solver
+from ._run import Run, Solver, history_of
 from ._solution import RESULTS, Solution
 from ._structure import Structure, declared_structure, find_structure
-from ._windows import Windows
+from ._windows import Windows, check_solver
 from .methods import AbstractMethod, is_count
 
 # A trajectory, a name, or a function of (xs, h0); see `solve`.
@@ -219,13 +220,7 @@ def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
 
 
 def _check_options(where: str, solver: Any, adjoint: Any, max_steps: Any) -> None:
-    if not isinstance(solver, Solver):
-        raise TypeError(
-            f"{where}: `solver` is {solver!r:.80}; expected pararnn.Auto(), a method "
-            "such as pararnn.Newton(segments=...), pararnn.Ladder(...), "
-            "pararnn.Windows(...) or pararnn.Sequential()."
-            + (" Did you forget to call the class?" if isinstance(solver, type) else "")
-        )
+    check_solver(where, solver)
     if adjoint not in ADJOINTS:
         raise ValueError(
             f"{where}: unknown adjoint {adjoint!r}; there are {', '.join(ADJOINTS)}."
@@ -314,5 +309,7 @@ def _empty(recurrence: Recurrence, solver: Solver) -> Solution:
         "nonfinite": jnp.asarray(0, jnp.int32),
         "first_nonfinite": jnp.asarray(0, jnp.int32),
     }
+    if history := history_of(solver):
+        stats["residual_history"] = jnp.full(history, jnp.nan, recurrence.dtype)
     tree = jtu.tree_unflatten(recurrence.state_tree, states)
     return Solution(tree, RESULTS.successful, stats, repr(solver))

@@ -7,7 +7,29 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from .methods import is_count
+from ._auto import Auto
+from ._ladder import Ladder
+from ._sequential import Sequential
+from .methods import AbstractMethod, is_count
+
+# What can solve a window.
+WholeSolver = Auto | Ladder | AbstractMethod | Sequential
+
+
+def check_solver(where: str, solver: Any, kinds: Any = None) -> None:
+    """Refuse what is not a solver, or not one of these kinds.
+
+    **Raises:** `TypeError`.
+    """
+    if isinstance(solver, kinds or WholeSolver | Windows):
+        return
+    windows = "pararnn.Windows(...), " if kinds is None else ""
+    raise TypeError(
+        f"{where}: `solver` is {solver!r:.80}; expected pararnn.Auto(), a method such "
+        f"as pararnn.Newton(segments=...), pararnn.Ladder(...), {windows}"
+        "or pararnn.Sequential()."
+        + (" Did you forget to call the class?" if isinstance(solver, type) else "")
+    )
 
 
 class Windows(eqx.Module):
@@ -23,19 +45,20 @@ class Windows(eqx.Module):
     - `length`: steps in a window. The last window overlaps the one before it if the
         length does not divide T.
 
-    Of the statistics, counts are summed over the windows, and the residual is the
-    largest.
+    Of the statistics, counts are summed over the windows, and of the residual and of
+    each entry of its history the largest is taken.
 
     **Raises:** `ValueError` for a length that is not a positive whole number,
-    `TypeError` for windows within windows.
+    `TypeError` for what is not a solver, and for windows within windows.
     """
 
-    solver: Any
+    solver: WholeSolver
     length: int = eqx.field(static=True)
 
     def __check_init__(self):
         if isinstance(self.solver, Windows):
             raise TypeError("Windows: `solver` is itself a `Windows`; give its solver.")
+        check_solver("Windows", self.solver, WholeSolver)
         if not (is_count(self.length) and self.length >= 1):
             raise ValueError(
                 f"Windows: `length` is {self.length!r}; expected a whole number >= 1: "

@@ -1,0 +1,182 @@
+"""Equations `F(z, inputs) = 0` and the derivative of their solutions.
+
+However a solution was found, its derivative follows from the implicit function theorem
+there: it never passes through iterations, and what has failed gives NaN and no error.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from .scan._arithmetic import multiply_matrices
+from .solver._blocks import from_blocks, to_blocks, transition_factors
+from .solver._recurrence import Recurrence
+from .solver._structure import find_structure
+
+
+class Equation:
+    """`F(z, inputs) = 0` for z, as data: a recurrence in z, driven by the inputs.
+
+    What traces a cell and finds its structure does so for `F` unchanged: one "step" is
+    from z to the residual. States are real vectors `v`, inputs are leaves, and
+    `constants` are what `F` closes over.
+    """
+
+    def __init__(self, recurrence: Recurrence):
+        self.recurrence = recurrence
+        self.structure = find_structure(recurrence)
+
+    def residual(self, constants, v: Array, inputs) -> Array:
+        return self.recurrence.vector_step((constants, None), v, (inputs, None))
+
+    def residual_and_inverse(self, constants, v: Array, inputs) -> tuple[Array, Array]:
+        """`F` at v, and the inverse of its Jacobian there, block by block."""
+
+        def at(v):
+            return self.residual(constants, v, inputs)
+
+        seeds = jnp.asarray(self.structure.seeds, v.dtype)
+        value, push = jax.linearize(at, v)
+        kind, blocks = transition_factors(self.structure, jax.vmap(push)(seeds))
+        if kind == "elementwise":
+            return value, 1 / blocks
+        empty = self.structure.blocks == self.structure.width
+        if np.any(empty):
+            # The empty places of small blocks solve the equation 1 * 0 = 0.
+            filler = empty[:, :, None] & np.eye(self.structure.size, dtype=bool)
+            blocks = jnp.where(filler, 1, blocks)
+        return value, _inverse(blocks)
+
+    def apply(self, inverse: Array, v: Array) -> Array:
+        v = to_blocks(self.structure, v)
+        diagonal = self.structure.kind == "diagonal"
+        v = inverse * v if diagonal else multiply_matrices(inverse, v)
+        return from_blocks(self.structure, v)
+
+    def state(self, v: Array) -> PyTree[Array]:
+        leaves = self.recurrence.unravel(v)
+        return jtu.tree_unflatten(self.recurrence.state_tree, leaves)
+
+
+# From an equation, its constants, its inputs and a start to the solution as a vector.
+Search = Callable[[Equation, list[Array], tuple[Array, ...], Array], Array]
+
+
+@eqx.filter_custom_jvp
+def solution(constants, inputs, start, *, equation: Equation, search: Search):
+    """What the search finds, as a real vector; NaN where there is none."""
+    return search(equation, constants, inputs, start)
+
+
+@solution.def_jvp
+def _(primals, tangents, *, equation: Equation, search: Search):
+    """The implicit function theorem.
+
+    The solution is taken from `solution` again, whose derivative is this rule: so the
+    rule can itself be differentiated, to any order.
+    """
+    v = solution(*primals, equation=equation, search=search)
+    # The start takes no part.
+    arguments, tangents = primals[:2], tangents[:2]
+    untouched = jtu.tree_map(_is_none, tangents, is_leaf=_is_none)
+    held, moved = eqx.partition(arguments, untouched)
+    if not jtu.tree_leaves(moved):
+        return v, None
+
+    def at_solution(moved):
+        constants, inputs = eqx.combine(held, moved)
+        return equation.residual(constants, v, inputs)
+
+    # `moved` and `tangents` have the same leaves.
+    _, pushed = jax.jvp(at_solution, (moved,), (tangents,))
+    constants, inputs = arguments
+    _, inverse = equation.residual_and_inverse(constants, v, inputs)
+    return v, -equation.apply(inverse, pushed)
+
+
+def _is_none(x) -> bool:
+    return x is None
+
+
+def with_derivative(F: Callable[[PyTree, PyTree], PyTree], z: PyTree, inputs: PyTree):
+    """A function `(z, inputs) -> z` with the derivative that `F(z, inputs) = 0` has.
+
+    Its value is the z that is given, a solution found elsewhere. The arguments here
+    serve as examples of shapes and dtypes.
+    """
+    # The recurrence drops a time axis, which one equation has not.
+    series = jtu.tree_map(lambda leaf: jnp.asarray(leaf)[None], inputs)
+    recurrence = Recurrence(F, series, z)
+    equation = Equation(recurrence)
+    constants = recurrence.release_constants()
+
+    def known(z, inputs):
+        v = lax.stop_gradient(recurrence.ravel(jtu.tree_leaves(z)))
+        leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(inputs))
+        v = solution(constants, leaves, v, equation=equation, search=_as_it_is)
+        return equation.state(v)
+
+    return known
+
+
+def _as_it_is(equation: Equation, constants, inputs, start: Array) -> Array:
+    del equation, constants, inputs
+    return start
+
+
+@jax.custom_jvp
+def _inverse(blocks: Float[Array, "n size size"]) -> Float[Array, "n size size"]:
+    """The inverses of blocks; not finite where one is singular.
+
+    With inverses, a Jacobian's columns are one matrix product, and the dependencies of
+    a product are seen by asdex, those of a factorisation are not. It has no rule for
+    what `jnp.linalg` is made of, and so takes the cell for dense: which is right for
+    one block only. Several are small, most often, and eliminated by hand.
+    """
+    if len(blocks) > 1:
+        return _eliminate(blocks)
+    factors, _, order = lax.linalg.lu(blocks[0])
+    permuted = order[:, None] == lax.broadcasted_iota(order.dtype, factors.shape, 1)
+    half = lax.linalg.triangular_solve(
+        factors,
+        permuted.astype(factors.dtype),
+        left_side=True,
+        lower=True,
+        unit_diagonal=True,
+    )
+    return lax.linalg.triangular_solve(factors, half, left_side=True)[None]
+
+
+@_inverse.defjvp
+def _(primals, tangents):
+    inverse = _inverse(*primals)
+    moved = multiply_matrices(multiply_matrices(inverse, tangents[0]), inverse)
+    return inverse, -moved
+
+
+def _eliminate(blocks: Array) -> Array:
+    """Gauss-Jordan elimination with partial pivoting, all blocks side by side."""
+    size = blocks.shape[1]
+    row = lax.broadcasted_iota(jnp.int32, blocks.shape[:2], 1)
+
+    def column(k, both):
+        entries = lax.dynamic_index_in_dim(both, k, 2, keepdims=False)
+        best = jnp.argmax(jnp.where(row < k, -1, jnp.abs(entries)), axis=1)
+        here = (row == k)[:, :, None]
+        there = (row == best.astype(row.dtype)[:, None])[:, :, None]
+        pivots = jnp.sum(jnp.where(there, both, 0), axis=1, keepdims=True)
+        moved = lax.dynamic_index_in_dim(both, k, 1)
+        both = jnp.where(there, moved, both)
+        pivots = pivots / lax.dynamic_index_in_dim(pivots, k, 2)
+        factors = lax.dynamic_index_in_dim(both, k, 2)
+        return jnp.where(here, pivots, both - factors * pivots)
+
+    unit = jnp.broadcast_to(jnp.eye(size, dtype=blocks.dtype), blocks.shape)
+    both = jnp.concatenate([blocks, unit], axis=2)
+    return lax.fori_loop(0, size, column, both)[:, :, size:]
