@@ -134,10 +134,8 @@ def _as_it_is(equation: Equation, constants, inputs, start: Array) -> Array:
 def _inverse(blocks: Float[Array, "n size size"]) -> Float[Array, "n size size"]:
     """The inverses of blocks; not finite where one is singular.
 
-    With inverses, a Jacobian's columns are one matrix product, and the dependencies of
-    a product are seen by asdex, those of a factorisation are not. It has no rule for
-    what `jnp.linalg` is made of, and so takes the cell for dense: which is right for
-    one block only. Several are small, most often, and eliminated by hand.
+    With inverses, a Jacobian's columns are one matrix product. Several blocks are small,
+    most often, and eliminated by hand, which is faster than many factorisations.
     """
     if len(blocks) > 1:
         return _eliminate(blocks)
