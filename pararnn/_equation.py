@@ -135,7 +135,7 @@ def _inverse(blocks: Float[Array, "n size size"]) -> Float[Array, "n size size"]
     """The inverses of blocks; not finite where one is singular.
 
     With inverses, a Jacobian's columns are one matrix product. Several blocks are small,
-    most often, and eliminated by hand, which is faster than many factorisations.
+    most often, and eliminated side by side.
     """
     if len(blocks) > 1:
         return _eliminate(blocks)
