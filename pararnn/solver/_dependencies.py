@@ -537,7 +537,6 @@ _RULES: dict[str, Callable] = {
     "conv_general_dilated": _convolve,
     "cumsum": _cumulate,
     "custom_linear_solve": _solve_linear,
-    "linear_solve": _solve_linear,
     "dot_general": _multiply_matrices,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
