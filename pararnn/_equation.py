@@ -134,8 +134,8 @@ def _as_it_is(equation: Equation, constants, inputs, start: Array) -> Array:
 def _inverse(blocks: Float[Array, "n size size"]) -> Float[Array, "n size size"]:
     """The inverses of blocks; not finite where one is singular.
 
-    With inverses, a Jacobian's columns are one matrix product. Several blocks are small,
-    most often, and eliminated side by side.
+    With inverses, a Jacobian's columns are one matrix product. Several blocks are
+    small, most often, and eliminated side by side.
     """
     if len(blocks) > 1:
         return _eliminate(blocks)

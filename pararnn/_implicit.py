@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._equation import Equation, solution
 from .scan import check_bits
-from .solver._certificate import largest
+from .solver._certificate import along_entries, largest
 from .solver._inputs import AbstractImplicitCell
 from .solver._recurrence import Recurrence
 
@@ -85,12 +85,13 @@ class Implicit(AbstractImplicitCell):
     - `guess`: `guess(h, x)`, a state to start from; the previous one if not given.
         Only speed, and which of several solutions is found, depend on it; no
         derivative does.
-    - `rtol`, `atol`: a step has been solved when two corrections in succession, in the
-        max-norm over the state, are at most `atol + rtol * max|h_new|`. Convergence
-        being quadratic, the second brings the error down to rounding; where it is not,
-        one more step tells a singular solution from a regular one. Default: the
-        square root of the rounding of the state's dtype, and that rounding itself;
-        what is below the rounding of `h_new` or `h` always suffices.
+    - `rtol`, `atol`: a step has been solved when two corrections in succession are at
+        most `atol + rtol * |h_new|` in every entry of the state. Convergence being
+        quadratic, the second brings the error down to rounding; where it is not, one
+        more step tells a singular solution from a regular one. `rtol` defaults to the
+        square root of the rounding of the entry's dtype, and `atol` to 0. What is below
+        the rounding of an entry of `h_new` or `h` always suffices; so do corrections
+        below the rounding of the largest entry that have stopped to shrink.
     - `max_steps`: limit on Newton's steps.
 
     **Raises:** `TypeError` if `F` or `guess` cannot be called; `ValueError` for
@@ -186,6 +187,7 @@ class _Iterate(NamedTuple):
 
     v: Float[Array, " width"]
     correction: Float[Array, ""]  # the last one, in the max-norm
+    own: Float[Array, ""]  # the same, each entry relative to itself
     near: Bool[Array, ""]  # it was small beside every entry
     close: Bool[Array, ""]  # it was within the tolerance
     crawled: Bool[Array, ""]  # a small one was followed by another of its size
@@ -205,9 +207,9 @@ class _Newton(NamedTuple):
     most half of the way, or anywhere, to a singular one.
     """
 
-    rtol: float
+    rtol: Float[np.ndarray, " width"]
     atol: float
-    eps: float
+    eps: Float[np.ndarray, " width"]
     max_steps: int
 
     def __call__(self, equation: Equation, constants, inputs, start: Array) -> Array:
@@ -239,31 +241,40 @@ class _Newton(NamedTuple):
 
         no, none = jnp.asarray(False), jnp.asarray(0, jnp.int32)
         first = jnp.asarray(jnp.inf, start.dtype)
-        at = _Iterate(start, first, no, no, no, no, none, no, no)
+        at = _Iterate(start, first, first, no, no, no, no, none, no, no)
         return lax.while_loop(unfinished, step, at)
 
     def _reach(self, v: Array, before: Array) -> Array:
         """How far from v to probe, entry by entry."""
-        rtol = max(self.rtol, self.eps**0.5)
-        rounding = 64 * self.eps * jnp.abs(before)
+        rtol = along_entries(np.maximum(self.rtol, self.eps**0.5), v)
+        rounding = along_entries(64 * self.eps, v) * jnp.abs(before)
         return 8 * (self.atol + rtol * jnp.abs(v) + rounding)
 
     def _move(self, at: _Iterate, change: Array, before: Array) -> _Iterate:
         """One step, and what it says about all of them."""
         v = at.v - change
-        correction, size = largest(change), largest(v)
-        finite = jnp.isfinite(correction) & jnp.isfinite(size)
-        rounding = 64 * self.eps * jnp.maximum(size, largest(before))
-        allowed = jnp.maximum(self.atol + self.rtol * size, rounding)
-        close = finite & (correction <= allowed)
-        scale = self.eps**0.25 * jnp.maximum(jnp.abs(v), jnp.abs(before))
+        change, sizes = jnp.abs(change), jnp.maximum(jnp.abs(v), jnp.abs(before))
+        correction, finite = largest(change), jnp.all(jnp.isfinite(v))
+        # Each entry against its own size, or a small one would come out wrong beside a
+        # large one; but one that is small since larger ones cancel is known no better
+        # than these, which shows in corrections that shrink no more.
+        own = largest(jnp.where(change == 0, 0, change / sizes))
+        roundings = along_entries(64 * self.eps, v) * sizes
+        rounding = largest(roundings)
+        exact = finite & jnp.all(change <= roundings)
+        tolerance = self.atol + along_entries(self.rtol, v) * jnp.abs(v)
+        close = finite & jnp.all(change <= jnp.maximum(tolerance, roundings))
+        stalled = finite & (correction <= rounding) & (own >= 0.25 * at.own)
         slow = (correction > 0.25 * at.correction) & (correction > rounding)
         crawled = at.crawled | (at.near & slow)
-        at_rest = close & (at.close | (correction <= rounding))
+        at_rest = exact | (close & at.close) | stalled
         return _Iterate(
             v=v,
             correction=correction,
-            near=jnp.all(jnp.abs(change) <= self.atol + scale),
+            own=own,
+            near=jnp.all(
+                change <= self.atol + along_entries(self.eps**0.25, v) * sizes
+            ),
             close=close,
             crawled=crawled,
             probing=at_rest & crawled,
@@ -297,10 +308,10 @@ def _pose(options: Implicit, h: PyTree, x: PyTree):
     if options.guess is not None:
         start = options.guess(h, x)
         _check_guess(start, h)
-    eps = recurrence.eps
+    eps = recurrence.entry_eps
     search = _Newton(
-        rtol=eps**0.5 if options.rtol is None else options.rtol,
-        atol=eps if options.atol is None else options.atol,
+        rtol=eps**0.5 if options.rtol is None else np.full_like(eps, options.rtol),
+        atol=options.atol or 0.0,
         eps=eps,
         max_steps=options.max_steps,
     )

@@ -687,3 +687,25 @@ def test_as_a_layer_with_parameters():
     np.testing.assert_allclose(
         np.vdot(found, u[0]["a"]), numpy_slope(equation, u), rtol=1e-9
     )
+
+
+@pytest.mark.parametrize("coarse", [False, True], ids=["a clock", "a coarse leaf"])
+def test_an_entry_is_solved_to_its_own_size(coarse):
+    """Not to that of a clock at a million, nor to the rounding of a coarser dtype."""
+
+    def F(z, h, x):
+        other, gate = z
+        moved = other - 0.5 * h[0] - 1 if coarse else other - h[0] - 1
+        return moved, 0.8 * gate + 0.3 * gate**3 - jnp.tanh(2 * h[1] + x)
+
+    other = jnp.bfloat16(0.3) if coarse else jnp.float32(1e6)
+    xs = jnp.linspace(-1, 1, 20, dtype=jnp.float32)
+    states = solve(Implicit(F), xs, (other, jnp.float32(0))).states
+    h, wanted = 0.0, []
+    for x in np.asarray(xs, np.float64):
+        right, z = np.tanh(2 * h + x), h
+        for _ in range(50):
+            z = z - (0.8 * z + 0.3 * z**3 - right) / (0.8 + 0.9 * z**2)
+        h = z
+        wanted.append(h)
+    np.testing.assert_allclose(states[1], wanted, rtol=0, atol=3e-6)
