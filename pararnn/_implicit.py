@@ -207,9 +207,8 @@ class _Newton(NamedTuple):
     most half of the way, or anywhere, to a singular one.
     """
 
-    rtol: Float[np.ndarray, " width"]
+    rtol: float | None
     atol: float
-    eps: Float[np.ndarray, " width"]
     max_steps: int
 
     def __call__(self, equation: Equation, constants, inputs, start: Array) -> Array:
@@ -222,9 +221,10 @@ class _Newton(NamedTuple):
         # What the equation subtracts from one another is as large as the previous
         # state, also where the next one is zero.
         before = recurrence.ravel(inputs[: recurrence.state_tree.num_leaves])
+        eps = recurrence.entry_eps
 
         def step(at: _Iterate) -> _Iterate:
-            reach = jnp.where(at.probing, self._reach(at.v, before), 0)
+            reach = jnp.where(at.probing, self._reach(at.v, before, eps), 0)
             beside = at.v + reach
             value, inverse = equation.residual_and_inverse(constants, beside, inputs)
             change = equation.apply(inverse, value)
@@ -233,7 +233,7 @@ class _Newton(NamedTuple):
                 converged=largest(change - reach) <= 0.25 * largest(reach),
                 ended=jnp.asarray(True),
             )
-            moved = self._move(at, change, before)
+            moved = self._move(at, change, before, eps)
             return jtu.tree_map(ft.partial(jnp.where, at.probing), probed, moved)
 
         def unfinished(at: _Iterate):
@@ -244,13 +244,15 @@ class _Newton(NamedTuple):
         at = _Iterate(start, first, first, no, no, no, no, none, no, no)
         return lax.while_loop(unfinished, step, at)
 
-    def _reach(self, v: Array, before: Array) -> Array:
+    def _reach(self, v: Array, before: Array, eps: np.ndarray) -> Array:
         """How far from v to probe, entry by entry."""
-        rtol = along_entries(np.maximum(self.rtol, self.eps**0.5), v)
-        rounding = along_entries(64 * self.eps, v) * jnp.abs(before)
+        rtol = along_entries(np.maximum(self.rtol or 0, eps**0.5), v)
+        rounding = along_entries(64 * eps, v) * jnp.abs(before)
         return 8 * (self.atol + rtol * jnp.abs(v) + rounding)
 
-    def _move(self, at: _Iterate, change: Array, before: Array) -> _Iterate:
+    def _move(
+        self, at: _Iterate, change: Array, before: Array, eps: np.ndarray
+    ) -> _Iterate:
         """One step, and what it says about all of them."""
         v = at.v - change
         change, sizes = jnp.abs(change), jnp.maximum(jnp.abs(v), jnp.abs(before))
@@ -259,10 +261,11 @@ class _Newton(NamedTuple):
         # large one; but one that is small since larger ones cancel is known no better
         # than these, which shows in corrections that shrink no more.
         own = largest(jnp.where(change == 0, 0, change / sizes))
-        roundings = along_entries(64 * self.eps, v) * sizes
+        roundings = along_entries(64 * eps, v) * sizes
         rounding = largest(roundings)
         exact = finite & jnp.all(change <= roundings)
-        tolerance = self.atol + along_entries(self.rtol, v) * jnp.abs(v)
+        rtol = eps**0.5 if self.rtol is None else np.full_like(eps, self.rtol)
+        tolerance = self.atol + along_entries(rtol, v) * jnp.abs(v)
         close = finite & jnp.all(change <= jnp.maximum(tolerance, roundings))
         stalled = finite & (correction <= rounding) & (own >= 0.25 * at.own)
         slow = (correction > 0.25 * at.correction) & (correction > rounding)
@@ -272,9 +275,7 @@ class _Newton(NamedTuple):
             v=v,
             correction=correction,
             own=own,
-            near=jnp.all(
-                change <= self.atol + along_entries(self.eps**0.25, v) * sizes
-            ),
+            near=jnp.all(change <= self.atol + along_entries(eps**0.25, v) * sizes),
             close=close,
             crawled=crawled,
             probing=at_rest & crawled,
@@ -308,13 +309,7 @@ def _pose(options: Implicit, h: PyTree, x: PyTree):
     if options.guess is not None:
         start = options.guess(h, x)
         _check_guess(start, h)
-    eps = recurrence.entry_eps
-    search = _Newton(
-        rtol=eps**0.5 if options.rtol is None else np.full_like(eps, options.rtol),
-        atol=options.atol or 0.0,
-        eps=eps,
-        max_steps=options.max_steps,
-    )
+    search = _Newton(options.rtol, options.atol or 0.0, options.max_steps)
     start = lax.stop_gradient(recurrence.ravel(_leaves(start)))
     arguments = recurrence.release_constants(), (*_leaves(h), *_leaves(x)), start
     return Equation(recurrence), arguments, search
