@@ -268,7 +268,8 @@ def _step_by_step(recurrence: Recurrence, primals, tangents):
 
     Transposed, it is one reverse sweep of per-step VJPs. This is the only schedule for
     a cell that contains a `custom_vjp` function: such a step can be transposed where it
-    stands, but cannot be batched over columns of a Jacobian.
+    stands, but cannot be batched over columns of a Jacobian. So it is for cells that
+    have to be evaluated one step at a time.
     """
     parameters, inputs, h0, states = primals
     t_parameters, t_inputs, t_h0 = tangents

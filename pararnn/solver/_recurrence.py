@@ -83,15 +83,32 @@ class Recurrence:
         # pattern; floating-point values never do.
         self.known = [_known_value(c) for c in closed.consts]
         self._constants = [*constants, *refining]
-        self.key_kinds = [
-            jax.random.key_impl(v) if is_key(v) else None
-            for v in (*constants, *x_leaves)
-        ]
+        self.key_kinds = [key_kind(v) for v in (*constants, *x_leaves)]
         self.x_structs = x_structs
+        # (Of a cell that was settled there are more inputs, behind these.)
+        self.refined_inputs = len(x_leaves)
         self.output = out
         primitives = primitives_of(self.jaxpr)
         self.has_custom_vjp = "custom_vjp_call" in primitives
         self.has_custom_jvp = "custom_jvp_call" in primitives
+        # What `_stepwise.py` finds to depend on the state: operations that are not the
+        # same for many steps at once, or each time; and the named axes of collectives.
+        self.must_step = self.is_impure = False
+        self.coupled_along: tuple = ()
+
+    @property
+    def constants(self) -> list[Array]:
+        """The values that the cell closes over, until they are released."""
+        return self._constants[: len(self.constant_structs)]
+
+    def add_constants(self, values, known) -> None:
+        """More of them, behind the others."""
+        count = len(self.constant_structs)
+        old = self._constants
+        self._constants = [*old[:count], *values, *old[count:]]
+        structs = [_shape_dtype(v) for v in values]
+        self.constant_structs = [*self.constant_structs, *structs]
+        self.known = [*self.known, *known]
 
     def release_constants(self) -> list[Array]:
         """The values the cell closed over, once: they may be tracers, which nothing
@@ -130,6 +147,7 @@ class Recurrence:
         leaves, reset = x
         h = _select_fresh(reset, fresh, h)
         own = constants[len(self.constant_structs) :]
+        leaves = leaves[: self.refined_inputs]
         return tuple(evaluate(self.refinement, *own, *z, *h, *leaves))
 
     # The vector view: solvers that need a Jacobian see one real vector.
@@ -186,15 +204,17 @@ class Batch:
     """A step under any number of `vmap`s, as native batch axes.
 
     `levels` holds, innermost first, which parameters and which inputs carry each batch
-    axis; the state carries all of them, in front. Inputs have them behind time.
+    axis, and its name, where the cell communicates along it; the state carries all of
+    them, in front. Inputs have them behind time.
     """
 
     def __init__(self, recurrence: Recurrence, levels: tuple = ()):
         self.recurrence = recurrence
         self.levels = levels
 
-    def under(self, parameters_axes, inputs_axes) -> "Batch":
-        return Batch(self.recurrence, (*self.levels, (parameters_axes, inputs_axes)))
+    def under(self, parameters_axes, inputs_axes, name=None) -> "Batch":
+        level = parameters_axes, inputs_axes, name
+        return Batch(self.recurrence, (*self.levels, level))
 
     def segmented(self, parameters, inputs) -> "Batch":
         """One more axis, in front, along which only time was split."""
@@ -208,10 +228,9 @@ class Batch:
         `extra` and `out` give the position of the batch axes in further arguments and
         in the result.
         """
-        for parameters_axes, inputs_axes in self.levels:
-            fn = jax.vmap(
-                fn, in_axes=(parameters_axes, 0, inputs_axes, *extra), out_axes=out
-            )
+        for parameters_axes, inputs_axes, name in self.levels:
+            axes = (parameters_axes, 0, inputs_axes, *extra)
+            fn = jax.vmap(fn, in_axes=axes, out_axes=out, axis_name=name)
         return fn
 
     def lift_state(self, fn):
@@ -242,6 +261,11 @@ def is_key(x) -> bool:
     """Whether `x` holds random keys, which have a dtype of their own."""
     dtype = getattr(x, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def key_kind(x):
+    """The implementation of random keys, `None` of anything else."""
+    return jax.random.key_impl(x) if is_key(x) else None
 
 
 def _is_inexact(x) -> bool:

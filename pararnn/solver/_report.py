@@ -72,13 +72,13 @@ def report(batch: Batch, stats, states, arguments, shape, *, throw: bool) -> Rep
 
 
 def raise_on_failure(states, code: Array, *, time_axis: int):
-    """`states`, no part of which can be had if any sequence has failed.
+    """`states`, no part of which can be had if any sequence has failed, and 0 likewise.
 
     Raising behind a `vmap` costs a batch one check.
     """
     zero = jnp.zeros((), jnp.int32)
     checked = lax.cond(jnp.all(code == 0), lambda: zero, lambda: _check(zero, code))
-    return hold_back(states, checked, time_axis=time_axis)
+    return hold_back(states, checked, time_axis=time_axis), checked
 
 
 def hold_back(states, checked: Array, *, time_axis: int):

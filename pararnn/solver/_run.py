@@ -14,14 +14,49 @@ from ._auto import Auto, choose_ladder
 from ._input_part import InputPart
 from ._ladder import Ladder
 from ._multiple_shooting import solve_on_segments
-from ._recurrence import Batch
+from ._recurrence import Batch, Recurrence
 from ._relay import solve_in_turns
-from ._sequential import Sequential, solve_sequentially
+from ._sequential import Sequential, solve_sequentially, stats_of_loop
+from ._stepwise import must_only_step, why_stepped
 from ._structure import Structure
 from ._windows import Windows, solve_windows
 from .methods import AbstractMethod
 
 Solver = Auto | Ladder | AbstractMethod | Sequential | Windows
+
+
+def solver_for(where: str, recurrence: Recurrence, solver: Solver, steps: int):
+    """The solver, or the loop in place of `Auto` for a cell that is better stepped.
+
+    **Raises:** `ValueError` where something else is asked for and only the loop can be
+    used, or devices share time.
+    """
+    reason = why_stepped(recurrence)
+    if reason is None:
+        return solver
+    if time_shards(steps) > 1:
+        raise ValueError(
+            f"{where}: {reason}. So it is stepped through, but time lies across devices "
+            '(the mesh in context has an axis "time"), each of which would wait for the '
+            'one before. Use a mesh without an axis "time".'
+        )
+    if isinstance(solver, Auto):
+        return Sequential()
+    if isinstance(solver, Windows):
+        within = solver_for(where, recurrence, solver.solver, steps)
+        return Windows(within, solver.length)
+    if must_only_step(recurrence) and _cuts_time(solver, steps):
+        raise ValueError(
+            f"{where}: `solver` is {solver!r:.80}, which takes many steps at once, but "
+            f"{reason}. Or pass pararnn.Sequential() or pararnn.Auto(), which then step."
+        )
+    return solver
+
+
+def _cuts_time(solver: Solver, steps: int) -> bool:
+    if isinstance(solver, AbstractMethod):
+        return solver.segments != 1 and steps > 1
+    return isinstance(solver, Ladder) and bool(solver.methods)
 
 
 class Run(NamedTuple):
@@ -65,6 +100,13 @@ class Run(NamedTuple):
             states, stats = self._step(inputs, h0)
         return states, self._complete(stats, steps, shape)
 
+    def already_stepped(self, states):
+        """The same for states that a loop has found."""
+        shape = states[0].shape[1 : 1 + len(self.batch.levels)]
+        tainted = tuple(jnp.sum(s * 0, axis=0) for s in states)
+        stats = stats_of_loop(tainted, len(shape))
+        return states, self._complete(stats, states[0].shape[0], shape)
+
     def _prepare(self, inputs):
         """What is left to run, and its inputs, once their own part is computed."""
         if self.input_part is None:
@@ -84,7 +126,7 @@ class Run(NamedTuple):
     def _iterate(self, method: AbstractMethod, inputs, h0, guess, max_steps):
         steps = jtu.tree_leaves(inputs)[0].shape[0]
         if min(method.segments or steps, steps) > 1:
-            return solve_on_segments(
+            states, stats = solve_on_segments(
                 self.batch,
                 self.parameters,
                 inputs,
@@ -94,6 +136,9 @@ class Run(NamedTuple):
                 method,
                 max_steps,
             )
+            if self.batch.recurrence.coupled_along:
+                stats |= _of_all(stats)
+            return states, stats
         states, stats = self._step(inputs, h0)
         shape = h0[0].shape[: len(self.batch.levels)]
         history = (method.history, *shape)
@@ -156,6 +201,15 @@ class Run(NamedTuple):
         if history is not None and history.shape[0]:
             complete["residual_history"] = history
         return complete
+
+
+def _of_all(stats):
+    """Of sequences that are coupled none is certified beside one that is not."""
+    certified, steps = stats["certified"], stats["certified_steps"]
+    return {
+        "certified": jnp.full_like(certified, jnp.all(certified)),
+        "certified_steps": jnp.full_like(steps, jnp.min(steps)),
+    }
 
 
 def _keep_certified(before, after):

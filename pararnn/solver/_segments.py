@@ -199,7 +199,10 @@ class Segments:
         """Steps until every correction is small, or the limit is reached."""
 
         def active(carry: Carry):
-            return ~carry.done & (carry.num_steps < limit)
+            moving = ~carry.done & (carry.num_steps < limit)
+            # Of sequences that are coupled none can stay while another moves.
+            coupled = self.recurrence.coupled_along
+            return jnp.full_like(moving, jnp.any(moving)) if coupled else moving
 
         return lax.while_loop(
             lambda carry: jnp.any(active(carry)),

@@ -125,6 +125,9 @@ def find_structure(recurrence: Recurrence) -> Structure:
     width = recurrence.width
     if width <= 1:
         return Structure(np.zeros((width, 1), int), width)
+    if recurrence.coupled_along:
+        # A state may depend on all of its own, by way of the other sequences'.
+        return Structure(np.arange(width)[None], width)
     key = _fingerprint(recurrence)
     if key not in _cache:
         with jax.ensure_compile_time_eval():
