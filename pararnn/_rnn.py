@@ -29,12 +29,15 @@ class RNN(eqx.Module):
     - `init_state`: the fresh state, a pytree of arrays; needed for a plain function
         only. It is a parameter of the layer like any other.
     - `output`: what to emit of a state; the state itself if not given.
+    - `throw`: raise if a solve fails, as for [`pararnn.solve`][]. Defaults to `True`;
+        `False` for programs that are exported, and see `run` for the statistics.
 
     **Raises:** `TypeError`, `ValueError` if the cell cannot be adapted.
     """
 
     cell: Any
     solver: Solver
+    throw: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -43,9 +46,11 @@ class RNN(eqx.Module):
         solver: Solver = Auto(),
         init_state: PyTree[Array] | None = None,
         output: Callable[[PyTree], Any] | None = None,
+        throw: bool = True,
     ):
         self.cell = as_cell(cell, init_state, output)
         self.solver = solver
+        self.throw = check_flag("RNN", "throw", throw)
 
     def init_state(self) -> PyTree[Array]:
         """The fresh state."""
@@ -110,6 +115,7 @@ class RNN(eqx.Module):
             reset_state=None if reset is None else fresh,
             # A function, so that everything is checked before the cell sees it.
             initial_guess=guess if split and steps else None,
+            throw=self.throw,
         )
         ys = jax.vmap(cell.output)(solution.states)
         if steps:

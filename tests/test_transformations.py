@@ -219,7 +219,7 @@ COLLECTIVES = {
     "pmean": Shared(lambda h, x: jnp.tanh(W @ h + x + 0.5 * lax.pmean(h, "b")), True),
     "psum of x": Shared(lambda h, x: jnp.tanh(W @ h + lax.psum(x, "b") / B), False),
     "axis_index": Shared(
-        lambda h, x: jnp.tanh(W @ h * (1 + 0.1 * lax.axis_index("b")) + x), False
+        lambda h, x: jnp.tanh(W @ h * (1 + 0.1 * lax.axis_index("b").astype(float)) + x), False
     ),
     "all_gather": Shared(
         lambda h, x: jnp.tanh(x + W @ lax.all_gather(h, "b").mean(0)), True

@@ -18,6 +18,8 @@ from ._linear_scan import (
 from ._matrix_scan import matrix_scan as matrix_scan
 from ._max_plus import max_plus_scan as max_plus_scan
 from ._prefix import prefix as prefix, running_max as running_max
+from ._symbolic import is_symbolic as is_symbolic
+from ._symbolic import refuse_symbolic as refuse_symbolic
 from ._time_axis import (
     TIME as TIME,
     delays as delays,

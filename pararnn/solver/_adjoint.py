@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from ..scan import shift, solve_recurrence, time_shards
+from ..scan import is_symbolic, shift, solve_recurrence, time_shards
 from ._blocks import from_blocks, to_blocks, transition_factors
 from ._recurrence import Recurrence
 from ._structure import Structure
@@ -61,10 +61,12 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
         return Plan(True, steps)
     if adjoint == "parallel":
         return Plan(True, steps)
-    if adjoint == "auto" and jax.default_backend() != "cpu":
+    if adjoint == "auto" and not is_symbolic(steps) and jax.default_backend() != "cpu":
         # Not measured yet: a serial step costs kernel launches there, so chunks are
         # long and Jacobians formed for as long as they fit.
         return Plan(structure.size <= 64, _divisor(steps, max(16, steps // 8)))
+    if is_symbolic(steps):
+        return Plan(structure.size <= 4 and adjoint != "sweep", steps)
     target = max(16, min(2**12 // max(1, structure.width), steps // 16))
     if adjoint == "sweep":
         return Plan(False, _divisor(steps, target))

@@ -17,6 +17,7 @@ import jax
 import jax.extend as jex
 import jax.tree_util as jtu
 
+from ..scan import is_symbolic
 from ._program import (
     evaluate,
     inner_programs,
@@ -123,6 +124,8 @@ class InputPart:
 
         At most a sixteenth of them, for the sake of memory, if that is not too few.
         """
+        if is_symbolic(steps, sequences):
+            return SHORTEST
         numbers = sequences * _size(self._division.prepare.outvars)
         return max(SHORTEST, min(steps // 16, WINDOW // max(1, numbers)))
 

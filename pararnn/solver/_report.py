@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array
 
 from ..scan import split_time, time_shards
+from ._export import refuse_export
 from ._recurrence import Batch
 from ._solution import RESULTS
 
@@ -102,6 +103,7 @@ def _check(value: Array, code: Array) -> Array:
     messages = [RESULTS[failure] for failure in FAILURES]
 
     def check(value, code):
+        code = refuse_export(code)
         return eqxi.branched_error_if(value, code != 0, code - 1, messages)
 
     return _on_every_device(check)(value, jnp.max(code, initial=0))

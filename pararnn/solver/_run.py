@@ -1,15 +1,15 @@
 """Each kind of solver on the native batch axes of a problem."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jax import lax
 
-from ..scan import time_shards
+from ..scan import is_symbolic, time_shards
 from ._auto import Auto, choose_ladder
 from ._input_part import InputPart
 from ._ladder import Ladder
@@ -55,7 +55,7 @@ def solver_for(where: str, recurrence: Recurrence, solver: Solver, steps: int):
 
 def _cuts_time(solver: Solver, steps: int) -> bool:
     if isinstance(solver, AbstractMethod):
-        return solver.segments != 1 and steps > 1
+        return solver.segments != 1 and (is_symbolic(steps) or steps > 1)
     return isinstance(solver, Ladder) and bool(solver.methods)
 
 
@@ -73,7 +73,7 @@ class Run(NamedTuple):
         steps = jtu.tree_leaves(inputs)[0].shape[0]
         shape = h0[0].shape[: len(self.batch.levels)]
         if isinstance(solver, Auto):
-            channels = self.batch.recurrence.width * int(np.prod(shape))
+            channels = self.batch.recurrence.width * math.prod(shape)
             solver = choose_ladder(
                 solver,
                 steps,
@@ -125,7 +125,7 @@ class Run(NamedTuple):
 
     def _iterate(self, method: AbstractMethod, inputs, h0, guess, max_steps):
         steps = jtu.tree_leaves(inputs)[0].shape[0]
-        if min(method.segments or steps, steps) > 1:
+        if _cuts_time(method, steps):
             states, stats = solve_on_segments(
                 self.batch,
                 self.parameters,

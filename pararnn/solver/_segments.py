@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ..scan import join_time, shift, split_time, spread, time_shards
+from ..scan import is_symbolic, join_time, shift, split_time, spread, time_shards
 from ._recurrence import Batch
 from ._structure import Structure
 from ._warm_up import warm_up
@@ -93,15 +93,8 @@ class Segments:
         linearization = method.linearize(recurrence.width, find_structure)
         self.structure, self.push = linearization
         self.steps = jax.tree.leaves(inputs)[0].shape[0]
-        wanted = min(method.segments or self.steps, self.steps)
         self.shards = time_shards(self.steps)
-        if self.shards > 1:
-            # As many segments on every device, even if the last ones are all padding.
-            self.count = math.ceil(wanted / self.shards) * self.shards
-            self.length = math.ceil(self.steps / self.count)
-        else:
-            self.length = math.ceil(self.steps / wanted)
-            self.count = math.ceil(self.steps / self.length)
+        self.count, self.length = self._divide(method.segments)
         self.inputs = jax.tree.map(self._split, inputs)
         self.over = batch.segmented(parameters, inputs)
         self.h0 = batch.lift_state(recurrence.ravel)(h0)
@@ -112,6 +105,21 @@ class Segments:
         self.first_step = first_step
         self.rtol = 64 * recurrence.eps if method.rtol is None else method.rtol
         self.atol = recurrence.eps if method.atol is None else method.atol
+
+    def _divide(self, segments: int | None):
+        """How many segments, and of how many steps each."""
+        if segments is None and self.shards == 1:
+            return self.steps, 1
+        if is_symbolic(self.steps):
+            # The last ones are all padding if there are fewer steps.
+            return segments, -(-self.steps // segments)
+        wanted = min(segments or self.steps, self.steps)
+        if self.shards > 1:
+            # As many segments on every device, even if the last ones are all padding.
+            count = math.ceil(wanted / self.shards) * self.shards
+            return count, math.ceil(self.steps / count)
+        length = math.ceil(self.steps / wanted)
+        return math.ceil(self.steps / length), length
 
     def _split(self, x):
         """`[T, ...]` to `[length, segments, ...]`; the last segment repeats its end."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
+from ..scan import refuse_symbolic
 from .methods import is_count
 
 
@@ -49,6 +50,7 @@ def solve_windows(run, steps: int, length: int, inputs, h0, guess):
     `run(inputs, h0, guess)` solves one window. The windows' states are written into one
     array in place, and inputs are read where they are: nothing is split or joined.
     """
+    refuse_symbolic("solve", "`solver` `Windows`", "Pass the solver itself", steps)
     length = min(length, steps)
     count = -(-steps // length)
 
