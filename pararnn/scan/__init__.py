@@ -41,4 +41,7 @@ from ._tree import (
     tree_reduce as tree_reduce,
     tree_state as tree_state,
 )
+from ._varying import struct as struct
+from ._varying import vary as vary
+from ._varying import varying_axes as varying_axes
 from ._windows import in_windows as in_windows

@@ -14,6 +14,7 @@ from ._choose import FORMS, Form, Pass, choose_form
 from ._linear_scan import check_reset
 from ._matrix_chunks import Way, batch_in_front, chunkwise
 from ._matrix_steps import Terms, stepwise
+from ._varying import vary
 from ._time_axis import time_shards
 
 
@@ -97,6 +98,7 @@ def matrix_scan(
     wide = {name: jnp.asarray(v).astype(precision) for name, v in given.items()}
     steps, heads, size = keys.shape
     start = wide.pop("initial", jnp.zeros((heads, size, values.shape[-1]), precision))
+    start = vary(start, wide)
     queries = wide.pop("queries")
     terms = Terms(
         wide["keys"],

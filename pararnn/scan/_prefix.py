@@ -11,6 +11,7 @@ from jaxtyping import Array, Shaped
 
 from ._symbolic import is_symbolic, refuse_symbolic
 from ._time_axis import join_time, on_each_device, split_time, time_shards
+from ._varying import vary
 
 Element = TypeVar("Element")
 
@@ -28,6 +29,7 @@ def prefix(
     that is the schedule of each device.
     """
     steps = jax.tree.leaves(elements)[0].shape[0]
+    elements = vary(elements, elements)
     shards = time_shards(steps)
     alone = ft.partial(_prefix, combine, backend)
     if shards > 1:

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, PyTree, Shaped
 
 from ._symbolic import is_symbolic
+from ._varying import vary
 
 
 def in_windows(
@@ -23,7 +24,7 @@ def in_windows(
     derivative. So a gradient stores the carry before each window, and of the rest what
     a single window takes. A sequence of unknown length is one window.
     """
-    steps = jax.tree.leaves(xs)[0].shape[0]
+    steps, carry = jax.tree.leaves(xs)[0].shape[0], vary(carry, xs)
     if is_symbolic(steps):
         return run(carry, xs)
     count, size = _divide(steps, max(1, length))

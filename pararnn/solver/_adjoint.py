@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from ..scan import is_symbolic, shift, solve_recurrence, time_shards
+from ..scan import is_symbolic, shift, solve_recurrence, time_shards, vary
 from ._blocks import from_blocks, to_blocks, transition_factors
 from ._recurrence import Recurrence
 from ._structure import Structure
@@ -180,7 +180,8 @@ def _driving_terms(recurrence: Recurrence, before, primals, tangents):
     # `tangents` and `moved` now have the same leaves.
     leaves = jtu.tree_leaves(moved)
     if not leaves:
-        return jnp.zeros((before[0].shape[0], recurrence.width), recurrence.dtype)
+        none = jnp.zeros((before[0].shape[0], recurrence.width), recurrence.dtype)
+        return vary(none, before)
 
     def at_all_steps(moved):
         parameters, inputs = eqx.combine(held, moved)
@@ -191,7 +192,7 @@ def _driving_terms(recurrence: Recurrence, before, primals, tangents):
 
 
 def _materialised(recurrence, structure, parameters, before, inputs, d, terms):
-    seeds = jnp.asarray(structure.seeds, recurrence.dtype)
+    seeds = vary(jnp.asarray(structure.seeds, recurrence.dtype), before)
 
     def columns(h, x):
         def step(v):

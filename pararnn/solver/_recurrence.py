@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from ..scan import promote
+from ..scan import promote, struct, varying_axes
 from ._program import (
     JITTED,
     calls_hold_arrays,
@@ -44,9 +44,7 @@ class Recurrence:
     def __init__(
         self, f: Callable, xs: PyTree, h0: PyTree, refine: Callable | None = None
     ):
-        self.state_leaves, self.state_tree = jtu.tree_flatten(
-            jtu.tree_map(_shape_dtype, h0)
-        )
+        h_leaves, self.state_tree = jtu.tree_flatten(h0)
         x_leaves, x_tree = jtu.tree_flatten(xs)
         x_structs = [_shape_dtype(x, drop_time=True) for x in x_leaves]
         state_tree = self.state_tree
@@ -56,9 +54,18 @@ class Recurrence:
             h = jtu.tree_unflatten(state_tree, leaves[:count])
             return f(h, jtu.tree_unflatten(x_tree, leaves[count:]))
 
-        closed, out = jax.make_jaxpr(flat, return_shape=True)(
-            *self.state_leaves, *x_structs
-        )
+        def trace(axes):
+            self.state_leaves = [
+                struct(jnp.shape(h), jnp.result_type(h), axes) for h in h_leaves
+            ]
+            inputs = *self.state_leaves, *x_structs
+            closed, out = jax.make_jaxpr(flat, return_shape=True)(*inputs)
+            return closed, out, axes | varying_axes(closed.out_avals)
+
+        # Within a `shard_map` a state varies along all axes that its step does.
+        closed, out, axes = trace(varying_axes((h_leaves, x_structs)))
+        if axes != varying_axes(self.state_leaves):
+            closed, out, _ = trace(axes)
         if calls_hold_arrays(closed.jaxpr):
             # Then the cell closes over them itself, and they are parameters like all.
             closed = without_calls(closed)
@@ -248,7 +255,7 @@ def _select_fresh(reset, fresh, h):
 
 def _shape_dtype(x, drop_time: bool = False):
     shape = jnp.shape(x)[1:] if drop_time else jnp.shape(x)
-    return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
+    return struct(shape, jnp.result_type(x), varying_axes(x))
 
 
 def _known_value(x) -> np.ndarray | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from ..scan import is_symbolic, time_shards
+from ..scan import is_symbolic, time_shards, vary
 from ._auto import Auto, choose_ladder
 from ._input_part import InputPart
 from ._ladder import Ladder
@@ -151,19 +151,19 @@ class Run(NamedTuple):
         steps = jtu.tree_leaves(inputs)[0].shape[0]
         shape = h0[0].shape[: len(self.batch.levels)]
 
+        def on_rung(number, states, stats):
+            rung = {"rung": jnp.full(shape, number, jnp.int32)}
+            return vary(self._complete(stats, steps, shape) | rung, states)
+
         def attempt(number, guess):
             limit = max_steps or ladder.steps[number]
             method = ladder.methods[number]
             states, stats = self._iterate(method, inputs, h0, guess, limit)
-            return states, self._complete(stats, steps, shape) | {
-                "rung": jnp.full(shape, number, jnp.int32)
-            }
+            return states, on_rung(number, states, stats)
 
         def last():
             states, stats = self._step(inputs, h0)
-            return states, self._complete(stats, steps, shape) | {
-                "rung": jnp.full(shape, len(ladder.methods), jnp.int32)
-            }
+            return states, on_rung(len(ladder.methods), states, stats)
 
         found = attempt(0, guess)
         for number in range(1, len(ladder.methods) + 1):

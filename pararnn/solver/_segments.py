@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ..scan import is_symbolic, join_time, shift, split_time, spread, time_shards
+from ..scan import is_symbolic, join_time, shift, split_time, spread, time_shards, vary
 from ._recurrence import Batch
 from ._structure import Structure
 from ._warm_up import warm_up
@@ -136,7 +136,7 @@ class Segments:
         batch_shape = self.h0.shape[:-1]
         starts = shift(self.h0, ends)
         best = Best(starts, jnp.full(batch_shape, jnp.inf, recurrence.dtype))
-        return Carry(
+        carry = Carry(
             starts=starts,
             num_steps=jnp.zeros(batch_shape, jnp.int32),
             done=jnp.zeros(batch_shape, bool),
@@ -147,6 +147,7 @@ class Segments:
             ),
             best=best if may_fail else None,
         )
+        return vary(carry, starts)
 
     def _ravel(self, leaves):
         return self.over.lift_state(self.recurrence.ravel)(leaves)
@@ -189,7 +190,7 @@ class Segments:
     def _sweep(self, starts):
         """Ends of the segments and their Jacobians, compressed by the structure."""
         starts = spread(starts)
-        seeds = jnp.asarray(self.structure.seeds, starts.dtype)
+        seeds = vary(jnp.asarray(self.structure.seeds, starts.dtype), starts)
         if self.length == 1:
             # Seeds that are shared by all steps meet each weight matrix once.
             first = jax.tree.map(lambda x: x[0], self.inputs)
@@ -367,7 +368,7 @@ class Segments:
         (Zeros would do, but XLA sets them up before the inputs, and needs more memory.)
         """
         starts = self._unravel(carry.starts)
-        return Attempt(
+        attempt = Attempt(
             parts=tuple(jnp.broadcast_to(s, (self.length, *s.shape)) for s in starts),
             residual=jnp.full_like(carry.correction, jnp.inf),
             certified=jnp.zeros_like(carry.done),
@@ -375,6 +376,7 @@ class Segments:
             certified_steps=jnp.zeros_like(carry.num_steps),
             carry=carry,
         )
+        return vary(attempt, starts)
 
     def finish(self, carry: Carry) -> Attempt:
         """Step through the segments once more, keep every state, and certify them.

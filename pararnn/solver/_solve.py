@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
-from ..scan import time_shards
+from ..scan import time_shards, vary
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
 from ._auto import Auto
 from ._input_part import Division, InputPart, divide
@@ -94,7 +94,7 @@ def solve(
     _check_options(where, solver, adjoint, max_steps)
     refine = _may_go_jointly(solver, max_steps)
     recurrence = make_recurrence(where, f, xs, h0, refine=refine)
-    h0 = jtu.tree_map(jnp.asarray, h0)
+    h0 = vary(jtu.tree_map(jnp.asarray, h0), recurrence.state_leaves)
     steps = count_steps(where, xs)
     _check_windows(where, solver, steps)
     fresh = check_resets(where, recurrence, reset, reset_state, steps)
@@ -108,6 +108,7 @@ def solve(
         return _empty(recurrence, solver)
     used = solver_for(where, recurrence, solver, steps)
     config = _Config(recurrence, used, structure, adjoint, max_steps, throw)
+    fresh = vary(fresh, recurrence.state_leaves)
     primals = (
         (recurrence.release_constants(), fresh),
         (x_leaves, None if reset is None else jnp.asarray(reset)),

@@ -22,6 +22,7 @@ from jaxtyping import PyTree
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from ..scan import vary, varying_axes
 from ._inputs import make_recurrence
 from ._program import (
     JITTED,
@@ -38,7 +39,7 @@ from ._recurrence import Recurrence, _is_inexact, is_key
 _PROBE_FROM = 64
 
 # Primitives of JAX 0.11 that asdex 0.5 has no rule for, in terms of others.
-_UNKNOWN = {"one_minus_square": lambda x: 1 - x * x}
+_UNKNOWN = {"one_minus_square": lambda x: 1 - x * x, "pvary": lambda x: x}
 
 _cache: dict[str, np.ndarray] = {}
 _unique = itertools.count()
@@ -194,6 +195,11 @@ def _blocks(recurrence: Recurrence) -> np.ndarray:
     except NotImplementedError:
         # A primitive that asdex has no rule for: everything may depend on everything.
         return np.arange(width)[None]
+    except (TypeError, ValueError):
+        # Loops of values that vary within a `shard_map` cannot be told not to.
+        if not varying_axes(recurrence.state_leaves):
+            raise
+        return np.arange(width)[None]
     graph = coo_matrix((np.ones(len(rows)), (rows, columns)), (width, width))
     count, label = connected_components(graph, directed=False)
     sizes = np.bincount(label, minlength=count)
@@ -220,11 +226,18 @@ def _real_step(recurrence: Recurrence):
         ]
         x_kinds = kinds[len(constants) :]
         x_leaves = [restore(x, kind) for x, kind in zip(x_leaves, x_kinds, strict=True)]
-        h = recurrence.unravel(v)
+        # Within a `shard_map` they are as the cell was traced for.
+        constants = vary_each(constants, recurrence.constant_structs)
+        x_leaves = vary_each(x_leaves, recurrence.x_structs)
+        h = recurrence.unravel(vary(v, recurrence.state_leaves))
         out = recurrence.smooth_step((constants, None), h, (x_leaves, None))
         return recurrence.ravel(out)
 
     return step
+
+
+def vary_each(values, structs):
+    return [vary(v, struct) for v, struct in zip(values, structs, strict=True)]
 
 
 def _plain(struct: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from ..scan import refuse_symbolic
+from ..scan import refuse_symbolic, vary
 from .methods import is_count
 
 
@@ -77,7 +77,7 @@ def solve_windows(run, steps: int, length: int, inputs, h0, guess):
         stats = {name: jnp.asarray(value) for name, value in stats.items()}
         return states, (start, stats)
 
-    empty = tuple(jnp.zeros((steps, *h.shape), h.dtype) for h in h0)
+    empty = tuple(vary(jnp.zeros((steps, *h.shape), h.dtype), h) for h in h0)
     states, (starts, stats) = lax.scan(body, empty, jnp.arange(count, dtype=jnp.int32))
     return states, _summarize(stats, starts, steps)
 
