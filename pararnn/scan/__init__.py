@@ -7,6 +7,7 @@ from ._arithmetic import (
 )
 from ._backends import Schedule as Schedule
 from ._choose import Backend as Backend
+from ._explicit import refuse_explicit as refuse_explicit
 from ._fused_scan import fused_scan as fused_scan
 from ._grid_scan import grid_scan as grid_scan
 from ._linear_scan import (

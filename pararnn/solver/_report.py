@@ -120,7 +120,8 @@ def _on_every_device(check: Callable) -> Callable:
     """
     mesh = get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    axes = {name for name, kind in kinds if kind != AxisType.Manual}
+    # (An explicit axis, over which no batch is divided, has no exchanges.)
+    axes = {name for name, kind in kinds if kind == AxisType.Auto}
     if not axes or mesh.size == 1:
         return check
     whole = PartitionSpec()

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
-from ..scan import time_shards, vary
+from ..scan import refuse_explicit, time_shards, vary
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
 from ._auto import Auto
 from ._input_part import Division, InputPart, divide
@@ -229,7 +229,11 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess, place
         return _solve_batch(config, batch, parameters, inputs, h0, guess)
 
     @forward.def_vmap
-    def _(size, batched, parameters, inputs, h0, guess, places):
+    def _(size, batched, *given):
+        marks = zip(jtu.tree_leaves(given), jtu.tree_leaves(batched), strict=True)
+        refuse_explicit("solve", [x for x, b in marks if b])
+        parameters, inputs, h0, guess, places = given
+
         def axis(b):
             return 0 if b else None
 
