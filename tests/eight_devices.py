@@ -613,7 +613,7 @@ def test_a_batch_along_an_explicit_axis():
         placed = jax.device_put(xs, PartitionSpec("data"))
         assert jax.typeof(jax.jit(scanned)(placed)).sharding.spec[0] == "data"
         assert_close(derive(scanned, placed), expected[0], 1e-12)
-        with pytest.raises(ValueError, match="type Explicit.*auto_axes"):
+        with pytest.raises(ValueError, match=r"type Explicit.*auto_axes"):
             jax.jit(solved)(placed)
         left = jax.sharding.auto_axes(solved, out_sharding=PartitionSpec("data"))
         assert_close(derive(left, placed), expected[1], 1e-12)

@@ -72,13 +72,16 @@ PROGRAMS = {
     "linear_scan": (scanned, scanned),
     "matrix_scan": (matrix, matrix),
     "fused_scan": (spread_out, spread_out),
-    "prefix": (lambda xs: pararnn.scan.prefix(jnp.maximum, xs), lambda xs: lax.cummax(xs)),
+    "prefix": (
+        lambda xs: pararnn.scan.prefix(jnp.maximum, xs),
+        lambda xs: lax.cummax(xs),
+    ),
 }
 
 
 def shapes(*names):
-    sizes = dict(zip(("b", "t"), export.symbolic_shape("b, t"), strict=True))
-    batch, steps = (sizes[n] if n in names else m for n, m in (("b", B), ("t", T)))
+    batch, steps = export.symbolic_shape("b, t")
+    batch, steps = batch if "b" in names else B, steps if "t" in names else T
     return jax.ShapeDtypeStruct((batch, steps, N), XS.dtype)
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optimistix as optx
 import pytest
 from jax import lax
 from jax.custom_batching import custom_vmap
@@ -90,7 +91,9 @@ BEFORE = {
         NUMBERS,
     ),
     "bits": (
-        lambda h, x: jnp.tanh(h + lax.rng_bit_generator(x, (N,))[1].astype(float) / 2**32),
+        lambda h, x: jnp.tanh(
+            h + lax.rng_bit_generator(x, (N,))[1].astype(float) / 2**32
+        ),
         jr.bits(jr.key(4), (T, 4), jnp.uint32),
     ),
     "in a branch": (
@@ -162,7 +165,7 @@ def test_what_is_read_is_read_once_a_step():
     wanted = jax.grad(lambda h: jnp.sum(scan(lambda h, x: jnp.tanh(h + x), xs, h)))
     for solver in (Auto(), Newton(4)):
         read, xs = list(np.linspace(1, 0, T)), jnp.linspace(0, 1, T)
-        run = lambda h: jnp.sum(found(cell, xs, h, solver=solver))  # noqa: E731, B023
+        run = lambda h: jnp.sum(found(cell, xs, h, solver=solver))  # noqa: E731
         assert_close(jax.jit(jax.grad(run))(H0), wanted(H0))
         assert not read
 
@@ -201,6 +204,14 @@ def test_what_the_state_reads_has_no_derivative():
         jax.grad(lambda h: jnp.sum(found(cell, NUMBERS, h, solver=Auto())))(H0)
 
 
+def test_optimistix_is_not_given_what_it_would_draw_again():
+    cell, xs = BEFORE["rbg"]
+    problem = pararnn.Problem(cell, xs, H0)
+    guess = jnp.zeros((T, N))
+    with refusal(ValueError, ["'rbg'", "pararnn.solve"]):
+        optx.root_find(pararnn.residual, Newton(4), guess, args=problem)
+
+
 def test_usual_cells_are_left_as_they_are():
     """Also random keys of JAX's own kind."""
     xs = keys("threefry2x32")
@@ -219,7 +230,10 @@ COLLECTIVES = {
     "pmean": Shared(lambda h, x: jnp.tanh(W @ h + x + 0.5 * lax.pmean(h, "b")), True),
     "psum of x": Shared(lambda h, x: jnp.tanh(W @ h + lax.psum(x, "b") / B), False),
     "axis_index": Shared(
-        lambda h, x: jnp.tanh(W @ h * (1 + 0.1 * lax.axis_index("b").astype(float)) + x), False
+        lambda h, x: jnp.tanh(
+            W @ h * (1 + 0.1 * lax.axis_index("b").astype(float)) + x
+        ),
+        False,
     ),
     "all_gather": Shared(
         lambda h, x: jnp.tanh(x + W @ lax.all_gather(h, "b").mean(0)), True
@@ -227,6 +241,12 @@ COLLECTIVES = {
     "ppermute": Shared(
         lambda h, x: jnp.tanh(
             W @ h + x * lax.ppermute(h, "b", [(i, (i + 1) % B) for i in range(B)])
+        ),
+        True,
+    ),
+    "with keys": Shared(
+        lambda h, x: jnp.tanh(
+            W @ h + jr.normal(jr.key(jnp.argmax(x)), (N,)) * lax.pmean(h, "b")
         ),
         True,
     ),
@@ -296,9 +316,7 @@ def test_collectives_along_a_batch(name, solver):
 
 def test_a_derivative_from_outside_of_the_named_axis_is_refused():
     cell = COLLECTIVES["pmean"].cell
-    states = jax.vmap(
-        lambda x, h: found(cell, x, h, solver=Newton(4)), axis_name="b"
-    )
+    states = jax.vmap(lambda x, h: found(cell, x, h, solver=Newton(4)), axis_name="b")
     with refusal(NameError, ["'b'", "jax.jit(jax.grad(jax.vmap", "Sequential"]):
         xs, h0 = batch("b", 5), batch("b", 6)[:, 0]
         jax.grad(lambda h: jnp.sum(jax.jit(states)(xs, h)))(h0)
@@ -322,7 +340,7 @@ def test_coupled_sequences_fail_together(solver):
 
 
 def test_sequences_are_not_certified_beside_coupled_ones_that_are_not():
-    """One whose own residual is small has been solved for with wrong states of others."""
+    """One with a small residual has been solved for with wrong states of others."""
 
     def cell(h, x):
         return jnp.tanh(x * h + 1e-3 * lax.pmean(h, "b"))

@@ -19,8 +19,7 @@ from ._linear_scan import (
 from ._matrix_scan import matrix_scan as matrix_scan
 from ._max_plus import max_plus_scan as max_plus_scan
 from ._prefix import prefix as prefix, running_max as running_max
-from ._symbolic import is_symbolic as is_symbolic
-from ._symbolic import refuse_symbolic as refuse_symbolic
+from ._symbolic import is_symbolic as is_symbolic, refuse_symbolic as refuse_symbolic
 from ._time_axis import (
     TIME as TIME,
     delays as delays,
@@ -42,7 +41,5 @@ from ._tree import (
     tree_reduce as tree_reduce,
     tree_state as tree_state,
 )
-from ._varying import struct as struct
-from ._varying import vary as vary
-from ._varying import varying_axes as varying_axes
+from ._varying import struct as struct, vary as vary, varying_axes as varying_axes
 from ._windows import in_windows as in_windows

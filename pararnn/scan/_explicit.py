@@ -27,9 +27,9 @@ def automatic(run: Callable, batched) -> Callable:
 def refuse_explicit(where: str, batched) -> None:
     """Refuse a batch that is divided along an explicit axis.
 
-    A cell is traced before its batch is known, and its program cannot be evaluated where
-    the kinds of the axes are others; and JAX does not batch `lax.cond` over an explicit
-    axis (jax 0.10.2).
+    A cell is traced before its batch is known, and its program cannot be evaluated
+    where the axes are of other kinds; and JAX does not batch `lax.cond` over an
+    explicit axis (jax 0.10.2).
 
     **Raises:** `ValueError`.
     """

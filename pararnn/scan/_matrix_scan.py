@@ -14,8 +14,8 @@ from ._choose import FORMS, Form, Pass, choose_form
 from ._linear_scan import check_reset
 from ._matrix_chunks import Way, batch_in_front, chunkwise
 from ._matrix_steps import Terms, stepwise
-from ._varying import vary
 from ._time_axis import time_shards
+from ._varying import vary
 
 
 def matrix_scan(

@@ -55,17 +55,15 @@ class Recurrence:
             return f(h, jtu.tree_unflatten(x_tree, leaves[count:]))
 
         def trace(axes):
-            self.state_leaves = [
-                struct(jnp.shape(h), jnp.result_type(h), axes) for h in h_leaves
-            ]
-            inputs = *self.state_leaves, *x_structs
-            closed, out = jax.make_jaxpr(flat, return_shape=True)(*inputs)
-            return closed, out, axes | varying_axes(closed.out_avals)
+            h = [struct(jnp.shape(h), jnp.result_type(h), axes) for h in h_leaves]
+            return h, *jax.make_jaxpr(flat, return_shape=True)(*h, *x_structs)
 
         # Within a `shard_map` a state varies along all axes that its step does.
-        closed, out, axes = trace(varying_axes((h_leaves, x_structs)))
-        if axes != varying_axes(self.state_leaves):
-            closed, out, _ = trace(axes)
+        axes = varying_axes((h_leaves, x_structs))
+        self.state_leaves, closed, out = trace(axes)
+        wider = axes | varying_axes(closed.out_avals)
+        if wider != axes:
+            self.state_leaves, closed, out = trace(wider)
         if calls_hold_arrays(closed.jaxpr):
             # Then the cell closes over them itself, and they are parameters like all.
             closed = without_calls(closed)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, PyTree
 from ._inputs import as_step, check_like, check_resets, count_steps, make_recurrence
 from ._recurrence import Batch
 from ._segments import Carry, Segments
+from ._stepwise import refuse_special
 from ._structure import find_structure
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def _segments(method: "AbstractMethod", problem: Any):
             "args=pararnn.Problem(cell, xs, h0))`."
         )
     recurrence = make_recurrence(where, problem.f, problem.xs, problem.h0)
+    refuse_special(where, recurrence)
     steps = count_steps(where, problem.xs)
     fresh = check_resets(where, recurrence, problem.reset, problem.reset_state, steps)
     parameters = recurrence.release_constants(), fresh

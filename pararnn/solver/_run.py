@@ -36,9 +36,9 @@ def solver_for(where: str, recurrence: Recurrence, solver: Solver, steps: int):
         return solver
     if time_shards(steps) > 1:
         raise ValueError(
-            f"{where}: {reason}. So it is stepped through, but time lies across devices "
-            '(the mesh in context has an axis "time"), each of which would wait for the '
-            'one before. Use a mesh without an axis "time".'
+            f"{where}: {reason}. So it is stepped through, but time lies across "
+            'devices (the mesh in context has an axis "time"), each of which would '
+            'wait for the one before. Use a mesh without an axis "time".'
         )
     if isinstance(solver, Auto):
         return Sequential()
@@ -47,8 +47,9 @@ def solver_for(where: str, recurrence: Recurrence, solver: Solver, steps: int):
         return Windows(within, solver.length)
     if must_only_step(recurrence) and _cuts_time(solver, steps):
         raise ValueError(
-            f"{where}: `solver` is {solver!r:.80}, which takes many steps at once, but "
-            f"{reason}. Or pass pararnn.Sequential() or pararnn.Auto(), which then step."
+            f"{where}: `solver` is {solver!r:.80}, which takes many steps at once, "
+            f"but {reason}. Or pass pararnn.Sequential() or pararnn.Auto(), which then "
+            "step."
         )
     return solver
 

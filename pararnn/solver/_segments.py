@@ -92,7 +92,7 @@ class Segments:
         self.recurrence = recurrence = batch.recurrence
         linearization = method.linearize(recurrence.width, find_structure)
         self.structure, self.push = linearization
-        self.steps = jax.tree.leaves(inputs)[0].shape[0]
+        self.steps: int = jax.tree.leaves(inputs)[0].shape[0]
         self.shards = time_shards(self.steps)
         self.count, self.length = self._divide(method.segments)
         self.inputs = jax.tree.map(self._split, inputs)
@@ -106,13 +106,12 @@ class Segments:
         self.rtol = 64 * recurrence.eps if method.rtol is None else method.rtol
         self.atol = recurrence.eps if method.atol is None else method.atol
 
-    def _divide(self, segments: int | None):
+    def _divide(self, segments: int | None) -> tuple[int, int]:
         """How many segments, and of how many steps each."""
-        if segments is None and self.shards == 1:
-            return self.steps, 1
         if is_symbolic(self.steps):
             # The last ones are all padding if there are fewer steps.
-            return segments, -(-self.steps // segments)
+            count = segments or self.steps
+            return count, -(-self.steps // count)
         wanted = min(segments or self.steps, self.steps)
         if self.shards > 1:
             # As many segments on every device, even if the last ones are all padding.

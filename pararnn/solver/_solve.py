@@ -204,9 +204,9 @@ def _step_coupled(primals, others, *, config: _Config):
         return h, h
 
     states = jax.lax.scan(step, h0, inputs)[1]
-    known, found = jax.lax.stop_gradient((primals, states))
-    batch = Batch(config.recurrence)
-    _, stats = _forward(config, batch, *known, found, places)
+    stop = jax.lax.stop_gradient
+    arguments = stop(parameters), stop(inputs), stop(h0), stop(states), places
+    _, stats = _forward(config, Batch(config.recurrence), *arguments)
     if config.throw:
         good = stats["checked"] == 0
         states = tuple(jnp.where(good, s, jnp.nan) for s in states)
@@ -217,9 +217,9 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess, place
     """Solve, natively batched: every `vmap` adds a level to `batch` and recurses.
 
     `vmap` of the solver's own loops would run the fallback always and all loops under
-    per-sequence selection; as a batch axis, one loop serves all sequences. A rule is not
-    told the name of its axis, along which the cell may communicate. `places` tells: the
-    index along a named axis is batched by the `vmap` of this axis and by no other.
+    per-sequence selection; as a batch axis, one loop serves all sequences. A rule is
+    not told the name of its axis, along which the cell may communicate. `places` tells:
+    the index along a named axis is batched by the `vmap` of this axis and by no other.
     """
 
     @custom_vmap
@@ -245,8 +245,9 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess, place
 
         here = [name for name, along in batched[4].items() if along]
         places = {name: place for name, place in places.items() if name not in here}
-        axes = jtu.tree_map(axis, tuple(batched[:2]))
-        deeper = batch.under(*axes, here[0] if here else None)
+        of_parameters, of_inputs = jtu.tree_map(axis, tuple(batched[:2]))
+        name = here[0] if here else None
+        deeper = batch.under(of_parameters, of_inputs, name)
         inputs = jtu.tree_map(behind_time, inputs, batched[1])
         h0 = jtu.tree_map(everywhere, h0, batched[2])
         guess = jtu.tree_map(

@@ -53,9 +53,10 @@ def must_step(eqn) -> bool:
         return True
     if name in _CALLBACKS and eqn.params.get("vmap_method") not in _ONE_BY_ONE:
         return True
-    keys = filter(is_key, (v.aval for v in (*variables(eqn.invars), *eqn.outvars)))
+    values = [v.aval for v in (*variables(eqn.invars), *eqn.outvars)]
+    kinds = {str(getattr(value, "dtype", None)) for value in values if is_key(value)}
     # JAX's own kind alone draws the same from each key, however many there are.
-    return any(str(key.dtype) != "key<fry>" for key in keys) or any(
+    return bool(kinds - {"key<fry>"}) or any(
         must_step(e) for program in inner_programs(eqn.params) for e in program.eqns
     )
 
@@ -129,6 +130,22 @@ def settle(
     return rest, (*x_leaves, *made)
 
 
+def refuse_special(where: str, recurrence: Recurrence) -> None:
+    """Refuse what only `pararnn.solve` does one step at a time.
+
+    **Raises:** `ValueError`.
+    """
+    if _is_special(recurrence.jaxpr):
+        raise ValueError(
+            f"{where}: the cell does something that is another computation for many "
+            "steps at once than for each: (a) it draws from random keys of the kind "
+            "'rbg' or 'unsafe_rbg'; (b) it calls a function with `custom_vmap`, or a "
+            "callback whose `vmap_method` is not 'sequential'; (c) it communicates "
+            "along a named axis. Use `pararnn.solve`, which does so one step at a "
+            "time, or do it before and pass what it returns as `xs`."
+        )
+
+
 def must_sweep(where: str, recurrence: Recurrence) -> bool:
     """Whether the derivative, too, has to be taken one step at a time.
 
@@ -138,9 +155,9 @@ def must_sweep(where: str, recurrence: Recurrence) -> bool:
     if recurrence.is_impure:
         raise NotImplementedError(
             f"{where}: the cell calls, on its state, what returns something else each "
-            "time (`io_callback`, `lax.rng_uniform`). The derivative evaluates the cell "
-            "again, and would be that of other states. Call it before the solve, for "
-            "all steps, and pass what it returns as `xs`."
+            "time (`io_callback`, `lax.rng_uniform`). The derivative evaluates the "
+            "cell again, and would be that of other states. Call it before the solve, "
+            "for all steps, and pass what it returns as `xs`."
         )
     coupled = bool(recurrence.coupled_along)
     return recurrence.has_custom_vjp or recurrence.must_step or coupled
@@ -150,12 +167,12 @@ def why_stepped(recurrence: Recurrence) -> str | None:
     """Why a cell is stepped through, if it is, whatever its size."""
     if recurrence.must_step:
         return (
-            "the cell does something on its state that is another computation for many "
-            "steps at once than for each: (a) it draws from random keys of the kind "
-            "'rbg' or 'unsafe_rbg' that depend on the state, or within a loop or branch "
-            "that does: use keys of JAX's default kind, or draw before the loop or "
-            "branch; (b) it calls a function with `custom_vmap`, or a callback whose "
-            "`vmap_method` is not 'sequential', on the state"
+            "the cell does something on its state that is another computation for "
+            "many steps at once than for each: (a) it draws from random keys of the "
+            "kind 'rbg' or 'unsafe_rbg' that depend on the state, or within a loop or "
+            "branch that does: use keys of JAX's default kind, or draw before the loop "
+            "or branch; (b) it calls a function with `custom_vmap`, or a callback "
+            "whose `vmap_method` is not 'sequential', on the state"
         )
     if recurrence.coupled_along:
         axes = ", ".join(map(repr, recurrence.coupled_along))
