@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from pararnn.scan import in_windows, time_shards
+from pararnn.scan import in_windows, is_symbolic, time_shards
 
 # In windows over at once (2 cores of an Intel Xeon, jax 0.10.2, d_model = 64, windows
 # of 2048 steps): time of the value, of value and gradient, and memory of the latter.
@@ -75,4 +75,4 @@ def _choose_window(steps: int, numbers: int | None) -> int:
         return steps
     if numbers is not None:
         return max(_FEWEST, _NUMBERS // numbers)
-    return _WINDOW if steps >= _LONG else steps
+    return steps if is_symbolic(steps) or steps < _LONG else _WINDOW

@@ -32,6 +32,8 @@ class RNN(eqx.Module):
         of the layer like any other.
     - `output`: what to emit of a state. Defaults to what the cell emits, which of a
         function is the state itself.
+    - `throw`: raise if a solve fails, as for [`pararnn.solve`][]. Defaults to `True`;
+        `False` for programs that are exported, and see `run` for the statistics.
 
     **Raises:** `TypeError`, `ValueError` if the cell cannot be adapted or the solver is
     not one. A call raises `NotImplementedError` if a step changes a variable of a Flax
@@ -40,6 +42,7 @@ class RNN(eqx.Module):
 
     cell: Any
     solver: Solver
+    throw: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -48,10 +51,12 @@ class RNN(eqx.Module):
         solver: Solver = Auto(),
         init_state: PyTree[Array] | None = None,
         output: Callable[[PyTree], Any] | None = None,
+        throw: bool = True,
     ):
         check_solver("RNN", solver)
         self.cell = as_cell(cell, init_state, output)
         self.solver = solver
+        self.throw = check_flag("RNN", "throw", throw)
 
     def init_state(self) -> PyTree[Array]:
         """The fresh state."""
@@ -116,6 +121,7 @@ class RNN(eqx.Module):
             reset_state=None if reset is None else fresh,
             # A function, so that everything is checked before the cell sees it.
             initial_guess=guess if split and steps else None,
+            throw=self.throw,
         )
         flax = emitting_cell(cell)
         if flax is None:

@@ -465,6 +465,160 @@ def test_manual_axes_are_left_alone():
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)
 
 
+METHODS = {
+    "Auto": pararnn.Auto(),
+    "Newton": N(5),
+    "full Newton": N(),
+    "Jacobi": pararnn.Jacobi(5),
+    "QuasiNewton": pararnn.QuasiNewton(5, probes=2),
+    "ELK": pararnn.ELK(5),
+    "Windows": pararnn.Windows(N(3), 10),
+    "Ladder": pararnn.Ladder((N(5),), 1),
+}
+# Layers and solves, as functions of parameters, a sequence and its resets.
+WITHIN = {
+    **{
+        name: solved(pararnn.GRUCell, solver=solver)[:2]
+        for name, solver in METHODS.items()
+    },
+    **{
+        f"linear_scan, {backend}": scanned(D, WIDTH, backend=backend)[:2]
+        for backend in ("sequential", "associative", "chunked")
+    },
+    "matrix_scan": (weights, ft.partial(attend, form="recurrent")),
+    "matrix_scan in chunks": (weights, ft.partial(attend, form="chunkwise")),
+    "RNN": layered(lambda key: pararnn.RNN(pararnn.LSTMCell(WIDTH, key=key))),
+    "LRU": layered(lambda key: linear.LRU(WIDTH, key=key)),
+    "Mamba": layered(lambda key: linear.Mamba(WIDTH, 4, key=key)),
+    "MLSTM": layered(lambda key: linear.MLSTM(WIDTH, key=key)),
+}
+
+
+def within(name):
+    """A batch of eight sequences by one of `WITHIN`, and what it is run on."""
+    make, run = WITHIN[name]
+    parameters, static = eqx.partition(make(jr.key(2), 20), eqx.is_inexact_array)
+    xs = jr.normal(jr.key(3), (8, 20, WIDTH))
+    reset = jr.bernoulli(jr.key(4), 0.15, (8, 20))
+
+    def outputs(parameters, xs, reset):
+        whole = eqx.combine(parameters, static)
+        return jax.vmap(run, (None, 0, 0))(whole, xs, reset)
+
+    def derive(outputs):
+        def loss(parameters, xs):
+            ys = outputs(parameters, xs, reset)
+            return jnp.sum(jnp.sin(ys)), ys
+
+        gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return jax.jit(gradient)(parameters, xs)
+
+    return outputs, derive
+
+
+@pytest.mark.parametrize("name", WITHIN)
+def test_within_a_shard_map_that_checks_what_varies(name):
+    """Parameters are the same on all devices, so that their gradient is summed."""
+    outputs, derive = within(name)
+    axis = PartitionSpec("data")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (PartitionSpec(), axis, axis), "out_specs": axis}
+    mapped = jax.shard_map(outputs, mesh=mesh, **specs)
+    assert_close(derive(mapped), derive(outputs), 1e-9)
+
+
+@pytest.mark.parametrize("name", ["Newton", "LRU"])
+def test_within_a_shard_map_over_some_of_the_axes(name):
+    outputs, derive = within(name)
+    axis = PartitionSpec("data")
+    specs = {"in_specs": (PartitionSpec(), axis, axis), "out_specs": axis}
+    expected = derive(outputs)
+    with jax.set_mesh(pararnn.make_mesh(data=4, fsdp=2)):
+        mapped = jax.shard_map(outputs, axis_names={"data"}, **specs)
+        assert_close(derive(mapped), expected, 1e-9)
+
+
+def test_a_failure_within_a_shard_map():
+    cell = pararnn.GRUCell(WIDTH, key=jr.key(0))
+    xs = jnp.zeros((8, 12, WIDTH)).at[3, 7, 1].set(jnp.nan)
+    axis = PartitionSpec("data")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def run(xs, throw):
+        one = lambda xs: pararnn.solve(cell, xs, cell.init_state(), throw=throw)  # noqa: E731
+        solution = jax.vmap(one)(xs)
+        return solution.states, solution.stats["first_nonfinite"]
+
+    specs = {"mesh": mesh, "in_specs": axis, "out_specs": axis}
+    reported = jax.jit(jax.shard_map(ft.partial(run, throw=False), **specs))
+    assert reported(xs)[1].tolist() == [12, 12, 12, 7, 12, 12, 12, 12]
+    with pytest.raises(Exception, match="inputs"):
+        raised = jax.jit(jax.shard_map(ft.partial(run, throw=True), **specs))
+        jax.block_until_ready(raised(xs))
+
+
+def test_collectives_over_devices():
+    """What depends on the state couples devices, which only a loop can keep in step."""
+    xs, h0 = jr.normal(jr.key(0), (8, 12, WIDTH)), jnp.ones((8, WIDTH))
+    axis = PartitionSpec("data")
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def of_state(h, x):
+        return jnp.tanh(x + 0.5 * lax.pmean(h, "data"))
+
+    def of_input(h, x):
+        return jnp.tanh(h + 0.5 * lax.pmean(x, "data"))
+
+    def derive(cell, run):
+        def outputs(xs, h0):
+            return run(cell, xs[0], h0[0])[None]
+
+        mapped = jax.shard_map(outputs, mesh=mesh, in_specs=axis, out_specs=axis)
+        loss = lambda *at: jnp.sum(jnp.sin(mapped(*at)))  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(xs, h0)
+
+    def stepped(cell, xs, h0):
+        # The state varies from device to device, as it does in the inputs.
+        return loop(cell, h0, xs, jnp.zeros(len(xs), bool))
+
+    def by(solver):
+        return lambda *at: pararnn.solve(*at, solver=solver).states
+
+    rows = (of_state, pararnn.Auto()), (of_input, pararnn.Auto()), (of_input, N(4))
+    for cell, solver in rows:
+        assert_close(derive(cell, by(solver)), derive(cell, stepped), 1e-9)
+    with pytest.raises(ValueError, match="along the axis 'data'"):
+        derive(of_state, by(N(4)))
+
+
+def test_a_batch_along_an_explicit_axis():
+    """A scan is divided as its arguments are; a solve says what to do."""
+    xs = jr.normal(jr.key(0), (8, 12, WIDTH))
+    cell = pararnn.GRUCell(WIDTH, key=jr.key(1))
+
+    def scanned(xs):
+        factors = pararnn.Diagonal(jax.nn.sigmoid(xs))
+        return pararnn.linear_scan(factors, xs, backend="chunked")
+
+    def solved(xs):
+        return pararnn.solve(cell, xs, cell.init_state(), solver=N(4)).states
+
+    def derive(run, xs):
+        gradient = jax.value_and_grad(lambda xs: jnp.sum(jnp.sin(run(xs))))
+        return jax.jit(gradient)(xs)
+
+    scanned, solved = jax.vmap(scanned), jax.vmap(solved)
+    expected = derive(scanned, xs), derive(solved, xs)
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        placed = jax.device_put(xs, PartitionSpec("data"))
+        assert jax.typeof(jax.jit(scanned)(placed)).sharding.spec[0] == "data"
+        assert_close(derive(scanned, placed), expected[0], 1e-12)
+        with pytest.raises(ValueError, match=r"type Explicit.*auto_axes"):
+            jax.jit(solved)(placed)
+        left = jax.sharding.auto_axes(solved, out_sharding=PartitionSpec("data"))
+        assert_close(derive(left, placed), expected[1], 1e-12)
+
+
 BAD = {
     "batch": (lambda mesh: pararnn.shard_batch(jnp.ones((3, 8)), mesh), "data"),
     "time": (lambda mesh: pararnn.shard_batch(jnp.ones((2, 7)), mesh), "axis 1"),

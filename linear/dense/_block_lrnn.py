@@ -82,7 +82,7 @@ class BlockLRNN(AbstractLayer):
     def mix(self, xs, state, reset):
         blocks, size, _, d_model = self.W_A.shape
         A = linear(self.W_A.reshape(-1, d_model), xs)
-        A = A.reshape(len(xs), blocks, size, size)
+        A = A.reshape(xs.shape[0], blocks, size, size)
         powers = jnp.sum(jnp.abs(A) ** self.p, 2, keepdims=True)
         # The maximum first, as the root of zero has no derivative.
         A = A / jnp.maximum(1, powers) ** (1 / self.p)

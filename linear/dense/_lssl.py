@@ -113,12 +113,12 @@ class LSSL(AbstractLayer):
     def mix(self, xs, state, reset):
         A, B = self.discretise()
         wide = xs.astype(A.dtype)
-        drive = (wide[..., None] * B[None]).reshape(len(xs), -1)
+        drive = (wide[..., None] * B[None]).reshape(xs.shape[0], -1)
         states = linear_scan(
             BlockDiagonal(A[None]), drive, state.reshape(-1), reset=reset
-        ).reshape(len(xs), *state.shape)
+        ).reshape(xs.shape[0], *state.shape)
         C, D = widen(self.C, self.D)
         outputs = jnp.einsum("tdn,dmn->tdm", states, C, precision=lax.Precision.HIGHEST)
         outputs = jax.nn.gelu(outputs + wide[..., None] * D[None], approximate=False)
-        ys = affine(self.W_out, outputs.reshape(len(xs), -1), self.b_out)
+        ys = affine(self.W_out, outputs.reshape(xs.shape[0], -1), self.b_out)
         return ys, states[-1]

@@ -100,7 +100,7 @@ class RGLRU(AbstractLayer):
         tiny = jnp.finfo(log_a.dtype).tiny
         a, rest = decay(log_a)
         scale = jnp.sqrt(jnp.maximum(rest, tiny))
-        first = (jnp.arange(len(xs)) == 0) & (fresh > 0)
+        first = (jnp.arange(xs.shape[0]) == 0) & (fresh > 0)
         if reset is not None:
             first = first | reset
         scale = jnp.where(first[:, None], 1, scale)

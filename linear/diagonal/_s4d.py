@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
 from pararnn._parameters import check_number, check_size, widen
-from pararnn.scan import time_shards
+from pararnn.scan import is_symbolic, refuse_symbolic, time_shards
 
 from ..parts import (
     DISCRETISATIONS,
@@ -169,9 +169,11 @@ class S4D(AbstractConstantDiagonal):
 
     def mix(self, xs, state, reset):
         steps = xs.shape[0]
+        if self.form == "convolution":
+            refuse_symbolic("S4D", "`form` 'convolution'", "Pass 'auto'", steps)
         # A transform would gather a sequence that lies across devices.
-        long = steps >= _CONVOLVED and time_shards(steps) == 1
-        long = long and self.form == "auto"
+        long = not is_symbolic(steps) and steps >= _CONVOLVED
+        long = long and time_shards(steps) == 1 and self.form == "auto"
         if reset is None and (long or self.form == "convolution"):
             return self._convolve(xs.astype(self.precision()), state)
         return super().mix(xs, state, reset)

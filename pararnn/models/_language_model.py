@@ -59,6 +59,7 @@ class LanguageModel(eqx.Module):
         mixer: Mixer | Sequence[Mixer] = "paragru",
         d_hidden: int | None = None,
         solver: Solver = Auto(),
+        throw: bool = True,
         tied: bool = True,
         rematerialise: bool = False,
         dtype: DTypeLike | None = None,
@@ -74,7 +75,8 @@ class LanguageModel(eqx.Module):
             divide `depth`.
         - `d_hidden`: width of the MLP; 8/3 of `d_model`, rounded up to a multiple of
             64, if not given; 0 for blocks without one.
-        - `solver`: of nonlinear mixers given by name, as for [`pararnn.solve`][].
+        - `solver`, `throw`: of nonlinear mixers given by name, as for
+            [`pararnn.RNN`][].
         - `tied`: use the embedding as the output matrix.
         - `rematerialise`: keep only the inputs of each group of blocks for the
             gradient, and compute the rest again.
@@ -108,9 +110,8 @@ class LanguageModel(eqx.Module):
         def make(mixer: Mixer, key: PRNGKeyArray) -> Block:
             inner, outer = jr.split(key)
             if isinstance(mixer, str):
-                layer = make_mixer(
-                    mixer, d_model, solver=solver, dtype=dtype, key=inner
-                )
+                solving = {"solver": solver, "throw": throw}
+                layer = make_mixer(mixer, d_model, dtype=dtype, key=inner, **solving)
             else:
                 layer = mixer(d_model, key=inner)
             return Block(layer, d_model, d_hidden, dtype=dtype, key=outer)

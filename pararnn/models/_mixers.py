@@ -42,6 +42,7 @@ class CellMixer(eqx.Module):
         *,
         d_state: int | None = None,
         solver: Solver = Auto(),
+        throw: bool = True,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
         **options: Any,
@@ -51,7 +52,7 @@ class CellMixer(eqx.Module):
         - `d_model`: size of an input and of an output.
         - `cell`: a name in [`pararnn.CELLS`][].
         - `d_state`: size of the cell's state; `d_model` if not given.
-        - `solver`: as for [`pararnn.solve`][].
+        - `solver`, `throw`: as for [`pararnn.RNN`][].
         - `dtype`: of the parameters; JAX's default floating point if not given.
         - `key`: a key of `jax.random`. $W$ is uniform within
             $\pm 1 / \sqrt{d_\mathrm{state}}$.
@@ -63,7 +64,7 @@ class CellMixer(eqx.Module):
         self.d_model = check_size("CellMixer", "d_model", d_model)
         inner, outer = jr.split(key)
         made = make_cell(cell, d_model, d_state, key=inner, dtype=dtype, **options)
-        self.rnn = RNN(made, solver=solver)
+        self.rnn = RNN(made, solver=solver, throw=throw)
         shape, bound = (self.d_model, made.d_state), made.d_state**-0.5
         (self.W,) = uniform(outer, 1, shape, bound, dtype or jnp.result_type(float))
 
@@ -121,6 +122,7 @@ def make_mixer(
     d_model: int,
     *,
     solver: Solver = Auto(),
+    throw: bool = True,
     dtype: DTypeLike | None = None,
     key: PRNGKeyArray,
 ) -> Any:
@@ -132,7 +134,7 @@ def make_mixer(
         installed package has entered (those of `linear`), and options behind colons:
         `"mamba2"`, `"paragru:heads=4"`, `"deltanet:heads=4:eigenvalues=signed"`.
     - `d_model`: size of an input and of an output.
-    - `solver`: for cells, as for [`pararnn.solve`][]; linear layers need none.
+    - `solver`, `throw`: for cells, as for [`pararnn.RNN`][]; linear layers need none.
     - `dtype`: of the parameters; JAX's default floating point if not given.
     - `key`: a key of `jax.random`.
 
@@ -142,7 +144,8 @@ def make_mixer(
     check_solver("make_mixer", solver)
     name, options = parse_spec("make_mixer", mixer)
     if name in CELLS:
-        return CellMixer(d_model, name, solver=solver, dtype=dtype, key=key, **options)
+        solving = {"solver": solver, "throw": throw}
+        return CellMixer(d_model, name, dtype=dtype, key=key, **solving, **options)
     for layers in registered_layers().values():
         if name in layers:
             if dtype is not None:

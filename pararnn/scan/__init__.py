@@ -8,6 +8,7 @@ from ._arithmetic import (
 )
 from ._backends import Schedule as Schedule
 from ._choose import Backend as Backend
+from ._explicit import refuse_explicit as refuse_explicit
 from ._fused_scan import fused_scan as fused_scan
 from ._grid_scan import grid_scan as grid_scan
 from ._linear_scan import (
@@ -19,6 +20,7 @@ from ._linear_scan import (
 from ._matrix_scan import matrix_scan as matrix_scan
 from ._max_plus import max_plus_scan as max_plus_scan
 from ._prefix import prefix as prefix, running_max as running_max
+from ._symbolic import is_symbolic as is_symbolic, refuse_symbolic as refuse_symbolic
 from ._time_axis import (
     TIME as TIME,
     delays as delays,
@@ -40,4 +42,5 @@ from ._tree import (
     tree_reduce as tree_reduce,
     tree_state as tree_state,
 )
+from ._varying import struct as struct, vary as vary, varying_axes as varying_axes
 from ._windows import in_windows as in_windows

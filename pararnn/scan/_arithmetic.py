@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from ._varying import vary
+
 # Up to this size a product is written out as multiplications and a sum, which XLA
 # fuses into the loop around it. Measured on the 2-core CPU named in
 # docs/benchmarks.md: a 16 x [4, 4] recurrence takes 0.13 us a step written out and
@@ -67,7 +69,7 @@ def invert_matrices(a: Array) -> Array:
     """
     n = a.shape[-1]
     index = jnp.arange(n, dtype=jnp.int32)
-    inverse = jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), a.shape)
+    inverse = vary(jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), a.shape), a)
 
     def swap(m, k, pivot):
         """Rows k and `pivot` `[...]` of m in each other's place."""

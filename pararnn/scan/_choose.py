@@ -26,6 +26,8 @@ from typing import Literal, NamedTuple
 
 import jax
 
+from ._symbolic import is_symbolic, refuse_symbolic
+
 Backend = Literal["auto", "sequential", "associative", "chunked"]
 BACKENDS = ("auto", "sequential", "associative", "chunked")
 
@@ -41,6 +43,11 @@ def choose_backend(backend: Backend, kind: str, steps: int, size: int) -> Choice
     **Arguments:** `kind` is the engine's layout, `steps` the length in time, `size` the
     width of one block (1 for elementwise transitions).
     """
+    if is_symbolic(steps):
+        if backend in ("associative", "chunked"):
+            remedy = "Pass 'sequential', or leave it out"
+            refuse_symbolic("linear_scan", f"`backend` {backend!r}", remedy, steps)
+        return Choice("sequential", 1)
     # Two levels cost steps / segments + segments serial steps.
     segments = max(1, math.isqrt(steps))
     if backend != "auto":
@@ -181,6 +188,12 @@ def choose_form(
             'lies across devices (the mesh in context has an axis "time"), each of '
             "which would wait for the one before. Pass 'chunkwise', or leave it out."
         )
+    if is_symbolic(steps):
+        if form == "chunkwise":
+            remedy = "Pass 'recurrent', or leave it out"
+            refuse_symbolic("matrix_scan", f"`form` {form!r}", remedy, steps)
+        stepped = Pass("recurrent", None)
+        return FormChoice(stepped, stepped, every, False)
     steps = -(-steps // shards)
     on_cpu = shards == 1 and jax.default_backend() == "cpu"
     # A loop over a batch that lies across devices would move every sequence to all, and
@@ -208,7 +221,7 @@ def choose_form(
 
 def choose_window(steps: int) -> int | None:
     """Steps between two states that the derivative of a loop stores; all if `None`."""
-    return _STEPPED if steps >= _LONG else None
+    return None if is_symbolic(steps) or steps < _LONG else _STEPPED
 
 
 # Mamba's recurrence, 16 states for each channel, float32, on 2 cores of an Intel Xeon

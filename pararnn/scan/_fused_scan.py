@@ -13,6 +13,7 @@ from ._choose import FusedForm, choose_fused, choose_window
 from ._linear_scan import check_reset, linear_scan
 from ._time_axis import time_shards
 from ._transitions import Diagonal
+from ._varying import vary
 from ._windows import in_windows
 
 
@@ -66,7 +67,7 @@ def fused_scan(
     first = jax.tree.map(
         lambda v: jax.ShapeDtypeStruct(jnp.shape(v)[1:], jnp.result_type(v)), inputs
     )
-    initial = _start(terms, first, jnp.asarray(initial))
+    initial = vary(_start(terms, first, jnp.asarray(initial)), inputs)
     output = sum(v.size for v in jax.tree.leaves(jax.eval_shape(read, initial, first)))
 
     def whole(at_t):

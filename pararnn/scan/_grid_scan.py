@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from ._arithmetic import check_bits, promote
 from ._linear_scan import linear_scan
 from ._transitions import Diagonal
+from ._varying import vary
 
 
 def grid_scan(
@@ -94,7 +95,7 @@ def grid_scan(
     # Rows first, as the loop goes over them.
     for name in ("source", "mark"):
         wide[name] = jnp.moveaxis(wide[name], 0, 1)
-    top = jnp.zeros((width, heads, size, values.shape[-1]), precision)
+    top = vary(jnp.zeros((width, heads, size, values.shape[-1]), precision), wide)
     # A loop keeps the two passes apart by itself.
     row = ft.partial(jax.checkpoint, prevent_cse=False)(_row)
     _, outputs = lax.scan(row, top, wide)

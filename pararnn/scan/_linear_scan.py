@@ -11,8 +11,10 @@ from jaxtyping import Array, Bool, Inexact
 from ._arithmetic import check_bits, promote
 from ._backends import Schedule, associative, chunked, identity, sequential
 from ._choose import BACKENDS, Backend, choose_backend
+from ._explicit import automatic
 from ._time_axis import scan_stretches, shift, time_shards
 from ._transitions import AbstractTransition, Layout
+from ._varying import vary
 
 
 def linear_scan(
@@ -95,6 +97,7 @@ def solve_recurrence(
     $\lambda_t = g_t + A_{t+1}^\top \lambda_{t+1}$: the same kernels run backwards,
     emitting before they multiply. Derivatives in $A$ come from `matvec`.
     """
+    a, b, h0, reset = vary((a, b, h0, reset), (a, b, h0, reset))
     schedule = Schedule(kind, "after", reverse)
     product = schedule.product
 
@@ -172,7 +175,14 @@ def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
         )
 
     @run.def_vmap
-    def _(size, batched, a, b, u, reset):
+    def _(size, batched, *arguments):
+        def whole_batch(a, b, u, reset):
+            return over_batch(size, batched, a, b, u, reset)
+
+        batch = [x for x, b in zip(arguments, batched, strict=True) if b is True]
+        return automatic(whole_batch, batch)(*arguments), (True, True)
+
+    def over_batch(size, batched, a, b, u, reset):
         def behind_time(v, has_batch):
             return jnp.moveaxis(v, 0, 1) if has_batch else v[:, None]
 
@@ -182,7 +192,7 @@ def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
         b = jnp.broadcast_to(b, (b.shape[0], size, *b.shape[2:]))
         u = jnp.broadcast_to(u, (size, *u.shape[1:]))
         x, u = run_scan(schedule, backend, a, b, u, reset)
-        return (jnp.moveaxis(x, 1, 0), u), (True, True)
+        return jnp.moveaxis(x, 1, 0), u
 
     return run(a, b, u, reset)
 

@@ -15,6 +15,7 @@ from ._linear_scan import check_reset
 from ._matrix_chunks import Way, batch_in_front, chunkwise
 from ._matrix_steps import Terms, stepwise
 from ._time_axis import time_shards
+from ._varying import vary
 
 
 def matrix_scan(
@@ -97,6 +98,7 @@ def matrix_scan(
     wide = {name: jnp.asarray(v).astype(precision) for name, v in given.items()}
     steps, heads, size = keys.shape
     start = wide.pop("initial", jnp.zeros((heads, size, values.shape[-1]), precision))
+    start = vary(start, wide)
     queries = wide.pop("queries")
     terms = Terms(
         wide["keys"],

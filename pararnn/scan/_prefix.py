@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Shaped
 
+from ._symbolic import is_symbolic, refuse_symbolic
 from ._time_axis import join_time, on_each_device, split_time, time_shards
+from ._varying import vary
 
 Element = TypeVar("Element")
 
@@ -27,6 +29,7 @@ def prefix(
     that is the schedule of each device.
     """
     steps = jax.tree.leaves(elements)[0].shape[0]
+    elements = vary(elements, elements)
     shards = time_shards(steps)
     alone = ft.partial(_prefix, combine, backend)
     if shards > 1:
@@ -35,6 +38,12 @@ def prefix(
 
 
 def _prefix(combine, backend, elements):
+    steps = jax.tree.leaves(elements)[0].shape[0]
+    if is_symbolic(steps):
+        remedy = "Pass 'sequential', or leave it out"
+        if backend == "associative":
+            refuse_symbolic("prefix", f"`backend` {backend!r}", remedy, steps)
+        return _from_the_first(combine, elements, steps)
     if backend == "auto":
         on_cpu = jax.default_backend() == "cpu"
         backend = "sequential" if on_cpu else "associative"
@@ -48,6 +57,21 @@ def _prefix(combine, backend, elements):
     first = jax.tree.map(lambda e: e[:1], elements)
     _, later = lax.scan(step, first, jax.tree.map(lambda e: e[1:], elements))
     return jax.tree.map(lambda a, b: lax.concatenate([a, b], 0), first, later)
+
+
+def _from_the_first(combine, elements, steps):
+    """The loop of a length that is not known, where no first element can be cut off."""
+
+    def step(before, at):
+        number, element = at
+        element = jax.tree.map(lambda e: e[None], element)
+        after = lax.cond(
+            number == 0, lambda _, e: e, lambda b, e: combine(b, e), before, element
+        )
+        return after, jax.tree.map(lambda e: e[0], after)
+
+    first = jax.tree.map(lambda e: e[:1], elements)
+    return lax.scan(step, first, (jnp.arange(steps), elements))[1]
 
 
 def _over_stretches(combine, alone, elements, steps: int, shards: int):

@@ -17,6 +17,8 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Shaped
 
+from ._symbolic import is_symbolic, refuse_symbolic
+
 TIME = "time"
 
 
@@ -33,7 +35,11 @@ def time_shards(steps: int) -> int:
     count = mesh.shape[TIME]
     kind = mesh.axis_types[mesh.axis_names.index(TIME)]
     # Inside of a `shard_map` over time, an array is one device's own.
-    if kind == AxisType.Manual or count == 1 or steps < count:
+    if kind == AxisType.Manual or count == 1:
+        return 1
+    what = f'a mesh with {count} devices along its axis "{TIME}"'
+    refuse_symbolic("pararnn", what, "Use a mesh without such an axis", steps)
+    if steps < count:
         return 1
     if kind == AxisType.Explicit:
         raise ValueError(
@@ -63,10 +69,10 @@ def split_time(x: Shaped[Array, "T ..."], parts: int, fill=None) -> Array:
     `fill`, `[...]`; the last entry if not given.
     """
     steps = x.shape[0]
-    length = -(-steps // parts)
-    if length * parts > steps:
+    length, missing = -(-steps // parts), -steps % parts
+    if is_symbolic(missing) or missing:
         fill = x[-1] if fill is None else fill
-        shape = (length * parts - steps, *x.shape[1:])
+        shape = (missing, *x.shape[1:])
         x = jnp.concatenate([x, jnp.broadcast_to(fill, shape)])
     return spread(x.reshape(parts, length, *x.shape[1:])).swapaxes(0, 1)
 

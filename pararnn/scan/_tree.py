@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
 from ._linear_scan import check_reset
+from ._varying import vary
 
 Element = TypeVar("Element")
 # Blocks by level, leaves `[levels, ...]`, and how many elements they hold.
@@ -47,7 +48,7 @@ def tree_state(
         )
     levels = int(max_length).bit_length()
     blocks = jax.tree.map(lambda e: jnp.zeros((levels, *e.shape), e.dtype), element)
-    return blocks, jnp.zeros((), jnp.int32)
+    return vary((blocks, jnp.zeros((), jnp.int32)), element)
 
 
 def tree_prefix(

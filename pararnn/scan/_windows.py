@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree, Shaped
 
+from ._symbolic import is_symbolic
+from ._varying import vary
+
 
 def in_windows(
     run: Callable[[PyTree[Array], PyTree[Array]], tuple[PyTree[Array], PyTree[Array]]],
@@ -19,9 +22,11 @@ def in_windows(
     `run` returns the next carry and arrays with the time axis of `xs`. The carry is
     handed from window to window, and what a window computes is computed again for its
     derivative. So a gradient stores the carry before each window, and of the rest what
-    a single window takes.
+    a single window takes. A sequence of unknown length is one window.
     """
-    steps = jax.tree.leaves(xs)[0].shape[0]
+    steps, carry = jax.tree.leaves(xs)[0].shape[0], vary(carry, xs)
+    if is_symbolic(steps):
+        return run(carry, xs)
     count, size = _divide(steps, max(1, length))
     if count < 2:
         return run(carry, xs)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from ..scan import shift, solve_recurrence, time_shards
+from ..scan import is_symbolic, shift, solve_recurrence, time_shards, vary
 from ._blocks import from_blocks, to_blocks, transition_factors
 from ._recurrence import Recurrence
 from ._structure import Structure
@@ -61,10 +61,12 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
         return Plan(True, steps)
     if adjoint == "parallel":
         return Plan(True, steps)
-    if adjoint == "auto" and jax.default_backend() != "cpu":
+    if adjoint == "auto" and not is_symbolic(steps) and jax.default_backend() != "cpu":
         # Not measured yet: a serial step costs kernel launches there, so chunks are
         # long and Jacobians formed for as long as they fit.
         return Plan(structure.size <= 64, _divisor(steps, max(16, steps // 8)))
+    if is_symbolic(steps):
+        return Plan(structure.size <= 4 and adjoint != "sweep", steps)
     target = max(16, min(2**12 // max(1, structure.width), steps // 16))
     if adjoint == "sweep":
         return Plan(False, _divisor(steps, target))
@@ -178,7 +180,8 @@ def _driving_terms(recurrence: Recurrence, before, primals, tangents):
     # `tangents` and `moved` now have the same leaves.
     leaves = jtu.tree_leaves(moved)
     if not leaves:
-        return jnp.zeros((before[0].shape[0], recurrence.width), recurrence.dtype)
+        none = jnp.zeros((before[0].shape[0], recurrence.width), recurrence.dtype)
+        return vary(none, before)
 
     def at_all_steps(moved):
         parameters, inputs = eqx.combine(held, moved)
@@ -189,7 +192,7 @@ def _driving_terms(recurrence: Recurrence, before, primals, tangents):
 
 
 def _materialised(recurrence, structure, parameters, before, inputs, d, terms):
-    seeds = jnp.asarray(structure.seeds, recurrence.dtype)
+    seeds = vary(jnp.asarray(structure.seeds, recurrence.dtype), before)
 
     def columns(h, x):
         def step(v):
@@ -268,7 +271,8 @@ def _step_by_step(recurrence: Recurrence, primals, tangents):
 
     Transposed, it is one reverse sweep of per-step VJPs. This is the only schedule for
     a cell that contains a `custom_vjp` function: such a step can be transposed where it
-    stands, but cannot be batched over columns of a Jacobian.
+    stands, but cannot be batched over columns of a Jacobian. So it is for cells that
+    have to be evaluated one step at a time.
     """
     parameters, inputs, h0, states = primals
     t_parameters, t_inputs, t_h0 = tangents

@@ -41,6 +41,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 
+from ..scan import is_symbolic
 from ._ladder import Ladder
 from ._structure import Structure
 from .methods import Jacobi, Newton
@@ -86,6 +87,8 @@ def choose_ladder(
     `differentiated`, whether a derivative is taken of this solve; `max_steps` is the
     limit on each rung that the user gave; `shards`, how many devices share time.
     """
+    if is_symbolic(steps, channels) and shards == 1:
+        return Ladder(())
     on_cpu = jax.default_backend() == "cpu"
     if shards > 1:
         segments = shards

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..scan import join_time, shift, split_time, time_shards
+from ..scan import is_symbolic, join_time, shift, split_time, time_shards
 
 ROUNDINGS = 64
 # Sizes are looked for in about so many steps before, in blocks of so many.
@@ -43,12 +43,16 @@ def entry_sizes(
     What is not finite has no size, so that it excuses nothing behind it.
     """
     count, shards = starts.shape[0], time_shards(starts.shape[0])
-    together = max(1, BLOCK // length)
-    blocks = shards * -(-count // (together * shards))
+    if is_symbolic(count) or is_symbolic(length):
+        blocks, back = count, 1
+    else:
+        together = max(1, BLOCK // length)
+        blocks = shards * -(-count // (together * shards))
+        back = -(-REACH // (length * -(-count // blocks)))
     sizes = split_time(_finite_size(starts), blocks)
     largest_of_block, first = jnp.max(sizes, axis=0), _finite_size(h0)
     before = jnp.zeros_like(largest_of_block)
-    for _ in range(-(-REACH // (sizes.shape[0] * length))):
+    for _ in range(back):
         largest_of_block = shift(first, largest_of_block)
         before = jnp.maximum(before, largest_of_block)
     return join_time(jnp.maximum(sizes, before[None]), count)

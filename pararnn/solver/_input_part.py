@@ -15,27 +15,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.extend as jex
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from ..scan import is_symbolic
 from ._program import (
     evaluate,
     inner_programs,
     part_of,
     primitives_of,
+    reached,
+    read_by,
     variables,
     without_calls,
+    written_by,
 )
 from ._recurrence import Batch, Recurrence, _shape_dtype
+from ._stepwise import must_step
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 # They compute nothing: XLA makes them part of what reads them.
 LAYOUTS = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "split"}
-# They would be something else for all steps at once: `vmap` takes every branch, and as
-# many turns as the longest loop; a callback may not know how; and what is drawn from
-# keys other than JAX's own kind depends on how many are drawn at once.
-STAYING = {"cond", "while", "pure_callback", "io_callback", "ffi_call"}
-STAYING |= {"rng_bit_generator", "rng_uniform"}
+# They would be more work for all steps at once: `vmap` takes every branch, and as many
+# turns as the longest loop.
+STAYING = {"cond", "while"}
 
 # What a number that is stored for each step, and read by it, costs in operations; and
 # the part of a step's operations below which saving them is not worth a program.
@@ -74,7 +76,7 @@ def divide(recurrence: Recurrence) -> Division | None:
     if not cut.worthwhile:
         return None
     kept = [i for i, v in enumerate(x) if v in cut.read_later]
-    made = [v for v in _written(cut.prepared) if v in cut.read_later]
+    made = [v for v in written_by(cut.prepared) if v in cut.read_later]
     left = [*(x[i] for i in kept), *made]
     # (A copy that describes the rest of the step; nothing else of it is asked for.)
     advance = copy.copy(recurrence)
@@ -95,11 +97,11 @@ class InputPart:
         self._levels = batch.levels
         self._division = division
         self.batch = Batch(division.advance)
-        for parameters, (leaves, reset) in batch.levels:
+        for parameters, (leaves, reset), name in batch.levels:
             varies = jtu.tree_leaves((parameters[0], leaves))
             kept = [leaves[i] for i in division.kept]
             made = [0 if varies else None for _ in division.prepare.outvars]
-            self.batch = self.batch.under(parameters, ((*kept, *made), reset))
+            self.batch = self.batch.under(parameters, ((*kept, *made), reset), name)
 
     def prepare(self, parameters, inputs):
         """The inputs of `batch`, `[T, *batch, ...]`, from those of the problem."""
@@ -110,7 +112,7 @@ class InputPart:
             return tuple(evaluate(self._division.prepare, *constants, *leaves))
 
         over = at_one_step
-        for (constants_axes, _), (leaves_axes, _) in self._levels:
+        for (constants_axes, _), (leaves_axes, _), _ in self._levels:
             axes = constants_axes, leaves_axes
             if jtu.tree_leaves(axes):
                 over = jax.vmap(over, in_axes=axes)
@@ -122,6 +124,8 @@ class InputPart:
 
         At most a sixteenth of them, for the sake of memory, if that is not too few.
         """
+        if is_symbolic(steps, sequences):
+            return SHORTEST
         numbers = sequences * _size(self._division.prepare.outvars)
         return max(SHORTEST, min(steps // 16, WINDOW // max(1, numbers)))
 
@@ -141,11 +145,11 @@ def _cut(program: jex.core.Jaxpr, h, x) -> _Cut:
     But not what only makes numbers into more numbers, such as a broadcast, at the end
     of it: then the fewer are stored.
     """
-    of_x = _reached(program, x)
+    of_x = reached(program, x)
     staying = [e for e in program.eqns if _stays(e) and not of_x.isdisjoint(e.outvars)]
-    of_h = _reached(program, [*h, *(v for e in staying for v in e.outvars)])
+    of_h = reached(program, [*h, *(v for e in staying for v in e.outvars)])
     mixed = [e for e in program.eqns if not of_h.isdisjoint(e.outvars)]
-    read_later = _read(mixed) | set(variables(program.outvars))
+    read_later = read_by(mixed) | set(variables(program.outvars))
     prepared, delayed, read_before = [], [], set()
     for eqn in reversed(program.eqns):
         made = of_x.intersection(eqn.outvars) - of_h
@@ -161,7 +165,7 @@ def _cut(program: jex.core.Jaxpr, h, x) -> _Cut:
             prepared.append(eqn)
             read_before |= operands
     prepared.reverse()
-    stored = read_later.intersection(_written(prepared))
+    stored = read_later.intersection(written_by(prepared))
     saved = sum(map(_operations, prepared))
     added = _size(stored) + _size(read_later.intersection(x)) - _size(x)
     gain = saved - STORED * max(0, added)
@@ -181,31 +185,12 @@ def _stays(eqn) -> bool:
     names = {eqn.primitive.name}
     for inner in inner_programs(eqn.params):
         names |= primitives_of(inner)
-    dtypes = _dtypes((*variables(eqn.invars), *eqn.outvars))
-    keys = {str(d) for d in dtypes if jnp.issubdtype(d, jax.dtypes.prng_key)}
-    return not STAYING.isdisjoint(names) or bool(keys - {"key<fry>"})
+    return not STAYING.isdisjoint(names) or must_step(eqn)
 
 
 def _split(sequence, *bounds):
     starts, ends = (0, *bounds), (*bounds, len(sequence))
     return [sequence[a:b] for a, b in zip(starts, ends, strict=True)]
-
-
-def _reached(program: jex.core.Jaxpr, start) -> set:
-    """All that depends on some variables, they themselves included."""
-    reached = set(start)
-    for eqn in program.eqns:
-        if not reached.isdisjoint(variables(eqn.invars)):
-            reached.update(eqn.outvars)
-    return reached
-
-
-def _read(eqns) -> set:
-    return {v for eqn in eqns for v in variables(eqn.invars)}
-
-
-def _written(eqns) -> list:
-    return [v for eqn in eqns for v in eqn.outvars]
 
 
 def _with_constants(program: jex.core.Jaxpr, eqns, varying: set, outvars) -> list:
@@ -223,10 +208,6 @@ def _with_constants(program: jex.core.Jaxpr, eqns, varying: set, outvars) -> lis
 def _size(of) -> int:
     """How many numbers some variables hold."""
     return sum(math.prod(v.aval.shape) for v in of)
-
-
-def _dtypes(of) -> set:
-    return {v.aval.dtype for v in of}
 
 
 def _operations(eqn) -> int:

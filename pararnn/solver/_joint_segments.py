@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..scan import shift, spread
+from ..scan import shift, spread, vary
 from ._segments import Carry, Segments
 
 # Joint steps, at most: where they converge it is quadratically, mostly in 4 to 8.
@@ -46,7 +46,7 @@ class JointSegments(Segments):
         return self.recurrence.vector_refine(parameters, z, h, x)
 
     def _sweep(self, starts):
-        seeds = jnp.asarray(self.structure.seeds, starts.dtype)
+        seeds = vary(jnp.asarray(self.structure.seeds, starts.dtype), starts)
         first = jax.tree.map(lambda x: x[0], self.inputs)
         # The last segment's end is not corrected, so that h0 does for it.
         ends = shift(self.h0, starts, reverse=True)

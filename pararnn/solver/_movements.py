@@ -57,6 +57,9 @@ MOVEMENTS: dict[str, Callable] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": lambda eqn, *many: np.concatenate(many, eqn.params["dimension"]),
     "copy": lambda eqn, a: a,
+    # Within a `shard_map`: what varies from device to device.
+    "pvary": lambda eqn, a: a,
+    "pcast": lambda eqn, a: a,
     "expand_dims": _reshape,
     "pad": lambda eqn, a, value: pad(a, value, eqn.params["padding_config"]),
     "reshape": _reshape,

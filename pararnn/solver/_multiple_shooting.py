@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..scan import is_symbolic
 from ._joint_segments import JOINT_STEPS, JointSegments
 from ._recurrence import Batch
 from ._segments import Attempt, Segments
@@ -32,7 +33,8 @@ def solve_on_segments(
     """
     problem = batch, parameters, inputs, h0, find_structure, method
     segments = Segments(*problem)
-    limited = max_steps is not None and max_steps < segments.count
+    fewer = is_symbolic(segments.count) or (max_steps or 0) < segments.count
+    limited = max_steps is not None and fewer
     limit = max_steps if limited else segments.count
 
     def stepping(attempt: Attempt):

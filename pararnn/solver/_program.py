@@ -60,6 +60,23 @@ def variables(atoms: Sequence) -> list[jex.core.Var]:
     return list(dict.fromkeys(v for v in atoms if isinstance(v, jex.core.Var)))
 
 
+def reached(program: jex.core.Jaxpr, start) -> set[jex.core.Var]:
+    """All that depends on some variables, they themselves included."""
+    found = set(start)
+    for eqn in program.eqns:
+        if not found.isdisjoint(variables(eqn.invars)):
+            found.update(eqn.outvars)
+    return found
+
+
+def read_by(eqns) -> set[jex.core.Var]:
+    return {v for eqn in eqns for v in variables(eqn.invars)}
+
+
+def written_by(eqns) -> list[jex.core.Var]:
+    return [v for eqn in eqns for v in eqn.outvars]
+
+
 def part_of(program: jex.core.Jaxpr, eqns, invars, outvars) -> jex.core.Jaxpr:
     """The program that does some equations of another."""
     return program.replace(
@@ -67,6 +84,7 @@ def part_of(program: jex.core.Jaxpr, eqns, invars, outvars) -> jex.core.Jaxpr:
         invars=list(invars),
         outvars=list(outvars),
         eqns=list(eqns),
+        effects=frozenset().union(*(eqn.effects for eqn in eqns)),
         debug_info=program.debug_info._replace(
             arg_names=("",) * len(invars), result_paths=("",) * len(outvars)
         ),

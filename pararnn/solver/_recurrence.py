@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..scan import promote
+from ..scan import promote, struct, varying_axes
 from ._program import (
     JITTED,
     calls_hold_arrays,
@@ -44,9 +44,7 @@ class Recurrence:
     def __init__(
         self, f: Callable, xs: PyTree, h0: PyTree, refine: Callable | None = None
     ):
-        self.state_leaves, self.state_tree = jtu.tree_flatten(
-            jtu.tree_map(_shape_dtype, h0)
-        )
+        h_leaves, self.state_tree = jtu.tree_flatten(h0)
         x_leaves, x_tree = jtu.tree_flatten(xs)
         x_structs = [_shape_dtype(x, drop_time=True) for x in x_leaves]
         state_tree = self.state_tree
@@ -56,9 +54,16 @@ class Recurrence:
             h = jtu.tree_unflatten(state_tree, leaves[:count])
             return f(h, jtu.tree_unflatten(x_tree, leaves[count:]))
 
-        closed, out = jax.make_jaxpr(flat, return_shape=True)(
-            *self.state_leaves, *x_structs
-        )
+        def trace(axes):
+            h = [struct(jnp.shape(h), jnp.result_type(h), axes) for h in h_leaves]
+            return h, *jax.make_jaxpr(flat, return_shape=True)(*h, *x_structs)
+
+        # Within a `shard_map` a state varies along all axes that its step does.
+        axes = varying_axes((h_leaves, x_structs))
+        self.state_leaves, closed, out = trace(axes)
+        wider = axes | varying_axes(closed.out_avals)
+        if wider != axes:
+            self.state_leaves, closed, out = trace(wider)
         if calls_hold_arrays(closed.jaxpr):
             # Then the cell closes over them itself, and they are parameters like all.
             closed = without_calls(closed)
@@ -81,12 +86,32 @@ class Recurrence:
         self.constant_structs = [_shape_dtype(c) for c in constants]
         # Integer constants that are known (index tables, mostly) sharpen the sparsity
         # pattern; floating-point values never do.
-        self.known = [np.asarray(c) if is_index(c) else None for c in closed.consts]
+        self.known = [known_index(c) for c in closed.consts]
         self._constants = [*constants, *refining]
         self.x_structs = x_structs
+        # (Of a cell that was settled there are more inputs, behind these.)
+        self.refined_inputs = len(x_leaves)
         self.output = out
         primitives = primitives_of(self.jaxpr)
         self.has_custom_vjp = "custom_vjp_call" in primitives
+        # What `_stepwise.py` finds to depend on the state: operations that are not the
+        # same for many steps at once, or each time; and the named axes of collectives.
+        self.must_step = self.is_impure = False
+        self.coupled_along: tuple = ()
+
+    @property
+    def constants(self) -> list[Array]:
+        """The values that the cell closes over, until they are released."""
+        return self._constants[: len(self.constant_structs)]
+
+    def add_constants(self, values, known) -> None:
+        """More of them, behind the others."""
+        count = len(self.constant_structs)
+        old = self._constants
+        self._constants = [*old[:count], *values, *old[count:]]
+        structs = [_shape_dtype(v) for v in values]
+        self.constant_structs = [*self.constant_structs, *structs]
+        self.known = [*self.known, *known]
 
     def release_constants(self) -> list[Array]:
         """The values the cell closed over, once: they may be tracers, which nothing
@@ -125,6 +150,7 @@ class Recurrence:
         leaves, reset = x
         h = _select_fresh(reset, fresh, h)
         own = constants[len(self.constant_structs) :]
+        leaves = leaves[: self.refined_inputs]
         return tuple(evaluate(self.refinement, *own, *z, *h, *leaves))
 
     # The vector view: solvers that need a Jacobian see one real vector.
@@ -192,15 +218,17 @@ class Batch:
     """A step under any number of `vmap`s, as native batch axes.
 
     `levels` holds, innermost first, which parameters and which inputs carry each batch
-    axis; the state carries all of them, in front. Inputs have them behind time.
+    axis, and its name, where the cell communicates along it; the state carries all of
+    them, in front. Inputs have them behind time.
     """
 
     def __init__(self, recurrence: Recurrence, levels: tuple = ()):
         self.recurrence = recurrence
         self.levels = levels
 
-    def under(self, parameters_axes, inputs_axes) -> "Batch":
-        return Batch(self.recurrence, (*self.levels, (parameters_axes, inputs_axes)))
+    def under(self, parameters_axes, inputs_axes, name=None) -> "Batch":
+        level = parameters_axes, inputs_axes, name
+        return Batch(self.recurrence, (*self.levels, level))
 
     def segmented(self, parameters, inputs) -> "Batch":
         """One more axis, in front, along which only time was split."""
@@ -214,10 +242,9 @@ class Batch:
         `extra` and `out` give the position of the batch axes in further arguments and
         in the result.
         """
-        for parameters_axes, inputs_axes in self.levels:
-            fn = jax.vmap(
-                fn, in_axes=(parameters_axes, 0, inputs_axes, *extra), out_axes=out
-            )
+        for parameters_axes, inputs_axes, name in self.levels:
+            axes = (parameters_axes, 0, inputs_axes, *extra)
+            fn = jax.vmap(fn, in_axes=axes, out_axes=out, axis_name=name)
         return fn
 
     def lift_state(self, fn):
@@ -235,7 +262,18 @@ def _select_fresh(reset, fresh, h):
 
 def _shape_dtype(x, drop_time: bool = False):
     shape = jnp.shape(x)[1:] if drop_time else jnp.shape(x)
-    return jax.ShapeDtypeStruct(shape, jnp.result_type(x))
+    return struct(shape, jnp.result_type(x), varying_axes(x))
+
+
+def known_index(value) -> np.ndarray | None:
+    """Whole numbers that are known, `None` for anything else."""
+    return np.asarray(value) if is_index(value) else None
+
+
+def is_key(x) -> bool:
+    """Whether `x` holds random keys, which have a dtype of their own."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _is_inexact(x) -> bool:

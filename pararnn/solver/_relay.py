@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..scan import join_time, shift, split_time
+from ..scan import join_time, shift, split_time, vary
 from ._recurrence import Batch
-from ._sequential import all_zero
+from ._sequential import stats_of_loop
 
 
 def solve_in_turns(batch: Batch, parameters, inputs, h0, shards: int):
@@ -46,15 +46,8 @@ def solve_in_turns(batch: Batch, parameters, inputs, h0, shards: int):
 
     length = -(-steps // shards)
     starts = tuple(jnp.broadcast_to(h, (shards, *h.shape)) for h in h0)
-    empty = tuple(jnp.zeros((length, *s.shape), s.dtype) for s in starts)
+    empty = tuple(vary(jnp.zeros((length, *s.shape), s.dtype), s) for s in starts)
     _, kept = lax.fori_loop(0, shards, play, (starts, empty))
     states = tuple(join_time(s, steps) for s in kept)
     tainted = tuple(jnp.sum(s * 0, axis=0) for s in states)
-    return states, {
-        "num_steps": 0,
-        "residual": 0.0,
-        "sequential": True,
-        "nonfinite": 0,
-        "certified": True,
-        "finite": all_zero(tainted, len(batch.levels)),
-    }
+    return states, stats_of_loop(tainted, len(batch.levels))

@@ -11,7 +11,8 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array
 
-from ..scan import split_time, time_shards
+from ..scan import split_time, time_shards, vary
+from ._export import refuse_export
 from ._recurrence import Batch
 from ._solution import RESULTS
 
@@ -46,6 +47,7 @@ def report(batch: Batch, stats, states, arguments, shape, *, throw: bool) -> Rep
     With `throw`, whatever uses `checked` raises if the solve failed.
     """
     steps = states[0].shape[0]
+    stats = vary(stats, states)
     certified = stats.pop("certified")
     good = jnp.all(stats.pop("finite"))
     if throw:
@@ -53,15 +55,15 @@ def report(batch: Batch, stats, states, arguments, shape, *, throw: bool) -> Rep
     if "residual_history" in stats:
         stats["residual_history"] = jnp.moveaxis(stats["residual_history"], 0, -1)
     code = jnp.where(certified, 0, 1).astype(jnp.int32)
-    zero = jnp.zeros((), jnp.int32)
+    zero = vary(jnp.zeros((), jnp.int32), states)
 
     def all_good():
-        return code, jnp.full(shape, steps, jnp.int32), zero
+        return code, vary(jnp.full(shape, steps, jnp.int32), states), zero
 
     def find_failure():
         first, cause = _look_for_nonfinite(batch, states, arguments, shape)
         found = jnp.where(first < steps, cause, code)
-        return found, first, _check(zero, found) if throw else zero
+        return found, first, _check(found) if throw else zero
 
     # Only a failed solve pays for finding out where and why. The check stands beside
     # the search, so that a call that succeeds passes one conditional.
@@ -72,13 +74,13 @@ def report(batch: Batch, stats, states, arguments, shape, *, throw: bool) -> Rep
 
 
 def raise_on_failure(states, code: Array, *, time_axis: int):
-    """`states`, no part of which can be had if any sequence has failed.
+    """`states`, no part of which can be had if any sequence has failed, and 0 likewise.
 
     Raising behind a `vmap` costs a batch one check.
     """
-    zero = jnp.zeros((), jnp.int32)
-    checked = lax.cond(jnp.all(code == 0), lambda: zero, lambda: _check(zero, code))
-    return hold_back(states, checked, time_axis=time_axis)
+    zero = vary(jnp.zeros((), jnp.int32), states)
+    checked = lax.cond(jnp.all(code == 0), lambda: zero, lambda: _check(code))
+    return hold_back(states, checked, time_axis=time_axis), checked
 
 
 def hold_back(states, checked: Array, *, time_axis: int):
@@ -97,14 +99,17 @@ def hold_back(states, checked: Array, *, time_axis: int):
     return tuple(rewrite(leaf) for leaf in states)
 
 
-def _check(value: Array, code: Array) -> Array:
-    """`value`, if no code is that of a failure."""
+def _check(code: Array) -> Array:
+    """0, if no code is that of a failure."""
     messages = [RESULTS[failure] for failure in FAILURES]
 
-    def check(value, code):
-        return eqxi.branched_error_if(value, code != 0, code - 1, messages)
+    def check(code):
+        code = refuse_export(code)
+        # (What comes from the host is the same on all devices, for all JAX knows.)
+        zero = jnp.zeros((), jnp.int32)
+        return eqxi.branched_error_if(zero, code != 0, code - 1, messages)
 
-    return _on_every_device(check)(value, jnp.max(code, initial=0))
+    return vary(_on_every_device(check)(jnp.max(code, initial=0)), code)
 
 
 def _on_every_device(check: Callable) -> Callable:
@@ -115,7 +120,8 @@ def _on_every_device(check: Callable) -> Callable:
     """
     mesh = get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    axes = {name for name, kind in kinds if kind != AxisType.Manual}
+    # (An explicit axis, over which no batch is divided, has no exchanges.)
+    axes = {name for name, kind in kinds if kind == AxisType.Auto}
     if not axes or mesh.size == 1:
         return check
     whole = PartitionSpec()
@@ -147,6 +153,7 @@ def _look_for_nonfinite(batch: Batch, states, arguments, shape):
 
     # A loop over time: beside the states, nothing grows with T.
     start = jnp.full(own, steps, jnp.int32), jnp.ones(own, bool), jnp.ones(own, bool)
+    start = vary(start, states)
     found, _ = lax.scan(look, start, at)
     first, good_parameters, good_inputs = found
     axes = tuple(range(len(devices)))

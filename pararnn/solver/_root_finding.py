@@ -13,6 +13,7 @@ from ._adapters import as_step
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._recurrence import Batch
 from ._segments import Carry, Segments
+from ._stepwise import refuse_special
 from ._structure import find_structure
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def _segments(method: "AbstractMethod", problem: Any):
             "args=pararnn.Problem(cell, xs, h0))`."
         )
     recurrence = make_recurrence(where, problem.f, problem.xs, problem.h0)
+    refuse_special(where, recurrence)
     steps = count_steps(where, problem.xs)
     fresh = check_resets(where, recurrence, problem.reset, problem.reset_state, steps)
     parameters = recurrence.release_constants(), fresh

@@ -1,22 +1,23 @@
 """Each kind of solver on the native batch axes of a problem."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jax import lax
 
-from ..scan import time_shards
+from ..scan import is_symbolic, time_shards, vary
 from ._auto import Auto, choose_ladder
 from ._input_part import InputPart
 from ._ladder import Ladder
 from ._multiple_shooting import solve_on_segments
-from ._recurrence import Batch
+from ._recurrence import Batch, Recurrence
 from ._relay import solve_in_turns
-from ._sequential import solve_sequentially
+from ._sequential import Sequential, solve_sequentially, stats_of_loop
+from ._stepwise import must_only_step, why_stepped
 from ._structure import Structure
 from ._windows import WholeSolver, Windows, solve_windows
 from .methods import AbstractMethod
@@ -33,6 +34,41 @@ def history_of(solver: Solver) -> int:
     return solver.history if isinstance(solver, AbstractMethod) else 0
 
 
+def solver_for(where: str, recurrence: Recurrence, solver: Solver, steps: int):
+    """The solver, or the loop in place of `Auto` for a cell that is better stepped.
+
+    **Raises:** `ValueError` where something else is asked for and only the loop can be
+    used, or devices share time.
+    """
+    reason = why_stepped(recurrence)
+    if reason is None:
+        return solver
+    if time_shards(steps) > 1:
+        raise ValueError(
+            f"{where}: {reason}. So it is stepped through, but time lies across "
+            'devices (the mesh in context has an axis "time"), each of which would '
+            'wait for the one before. Use a mesh without an axis "time".'
+        )
+    if isinstance(solver, Auto):
+        return Sequential()
+    if isinstance(solver, Windows):
+        within = solver_for(where, recurrence, solver.solver, steps)
+        return Windows(within, solver.length)
+    if must_only_step(recurrence) and _cuts_time(solver, steps):
+        raise ValueError(
+            f"{where}: `solver` is {solver!r:.80}, which takes many steps at once, "
+            f"but {reason}. Or pass pararnn.Sequential() or pararnn.Auto(), which then "
+            "step."
+        )
+    return solver
+
+
+def _cuts_time(solver: Solver, steps: int) -> bool:
+    if isinstance(solver, AbstractMethod):
+        return solver.segments != 1 and (is_symbolic(steps) or steps > 1)
+    return isinstance(solver, Ladder) and bool(solver.methods)
+
+
 class Run(NamedTuple):
     """A problem but for its inputs and initial state; `*batch` sequences at once."""
 
@@ -47,7 +83,7 @@ class Run(NamedTuple):
         steps = jtu.tree_leaves(inputs)[0].shape[0]
         shape = h0[0].shape[: len(self.batch.levels)]
         if isinstance(solver, Auto):
-            channels = self.batch.recurrence.width * int(np.prod(shape))
+            channels = self.batch.recurrence.width * math.prod(shape)
             solver = choose_ladder(
                 solver,
                 steps,
@@ -74,6 +110,14 @@ class Run(NamedTuple):
             states, stats = self._step(inputs, h0)
         return states, self._complete(stats, steps, shape, history_of(solver))
 
+    def already_stepped(self, solver: Solver, states):
+        """The same for states that a loop has found."""
+        shape = states[0].shape[1 : 1 + len(self.batch.levels)]
+        tainted = tuple(jnp.sum(s * 0, axis=0) for s in states)
+        stats = stats_of_loop(tainted, len(shape))
+        steps = states[0].shape[0]
+        return states, self._complete(stats, steps, shape, history_of(solver))
+
     def _prepare(self, inputs):
         """What is left to run, and its inputs, once their own part is computed."""
         if self.input_part is None:
@@ -92,8 +136,8 @@ class Run(NamedTuple):
 
     def _iterate(self, method: AbstractMethod, inputs, h0, guess, max_steps):
         steps = jtu.tree_leaves(inputs)[0].shape[0]
-        if min(method.segments or steps, steps) > 1:
-            return solve_on_segments(
+        if _cuts_time(method, steps):
+            states, stats = solve_on_segments(
                 self.batch,
                 self.parameters,
                 inputs,
@@ -103,6 +147,9 @@ class Run(NamedTuple):
                 method,
                 max_steps,
             )
+            if self.batch.recurrence.coupled_along:
+                stats |= _of_all(stats)
+            return states, stats
         return self._step(inputs, h0)
 
     def _climb(self, ladder: Ladder, inputs, h0, guess, max_steps):
@@ -111,8 +158,10 @@ class Run(NamedTuple):
         shape = h0[0].shape[: len(self.batch.levels)]
 
         def on_rung(number, states, stats):
-            stats = stats | {"rung": number}
-            return states, self._complete(stats, steps, shape, history_of(ladder))
+            stats = self._complete(
+                stats | {"rung": number}, steps, shape, history_of(ladder)
+            )
+            return states, vary(stats, states)
 
         def attempt(number, guess):
             limit = max_steps or ladder.steps[number]
@@ -162,6 +211,15 @@ class Run(NamedTuple):
             kept = stats.get("residual_history", empty[:0])
             complete["residual_history"] = empty.at[: len(kept)].set(kept)
         return complete
+
+
+def _of_all(stats):
+    """Of sequences that are coupled none is certified beside one that is not."""
+    certified, steps = stats["certified"], stats["certified_steps"]
+    return {
+        "certified": jnp.full_like(certified, jnp.all(certified)),
+        "certified_steps": jnp.full_like(steps, jnp.min(steps)),
+    }
 
 
 def _keep_certified(before, after):

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ..scan import join_time, shift, split_time, spread, time_shards
+from ..scan import is_symbolic, join_time, shift, split_time, spread, time_shards, vary
 from ._certificate import ROUNDINGS, along_entries, entry_sizes, is_small, largest
 from ._recurrence import Batch
 from ._structure import Structure
@@ -97,16 +97,9 @@ class Segments:
         self.recurrence = recurrence = batch.recurrence
         linearization = method.linearize(recurrence.width, find_structure)
         self.structure, self.push = linearization
-        self.steps = jax.tree.leaves(inputs)[0].shape[0]
-        wanted = min(method.segments or self.steps, self.steps)
+        self.steps: int = jax.tree.leaves(inputs)[0].shape[0]
         self.shards = time_shards(self.steps)
-        if self.shards > 1:
-            # As many segments on every device, even if the last ones are all padding.
-            self.count = math.ceil(wanted / self.shards) * self.shards
-            self.length = math.ceil(self.steps / self.count)
-        else:
-            self.length = math.ceil(self.steps / wanted)
-            self.count = math.ceil(self.steps / self.length)
+        self.count, self.length = self._divide(method.segments)
         self.inputs = jax.tree.map(self._split, inputs)
         self.over = batch.segmented(parameters, inputs)
         self.h0 = batch.lift_state(recurrence.ravel)(h0)
@@ -118,6 +111,20 @@ class Segments:
         own = ROUNDINGS * recurrence.entry_eps
         self.rtol = own if method.rtol is None else np.full_like(own, method.rtol)
         self.atol = method.atol or 0.0
+
+    def _divide(self, segments: int | None) -> tuple[int, int]:
+        """How many segments, and of how many steps each."""
+        if is_symbolic(self.steps):
+            # The last ones are all padding if there are fewer steps.
+            count = segments or self.steps
+            return count, -(-self.steps // count)
+        wanted = min(segments or self.steps, self.steps)
+        if self.shards > 1:
+            # As many segments on every device, even if the last ones are all padding.
+            count = math.ceil(wanted / self.shards) * self.shards
+            return count, math.ceil(self.steps / count)
+        length = math.ceil(self.steps / wanted)
+        return math.ceil(self.steps / length), length
 
     def _split(self, x):
         """`[T, ...]` to `[length, segments, ...]`; the last segment repeats its end."""
@@ -134,7 +141,7 @@ class Segments:
         batch_shape = self.h0.shape[:-1]
         starts = shift(self.h0, ends)
         best = Best(starts, jnp.full(batch_shape, jnp.inf, recurrence.dtype))
-        return Carry(
+        carry = Carry(
             starts=starts,
             num_steps=jnp.zeros(batch_shape, jnp.int32),
             done=jnp.zeros(batch_shape, bool),
@@ -148,6 +155,7 @@ class Segments:
             ),
             best=best if may_fail else None,
         )
+        return vary(carry, starts)
 
     def _ravel(self, leaves):
         return self.over.lift_state(self.recurrence.ravel)(leaves)
@@ -190,7 +198,7 @@ class Segments:
     def _sweep(self, starts):
         """Ends of the segments and their Jacobians, compressed by the structure."""
         starts = spread(starts)
-        seeds = jnp.asarray(self.structure.seeds, starts.dtype)
+        seeds = vary(jnp.asarray(self.structure.seeds, starts.dtype), starts)
         if self.length == 1:
             # Seeds that are shared by all steps meet each weight matrix once.
             first = jax.tree.map(lambda x: x[0], self.inputs)
@@ -208,7 +216,10 @@ class Segments:
         """Steps until every correction is small, or the limit is reached."""
 
         def active(carry: Carry):
-            return ~carry.done & (carry.num_steps < limit)
+            moving = ~carry.done & (carry.num_steps < limit)
+            # Of sequences that are coupled none can stay while another moves.
+            coupled = self.recurrence.coupled_along
+            return jnp.full_like(moving, jnp.any(moving)) if coupled else moving
 
         return lax.while_loop(
             lambda carry: jnp.any(active(carry)),
@@ -379,7 +390,7 @@ class Segments:
         (Zeros would do, but XLA sets them up before the inputs, and needs more memory.)
         """
         starts = self._unravel(carry.starts)
-        return Attempt(
+        attempt = Attempt(
             parts=tuple(jnp.broadcast_to(s, (self.length, *s.shape)) for s in starts),
             residual=jnp.full_like(carry.correction, jnp.inf),
             certified=jnp.zeros_like(carry.done),
@@ -387,6 +398,7 @@ class Segments:
             certified_steps=jnp.zeros_like(carry.num_steps),
             carry=carry,
         )
+        return vary(attempt, starts)
 
     def finish(self, carry: Carry) -> Attempt:
         """Step through the segments once more, keep every state, and certify them.

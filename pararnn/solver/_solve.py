@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
-from ..scan import time_shards
+from ..scan import refuse_explicit, time_shards, vary
 from ._adapters import as_step
 from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
 from ._auto import Auto
@@ -20,8 +20,10 @@ from ._input_part import Division, InputPart, divide
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._recurrence import Batch, Recurrence
 from ._report import as_result, hold_back, raise_on_failure, report
-from ._run import Run, Solver, history_of
+from ._run import Run, Solver, history_of, solver_for
+from ._sequential import Sequential
 from ._solution import RESULTS, Solution
+from ._stepwise import must_sweep, settle
 from ._structure import Structure, declared_structure, find_structure
 from ._windows import Windows, check_solver
 from .methods import AbstractMethod, is_count
@@ -93,23 +95,30 @@ def solve(
     _check_options(where, solver, adjoint, max_steps)
     refine = _may_go_jointly(solver, max_steps)
     recurrence = make_recurrence(where, f, xs, h0, refine=refine)
-    h0 = jtu.tree_map(jnp.asarray, h0)
+    h0 = vary(jtu.tree_map(jnp.asarray, h0), recurrence.state_leaves)
     steps = count_steps(where, xs)
     _check_windows(where, solver, steps)
     fresh = check_resets(where, recurrence, reset, reset_state, steps)
-    if structure is not None:
-        structure = declared_structure(structure, recurrence)
     guess = _make_guess(where, initial_guess, f, xs, h0, recurrence, steps)
     x_leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(xs))
+    if steps:
+        recurrence, x_leaves = settle(recurrence, x_leaves)
+    if structure is not None:
+        structure = declared_structure(structure, recurrence)
     if steps == 0:
         return _empty(recurrence, solver)
-    config = _Config(recurrence, solver, structure, adjoint, max_steps, throw)
+    used = solver_for(where, recurrence, solver, steps)
+    config = _Config(recurrence, used, structure, adjoint, max_steps, throw)
+    fresh = vary(fresh, recurrence.state_leaves)
     primals = (
         (recurrence.release_constants(), fresh),
         (x_leaves, None if reset is None else jnp.asarray(reset)),
         tuple(jtu.tree_leaves(h0)),
     )
-    leaves, stats = _evaluate(primals, guess, config=config)
+    places = {name: jax.lax.axis_index(name) for name in recurrence.coupled_along}
+    evaluate = _step_coupled if config.is_coupled_loop else _evaluate
+    leaves, stats = evaluate(primals, (guess, places), config=config)
+    stats.pop("checked", None)
     result = as_result(stats.pop("code"))
     states = jtu.tree_unflatten(recurrence.state_tree, leaves)
     return Solution(states, result, stats, repr(solver))
@@ -126,6 +135,9 @@ class _Config:
         self.throw: bool = throw
         self.differentiated = False
         self._declared = structure
+        self.is_coupled_loop = isinstance(solver, Sequential) and bool(
+            recurrence.coupled_along
+        )
 
     def for_derivative(self) -> "_Config":
         """The same solve, as the primal of a derivative."""
@@ -144,18 +156,32 @@ class _Config:
 
 
 @eqx.filter_custom_jvp
-def _evaluate(primals, guess, *, config: _Config):
-    parameters, inputs, h0 = primals
-    batch = Batch(config.recurrence)
-    return _forward(config, batch, parameters, inputs, h0, guess)
+def _evaluate(primals, others, *, config: _Config):
+    return _forward(config, Batch(config.recurrence), *primals, *others)
 
 
 @_evaluate.def_jvp
 def _(primals, tangents, *, config: _Config):
-    (arguments, guess), (t_arguments, _) = primals, tangents
-    states, stats = _evaluate(arguments, guess, config=config.for_derivative())
+    try:
+        return _with_tangents(config, primals, tangents)
+    except NameError as error:
+        axes = ", ".join(map(repr, config.recurrence.coupled_along))
+        if not axes:
+            raise
+        raise NameError(
+            f"solve: the cell communicates along the axis {axes}, and its derivative "
+            "was asked for outside of the `vmap` that names it, as by "
+            "`jax.grad(jax.jit(jax.vmap(...)))`, where JAX knows of the axis no more. "
+            "Differentiate within the `jit`, `jax.jit(jax.grad(jax.vmap(...)))`, or "
+            f"pass pararnn.Sequential() or pararnn.Auto(). JAX said: {error}"
+        ) from error
+
+
+def _with_tangents(config: _Config, primals, tangents):
+    (arguments, others), (t_arguments, _) = primals, tangents
+    states, stats = _evaluate(arguments, others, config=config.for_derivative())
     recurrence = config.recurrence
-    if recurrence.has_custom_vjp:
+    if must_sweep("solve", recurrence):
         plan, structure = None, None
     else:
         structure = config.structure
@@ -166,20 +192,49 @@ def _(primals, tangents, *, config: _Config):
     return (states, stats), (t_states, jtu.tree_map(lambda _: None, stats))
 
 
-def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess):
+def _step_coupled(primals, others, *, config: _Config):
+    """The loop, of sequences that communicate along named axes, for JAX to derive.
+
+    JAX evaluates the rule of a derivative where the axes have no names any more, as in
+    `jax.grad` of `jax.jit` of `jax.vmap` (jax 0.10.2), so that there can be no rule.
+    """
+    (parameters, inputs, h0), (_, places) = primals, others
+
+    def step(h, x):
+        h = config.recurrence.step(parameters, h, x)
+        return h, h
+
+    states = jax.lax.scan(step, h0, inputs)[1]
+    stop = jax.lax.stop_gradient
+    arguments = stop(parameters), stop(inputs), stop(h0), stop(states), places
+    _, stats = _forward(config, Batch(config.recurrence), *arguments)
+    if config.throw:
+        good = stats["checked"] == 0
+        states = tuple(jnp.where(good, s, jnp.nan) for s in states)
+    return states, stats
+
+
+def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess, places):
     """Solve, natively batched: every `vmap` adds a level to `batch` and recurses.
 
     `vmap` of the solver's own loops would run the fallback always and all loops under
-    per-sequence selection; as a batch axis, one loop serves all sequences.
+    per-sequence selection; as a batch axis, one loop serves all sequences. A rule is
+    not told the name of its axis, along which the cell may communicate. `places` tells:
+    the index along a named axis is batched by the `vmap` of this axis and by no other.
     """
 
     @custom_vmap
     @jax.jit  # a call outside of `jit` would otherwise run operation by operation
-    def forward(parameters, inputs, h0, guess):
+    def forward(parameters, inputs, h0, guess, places):
+        del places
         return _solve_batch(config, batch, parameters, inputs, h0, guess)
 
     @forward.def_vmap
-    def _(size, batched, parameters, inputs, h0, guess):
+    def _(size, batched, *given):
+        marks = zip(jtu.tree_leaves(given), jtu.tree_leaves(batched), strict=True)
+        refuse_explicit("solve", [x for x, b in marks if b])
+        parameters, inputs, h0, guess, places = given
+
         def axis(b):
             return 0 if b else None
 
@@ -189,33 +244,44 @@ def _forward(config: _Config, batch: Batch, parameters, inputs, h0, guess):
         def everywhere(x, b):
             return x if b else jnp.broadcast_to(x, (size, *x.shape))
 
-        deeper = batch.under(*jtu.tree_map(axis, tuple(batched[:2])))
+        here = [name for name, along in batched[4].items() if along]
+        places = {name: place for name, place in places.items() if name not in here}
+        of_parameters, of_inputs = jtu.tree_map(axis, tuple(batched[:2]))
+        name = here[0] if here else None
+        deeper = batch.under(of_parameters, of_inputs, name)
         inputs = jtu.tree_map(behind_time, inputs, batched[1])
         h0 = jtu.tree_map(everywhere, h0, batched[2])
         guess = jtu.tree_map(
             lambda x, b: jnp.moveaxis(everywhere(x, b), 0, 1), guess, batched[3]
         )
-        states, stats = _forward(config, deeper, parameters, inputs, h0, guess)
+        states, stats = _forward(config, deeper, parameters, inputs, h0, guess, places)
         states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
         if config.throw:
             # Behind the transposition, whose result can be updated in place.
-            states = raise_on_failure(states, stats["code"], time_axis=1)
+            states, checked = raise_on_failure(states, stats["code"], time_axis=1)
+            if config.is_coupled_loop:
+                stats["checked"] = jnp.broadcast_to(checked, (size,))
         out = states, stats
         return out, jtu.tree_map(lambda _: True, out)
 
-    return forward(parameters, inputs, h0, guess)
+    return forward(parameters, inputs, h0, guess, places)
 
 
 def _solve_batch(config: _Config, batch: Batch, parameters, inputs, h0, guess):
     shape = h0[0].shape[: len(batch.levels)]
     part = None if config.division is None else InputPart(batch, config.division)
     run = Run(batch, parameters, lambda: config.structure, config.differentiated, part)
-    states, stats = run(config.solver, inputs, h0, guess, config.max_steps)
+    if config.is_coupled_loop:
+        states, stats = run.already_stepped(config.solver, guess)
+    else:
+        states, stats = run(config.solver, inputs, h0, guess, config.max_steps)
     throw = config.throw and not batch.levels
     arguments = parameters, inputs, h0
     stats, checked = report(batch, stats, states, arguments, shape, throw=throw)
     if throw:
         states = hold_back(states, checked, time_axis=0)
+    if config.is_coupled_loop:
+        stats["checked"] = jnp.broadcast_to(checked, shape)
     return states, stats
 
 

@@ -17,6 +17,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from ..scan import struct, varying_axes
 from ._dependencies import find_blocks
 from ._inputs import make_recurrence
 from ._program import is_index
@@ -108,6 +109,9 @@ def find_structure(recurrence: Recurrence) -> Structure:
     width = recurrence.width
     if width <= 1:
         return Structure(np.zeros((width, 1), int), width)
+    if recurrence.coupled_along:
+        # A state may depend on all of its own, by way of the other sequences'.
+        return Structure(np.arange(width)[None], width)
     program = _trace_tangent(recurrence)
     key = width, _digest(program)
     if key not in _remembered:
@@ -173,11 +177,8 @@ def _trace_tangent(recurrence: Recurrence) -> jex.core.ClosedJaxpr | None:
     if JAX has no JVP of the cell: then nothing is known of its derivative.
     """
     known = recurrence.known
-    unknown = [
-        struct
-        for struct, value in zip(recurrence.constant_structs, known, strict=True)
-        if value is None
-    ]
+    constants = zip(recurrence.constant_structs, known, strict=True)
+    unknown = [like for like, value in constants if value is None]
 
     def tangent(dv, v, x, unknown):
         rest = iter(unknown)
@@ -188,7 +189,8 @@ def _trace_tangent(recurrence: Recurrence) -> jex.core.ClosedJaxpr | None:
 
         return jax.jvp(step, (v,), (dv,))[1]
 
-    v = jax.ShapeDtypeStruct((recurrence.width,), recurrence.dtype)
+    axes = varying_axes(recurrence.state_leaves)
+    v = struct((recurrence.width,), recurrence.dtype, axes)
     try:
         return jax.make_jaxpr(tangent)(v, v, recurrence.x_structs, unknown)
     except (NotImplementedError, TypeError, ValueError):

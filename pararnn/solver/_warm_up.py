@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ..scan import join_time, shift, split_time
+from ..scan import is_symbolic, join_time, shift, split_time
 
 # Steps before each segment: half a segment (which takes less time than a quarter of a
 # Newton step, as no Jacobian is pushed along), but not beyond the memory of most cells.
@@ -45,12 +45,13 @@ def warm_up(
     def from_h0(count):
         return jnp.broadcast_to(h0, (count, *h0.shape))
 
-    if length > 1:
-        few = max(FEWEST, min(length // 2, MOST))
+    if is_symbolic(length) or length > 1:
+        few = FEWEST if is_symbolic(length) else max(FEWEST, min(length // 2, MOST))
         return ends(from_h0(count), jax.tree.map(lambda x: x[-few:], inputs))
     inputs = jax.tree.map(lambda x: x[0], inputs)
     # A loop of small steps costs nothing on a CPU; elsewhere it has not been measured.
-    if shards > 1 or count < 2 * BLOCK or jax.default_backend() != "cpu":
+    few = is_symbolic(count) or count < 2 * BLOCK
+    if shards > 1 or few or jax.default_backend() != "cpu":
         h = lax.fori_loop(
             0, FEWEST - 1, lambda _, h: shift(h0, step(h, inputs)), from_h0(count)
         )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
+from ..scan import refuse_symbolic, vary
 from ._auto import Auto
 from ._ladder import Ladder
 from ._sequential import Sequential
@@ -72,6 +73,7 @@ def solve_windows(run, steps: int, length: int, inputs, h0, guess):
     `run(inputs, h0, guess)` solves one window. The windows' states are written into one
     array in place, and inputs are read where they are: nothing is split or joined.
     """
+    refuse_symbolic("solve", "`solver` `Windows`", "Pass the solver itself", steps)
     length = min(length, steps)
     count = -(-steps // length)
 
@@ -98,7 +100,7 @@ def solve_windows(run, steps: int, length: int, inputs, h0, guess):
         stats = {name: jnp.asarray(value) for name, value in stats.items()}
         return states, (start, stats)
 
-    empty = tuple(jnp.zeros((steps, *h.shape), h.dtype) for h in h0)
+    empty = tuple(vary(jnp.zeros((steps, *h.shape), h.dtype), h) for h in h0)
     states, (starts, stats) = lax.scan(body, empty, jnp.arange(count, dtype=jnp.int32))
     return states, _summarize(stats, starts, steps)
 

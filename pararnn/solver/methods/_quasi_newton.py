@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
+from ...scan import vary
 from .._segments import Linearization, Push
 from .._structure import Structure
 from ._base import (
@@ -29,7 +30,7 @@ def make_push_diagonal(vectors, scale: float) -> Push:
 
     def push_diagonal(step, h, tangents):
         ahead, push = jax.linearize(step, h)
-        v = jnp.asarray(vectors, h.dtype)
+        v = vary(jnp.asarray(vectors, h.dtype), h)
         diagonal = jnp.sum(v * jax.vmap(push)(v), axis=0) * scale
         return ahead, diagonal[None] * tangents
 

@@ -1,0 +1,234 @@
+"""What of a cell has to be done one step at a time, and is done so before the solve.
+
+A solver evaluates a cell for many steps at once, by `vmap`. Of most programs that is
+the same computation for each of the steps; of some it is another one, without notice:
+random keys of the kinds `rbg` and `unsafe_rbg` draw other numbers, a callback or a
+function with `custom_vmap` does whatever its rule says. What communicates along a named
+axis (`lax.psum`, `lax.axis_index`) couples the sequences that lie along it, which a
+solver of each would not notice either.
+
+Where such an operation does not depend on the state, its results are inputs like any
+other: they are computed here by `lax.scan`, which JAX batches and differentiates
+itself, and any solver takes what is left of the cell. A cell in which one depends on
+the state says so (`must_step`, `coupled_along`) and is stepped through.
+"""
+
+import copy
+from typing import NamedTuple
+
+import jax.extend as jex
+from jax import lax
+from jax.sharding import AxisType, get_abstract_mesh
+from jaxtyping import Array
+
+from ._program import (
+    evaluate,
+    inner_programs,
+    part_of,
+    reached,
+    read_by,
+    variables,
+    without_calls,
+    written_by,
+)
+from ._recurrence import Recurrence, _shape_dtype, is_key, known_index
+
+# By their names, all of JAX whose `vmap` need not be the same computation: bits drawn
+# by the compiler's own generator, and what a rule of the user's stands for.
+_OWN_RULE = {"rng_bit_generator", "rng_uniform", "infeed", "outfeed"}
+_OWN_RULE |= {"custom_vmap_call"}
+# Callbacks too, but for those that were told to be called once for each.
+_CALLBACKS = {"pure_callback", "io_callback", "buffer_callback", "ffi_call"}
+_ONE_BY_ONE = {"sequential", "sequential_unrolled"}
+# What returns something else each time: never evaluated twice, nor once for all steps.
+_IMPURE = {"rng_uniform", "io_callback", "infeed", "outfeed"}
+# Names an axis only to say what varies along it.
+_TYPES_ONLY = {"pvary", "pcast", "reduced_vary_cast", "vary_unreduced_cast"}
+
+
+def must_step(eqn) -> bool:
+    """Whether an equation is another computation for many steps at once."""
+    name = eqn.primitive.name
+    if name in _OWN_RULE:
+        return True
+    if name in _CALLBACKS and eqn.params.get("vmap_method") not in _ONE_BY_ONE:
+        return True
+    values = [v.aval for v in (*variables(eqn.invars), *eqn.outvars)]
+    kinds = {str(getattr(value, "dtype", None)) for value in values if is_key(value)}
+    # JAX's own kind alone draws the same from each key, however many there are.
+    return bool(kinds - {"key<fry>"}) or any(
+        must_step(e) for program in inner_programs(eqn.params) for e in program.eqns
+    )
+
+
+def _is_impure(eqn) -> bool:
+    return eqn.primitive.name in _IMPURE or any(
+        _is_impure(e) for program in inner_programs(eqn.params) for e in program.eqns
+    )
+
+
+def _axes_of(eqn) -> set:
+    """The named axes that an equation communicates along."""
+    inner = [e for program in inner_programs(eqn.params) for e in program.eqns]
+    if inner:
+        # (A `shard_map` within the cell names axes of its own.)
+        own = eqn.params.get("manual_axes", frozenset())
+        return set().union(*map(_axes_of, inner)) - own
+    if eqn.primitive.name in _TYPES_ONLY:
+        return set()
+    names = eqn.params.get("axis_name", eqn.params.get("axes", ()))
+    names = names if isinstance(names, tuple | list) else (names,)
+    # An array's own axes are numbers.
+    return {name for name in names if not isinstance(name, int)}
+
+
+class _Parts(NamedTuple):
+    """Equations that are evaluated before: once, and at each step."""
+
+    once: list
+    stepped: list
+
+
+def settle(
+    recurrence: Recurrence, x_leaves: tuple[Array, ...]
+) -> tuple[Recurrence, tuple[Array, ...]]:
+    """The recurrence without what can be computed before, and its inputs with it."""
+    # (A copy, which describes the rest of the step.)
+    rest = copy.copy(recurrence)
+    if recurrence.refinement is not None and _is_special(recurrence.refinement):
+        rest.refinement = None
+    if not _is_special(recurrence.jaxpr):
+        return rest, x_leaves
+    program = without_calls(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
+    constants, h, x = _arguments(recurrence, program)
+    once, stepped = _parts(program, h, x)
+    before = {id(e) for e in (*once, *stepped)}
+    left = [e for e in program.eqns if id(e) not in before]
+    later = read_by(left) | set(variables(program.outvars))
+    fixed = [v for v in written_by(once) if v in later | read_by(stepped)]
+    moving = [v for v in written_by(stepped) if v in later]
+
+    own = recurrence.constants
+    values = evaluate(_slice(program, constants, fixed), *own)
+    given = [*constants, *fixed, *x]
+    at_each_step = _slice(program, given, moving)
+
+    def one_step(_, x):
+        return None, tuple(evaluate(at_each_step, *own, *values, *x))
+
+    made = lax.scan(one_step, None, x_leaves)[1] if moving else ()
+
+    rest.jaxpr = part_of(
+        program, left, [*constants, *fixed, *h, *x, *moving], program.outvars
+    )
+    rest.add_constants(values, [known_index(v) for v in values])
+    rest.x_structs = [*recurrence.x_structs, *(_shape_dtype(v.aval) for v in moving)]
+    rest.must_step = any(map(must_step, left))
+    rest.is_impure = any(map(_is_impure, left))
+    rest.coupled_along = tuple(sorted(set().union(*map(_axes_of, left)), key=str))
+    return rest, (*x_leaves, *made)
+
+
+def refuse_special(where: str, recurrence: Recurrence) -> None:
+    """Refuse what only `pararnn.solve` does one step at a time.
+
+    **Raises:** `ValueError`.
+    """
+    if _is_special(recurrence.jaxpr):
+        raise ValueError(
+            f"{where}: the cell does something that is another computation for many "
+            "steps at once than for each: (a) it draws from random keys of the kind "
+            "'rbg' or 'unsafe_rbg'; (b) it calls a function with `custom_vmap`, or a "
+            "callback whose `vmap_method` is not 'sequential'; (c) it communicates "
+            "along a named axis. Use `pararnn.solve`, which does so one step at a "
+            "time, or do it before and pass what it returns as `xs`."
+        )
+
+
+def must_sweep(where: str, recurrence: Recurrence) -> bool:
+    """Whether the derivative, too, has to be taken one step at a time.
+
+    **Raises:** `NotImplementedError` if it would evaluate what is something else each
+    time.
+    """
+    if recurrence.is_impure:
+        raise NotImplementedError(
+            f"{where}: the cell calls, on its state, what returns something else each "
+            "time (`io_callback`, `lax.rng_uniform`). The derivative evaluates the "
+            "cell again, and would be that of other states. Call it before the solve, "
+            "for all steps, and pass what it returns as `xs`."
+        )
+    coupled = bool(recurrence.coupled_along)
+    return recurrence.has_custom_vjp or recurrence.must_step or coupled
+
+
+def why_stepped(recurrence: Recurrence) -> str | None:
+    """Why a cell is stepped through, if it is, whatever its size."""
+    if recurrence.must_step:
+        return (
+            "the cell does something on its state that is another computation for "
+            "many steps at once than for each: (a) it draws from random keys of the "
+            "kind 'rbg' or 'unsafe_rbg' that depend on the state, or within a loop or "
+            "branch that does: use keys of JAX's default kind, or draw before the loop "
+            "or branch; (b) it calls a function with `custom_vmap`, or a callback "
+            "whose `vmap_method` is not 'sequential', on the state"
+        )
+    if recurrence.coupled_along:
+        axes = ", ".join(map(repr, recurrence.coupled_along))
+        return (
+            f"the cell communicates what depends on its state along the axis {axes}, "
+            "which couples the sequences: communicate what depends on `xs` alone"
+        )
+    return None
+
+
+def must_only_step(recurrence: Recurrence) -> bool:
+    """Whether no other solver than the loop can be used.
+
+    Along an axis of a `shard_map` each device would take another number of iterations,
+    and wait for what the others do not send.
+    """
+    mesh = get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return recurrence.must_step or any(
+        kinds.get(name) == AxisType.Manual for name in recurrence.coupled_along
+    )
+
+
+def _is_special(program: jex.core.Jaxpr) -> bool:
+    return any(must_step(e) or _axes_of(e) for e in program.eqns)
+
+
+def _arguments(recurrence: Recurrence, program: jex.core.Jaxpr):
+    count, width = len(recurrence.constant_structs), len(recurrence.state_leaves)
+    arguments = program.invars
+    return (
+        arguments[:count],
+        arguments[count : count + width],
+        arguments[count + width :],
+    )
+
+
+def _parts(program: jex.core.Jaxpr, h, x) -> _Parts:
+    """What does not depend on the state, of the equations that cannot be batched."""
+    impure = [e for e in program.eqns if _is_impure(e)]
+    of_h = reached(program, h)
+    of_x = reached(program, [*x, *written_by(impure)])
+    found = [
+        e
+        for e in program.eqns
+        if (must_step(e) or _axes_of(e)) and of_h.isdisjoint(variables(e.invars))
+    ]
+    stepped = [e for e in found if not of_x.isdisjoint(e.outvars) or _is_impure(e)]
+    steps = set(map(id, stepped))
+    return _Parts([e for e in found if id(e) not in steps], stepped)
+
+
+def _slice(program: jex.core.Jaxpr, given, wanted) -> jex.core.Jaxpr:
+    """The program that computes some variables from others."""
+    needed, found = set(wanted) - set(given), []
+    for eqn in reversed(program.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            found.append(eqn)
+            needed |= set(variables(eqn.invars)) - set(given)
+    return part_of(program, found[::-1], given, wanted)
