@@ -17,6 +17,7 @@ from ._linear_scan import (
 )
 from ._matrix_scan import matrix_scan as matrix_scan
 from ._max_plus import max_plus_scan as max_plus_scan
+from ._poison import poison as poison
 from ._prefix import prefix as prefix, running_max as running_max
 from ._time_axis import (
     TIME as TIME,
