@@ -28,8 +28,8 @@ def mix_contained(
     Values are kept apart by resets, but derivatives multiply: a weight's is the sum
     over all steps of cotangents times inputs, and zero times NaN is NaN. So a step that
     is not finite is computed with the inputs of one that is (a layer may be singular at
-    zero), or with the fresh state, and what it would reach, up to the next reset, is NaN,
-    as are derivatives of it. Without resets there are no other sequences.
+    zero), or with the fresh state. What it would reach, up to the next reset, is NaN,
+    and so are derivatives of it. Without resets there are no other sequences.
     """
     if reset is None:
         return mix(xs, state, reset)

@@ -129,7 +129,8 @@ def lost_problem(name, run):
     the input of the second step is NaN."""
     cell, (parameters, xs, h0) = CELLS[name], instance(name, 60)
     spoiled = jax.tree.map(
-        lambda x: x.at[1].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x, xs
+        lambda x: x.at[1].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
+        xs,
     )
     reset = jnp.arange(60) == 40
 

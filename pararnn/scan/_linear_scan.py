@@ -174,6 +174,7 @@ def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
             ft.partial(method, schedule),
             schedule,
             shards,
+            1 if choice.backend == "sequential" else choice.segments,
             (a, b, u, reset),
         )
 

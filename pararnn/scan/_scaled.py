@@ -3,12 +3,13 @@ r"""Products of factors that no floating-point number can hold.
 A thousand factors of 1.5 multiply to $10^{176}$. As a float32 that is infinite, and
 infinite or NaN would be whatever it is multiplied with, also a state of zero, which
 all these factors leave at zero, and a state of $10^{-170}$, which they lead to one. So
-the product has an exponent of its own: $v \cdot 2^e$ with a largest entry of v between
-1/2 and 1. It is finite if the factors are, and NaN if one of them is.
+the product has an exponent of its own: $v \cdot 2^e$ with a largest entry of v of about
+one. It is finite if the factors are, and NaN if one of them is.
 """
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
@@ -27,37 +28,53 @@ class Scaled(NamedTuple):
     exponent: Int[Array, "..."]
 
 
-def multiply_all(schedule: Schedule, a: Array, steps: int) -> Scaled:
-    """The product of factors `[T or 1, ...]` in the order of the scan, `T = steps`."""
-    scaled = _normalise(schedule, a, _exponents_like(schedule, a))
+def multiply_all(schedule: Schedule, a: Array, steps: int, lanes: int) -> Scaled:
+    """The product of factors `[T or 1, ...]` in the order of the scan, `T = steps`.
+
+    In so many `lanes` of time side by side, and these one after the other.
+    """
     if a.shape[0] == 1 != steps:
-        return _power(schedule, scaled, steps)
-    while (count := scaled.values.shape[0]) > 1:
-        even = count - count % 2
-        first, second = (Scaled(*(v[i:even:2] for v in scaled)) for i in (0, 1))
-        earlier, later = (second, first) if schedule.reverse else (first, second)
-        rest = (v[even:] for v in scaled)
-        pairs = _compose(schedule, later, earlier)
-        scaled = Scaled(*map(lambda p, r: jnp.concatenate([p, r]), pairs, rest))
-    return Scaled(*(v[0] for v in scaled))
+        return _power(schedule, a[0], steps)
+    unit = identity(schedule, a[0])
+    length = -(-steps // lanes)
+    if length * lanes > steps:
+        missing = jnp.broadcast_to(unit, (length * lanes - steps, *unit.shape))
+        a = jnp.concatenate([a, missing])
+    if lanes > 1:
+        a = a.reshape(lanes, length, *unit.shape).swapaxes(0, 1)
+
+    def step(product, a_t):
+        values = schedule.product(a_t, product.values)
+        return _normalise(schedule, values, product.exponent), None
+
+    def join(product, lane):
+        return _compose(schedule, lane, product), None
+
+    start = _scaled(schedule, identity(schedule, a[0]))
+    product, _ = lax.scan(step, start, a, reverse=schedule.reverse)
+    if lanes > 1:
+        start = _scaled(schedule, unit)
+        product, _ = lax.scan(join, start, product, reverse=schedule.reverse)
+    return product
 
 
 def apply(schedule: Schedule, product: Scaled, state: Array) -> Array:
     """What the product makes of a state."""
-    exponent = jnp.zeros_like(_exponents_like(schedule, state))
-    return _times_power(*_compose(schedule, product, Scaled(state, exponent)))
+    return _times_power(*_compose(schedule, product, _scaled(schedule, state)))
 
 
-def _power(schedule: Schedule, factor: Scaled, count: int) -> Scaled:
-    """By squaring."""
-    factor = Scaled(*(v[0] for v in factor))
-    unit = identity(schedule, factor.values)
-    power = Scaled(unit, jnp.zeros_like(factor.exponent))
-    while count:
-        if count % 2:
-            power = _compose(schedule, factor, power)
-        factor, count = _compose(schedule, factor, factor), count // 2
-    return power
+def _power(schedule: Schedule, factor: Array, count: int) -> Scaled:
+    """By squaring, bit by bit."""
+
+    def step(carry, bit):
+        power, factor = carry
+        further = _compose(schedule, factor, power)
+        power = jax.tree.map(lambda a, b: jnp.where(bit, a, b), further, power)
+        return (power, _compose(schedule, factor, factor)), None
+
+    start = _scaled(schedule, identity(schedule, factor)), _scaled(schedule, factor)
+    bits = [bool(count >> i & 1) for i in range(count.bit_length())]
+    return lax.scan(step, start, jnp.asarray(bits))[0][0]
 
 
 def _compose(schedule: Schedule, later: Scaled, earlier: Scaled) -> Scaled:
@@ -74,56 +91,54 @@ def _compose(schedule: Schedule, later: Scaled, earlier: Scaled) -> Scaled:
     return _normalise(schedule, schedule.product(a, b), q + largest)
 
 
-def _exponents_like(schedule: Schedule, v: Array) -> Int[Array, "..."]:
+def _scaled(schedule: Schedule, v: Array) -> Scaled:
     shape = v.shape
     if schedule.kind == "matrix":
         shape = (*shape[:-2], 1, shape[-1])
-    return jnp.zeros(shape, jnp.int32)
+    return _normalise(schedule, v, jnp.zeros(shape, jnp.int32))
 
 
-def _normalise(schedule: Schedule, v: Array, exponent) -> Scaled:
-    shift = _exponent(v)
+def _normalise(schedule: Schedule, v: Array, exponent: Int[Array, "..."]) -> Scaled:
+    size = _exponent(v)
     if schedule.kind == "matrix":
-        shift = jnp.where(v == 0, -_BOUND, shift)
-        shift = jnp.max(shift, axis=-2, keepdims=True)
-    return Scaled(
-        _times_power(v, -shift), jnp.clip(exponent + shift, -_BOUND, _BOUND)
-    )
+        size = jnp.max(size, axis=-2, keepdims=True)
+    # Of what is zero or not finite, any exponent does.
+    info = jnp.finfo(v.dtype)
+    shift = jnp.clip(-size, info.minexp, info.maxexp - 1)
+    exponent = jnp.clip(exponent - shift, -_BOUND, _BOUND)
+    return Scaled(_shift(v, shift), exponent)
 
 
 def _exponent(v: Array) -> Int[Array, "..."]:
-    """The e of $v = m 2^e$ with a size of m from 1/2 to 1.
+    """The e of $v = m 2^e$ with a size of m from 1 to 2, from the bits.
 
-    From the bits, as `jnp.frexp` has: it takes ten operations more for what is zero,
-    denormal or not finite, where any number does.
+    (`jnp.frexp` takes ten operations more for what is zero, denormal or not finite.)
     """
     if jnp.iscomplexobj(v):
         v = jnp.maximum(jnp.abs(v.real), jnp.abs(v.imag))
-    info, integer = jnp.finfo(v.dtype), _integers(v.dtype)
-    bits = lax.bitcast_convert_type(jnp.abs(v), integer)
-    return (bits >> info.nmant).astype(jnp.int32) + info.minexp
+    info = jnp.finfo(v.dtype)
+    bits = lax.bitcast_convert_type(jnp.abs(v), _integers(info.dtype))
+    return (bits >> info.nmant).astype(jnp.int32) - (1 - info.minexp)
 
 
 def _times_power(v: Array, exponent: Int[Array, "..."]) -> Array:
     """`v * 2**exponent`, exact unless that is too large or too small."""
-    if jnp.iscomplexobj(v):
-        return lax.complex(
-            _times_power(v.real, exponent), _times_power(v.imag, exponent)
-        )
     # In three parts, each a power of two that is a normal number.
-    limit = -int(jnp.finfo(v.dtype).minexp)
-    exponent = jnp.clip(exponent, -3 * limit, 3 * limit)
+    info = jnp.finfo(v.dtype)
+    exponent = jnp.clip(exponent, 3 * info.minexp, -3 * info.minexp)
     for parts in (3, 2, 1):
         part = exponent // parts
-        v, exponent = v * _power_of_two(part, v.dtype), exponent - part
+        v, exponent = _shift(v, part), exponent - part
     return v
 
 
-def _power_of_two(exponent: Int[Array, "..."], dtype) -> Array:
-    """Exactly, of what is the exponent of a normal number."""
-    info, integer = jnp.finfo(dtype), _integers(dtype)
-    bits = (exponent.astype(integer) + (1 - info.minexp)) << info.nmant
-    return lax.bitcast_convert_type(bits, dtype)
+def _shift(v: Array, exponent: Int[Array, "..."]) -> Array:
+    """`v * 2**exponent`, for what is the exponent of a normal number."""
+    if jnp.iscomplexobj(v):
+        return lax.complex(_shift(v.real, exponent), _shift(v.imag, exponent))
+    info, integer = jnp.finfo(v.dtype), _integers(v.dtype)
+    bits = exponent.astype(integer) + (1 - info.minexp)
+    return v * lax.bitcast_convert_type(bits << info.nmant, v.dtype)
 
 
 def _integers(dtype):

@@ -161,6 +161,7 @@ def scan_stretches(
     scan: Callable[..., tuple[Array, Array]],
     schedule: Schedule,
     shards: int,
+    lanes: int,
     arguments: tuple,
 ) -> tuple[Array, Array]:
     r"""A linear recurrence over stretches of time on different devices.
@@ -173,7 +174,8 @@ def scan_stretches(
     state is, so that it has an exponent of its own.
 
     **Arguments:** `scan(a, b, u, reset)`, that `schedule` of `_backends.py` by some
-    method, which takes the stretches as a batch; `arguments`, its own ones, with the
+    method, which takes the stretches as a batch; `lanes`, how many pieces of a stretch
+    to take the product of side by side; `arguments`, its own ones, with the
     time axis whole.
     """
     a, b, u, reset = arguments
@@ -187,7 +189,7 @@ def scan_stretches(
     if reset is not None:
         reset = split_time(reset, shards, jnp.zeros_like(reset[0]))
     # Behind a reset nothing is left of the product, so that it need not know of it.
-    P = multiply_all(schedule, a, b.shape[0])
+    P = multiply_all(schedule, a, b.shape[0], lanes)
     P = jax.tree.map(lambda v: jnp.broadcast_to(v, (shards, *v.shape[1:])), P)
     _, ends = scan(a, b, jnp.zeros_like(b[0]), reset)
     seen = None if reset is None else jnp.any(reset, axis=0)

@@ -94,8 +94,9 @@ def replace_lost(parameters, inputs, h0, states):
 
     A step is lost if it starts from or leads to a state that is not finite. With
     resets, others may not depend on it, and then its Jacobian is only multiplied with
-    zero, which must be zero. So it is taken to be the first step of a sequence, with the inputs of a step
-    that is not lost: whatever depends on it all the same is marked by `poison`.
+    zero, which must be zero. So it is taken to be the first step of a sequence, with
+    the inputs of a step that is not lost. What depends on it all the same is marked by
+    `poison`.
 
     **Returns:** (parameters, inputs, h0, states), and bool `[T]`, or `None` without
     resets.

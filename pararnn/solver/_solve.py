@@ -167,10 +167,11 @@ def _(primals, tangents, *, config: _Config):
     else:
         structure = config.structure
         plan = plan_adjoint(config.adjoint, structure, states[0].shape[0])
-    known, lost = (*arguments, states), None
+    parameters, inputs, h0 = arguments
+    known, lost = (parameters, inputs, h0, states), None
     # Where a state that is not finite raises, none has a derivative.
     if not config.throw:
-        known, lost = replace_lost(*known)
+        known, lost = replace_lost(parameters, inputs, h0, states)
     t_states = solve_tangents(recurrence, plan, structure, known, t_arguments, lost)
     return (states, stats), (t_states, jtu.tree_map(lambda _: None, stats))
 
