@@ -58,6 +58,9 @@ class AbstractLayer(eqx.Module):
         - `reset`: bool `[T]`, the first step of each packed sequence. Where true, that
             step starts from the fresh state (a layer may treat it as a beginning in
             other ways too, and then says so), whatever came before, `state` included.
+            With resets, a step whose inputs are not finite makes NaN of all outputs
+            from there to the next reset, and of derivatives of these; outputs behind
+            it have the derivatives, in parameters too, of their sequence alone.
         - `reverse`: run from the last step to the first. `reset` still marks the first
             step of a sequence, where it then ends.
 
@@ -82,7 +85,7 @@ class AbstractLayer(eqx.Module):
         if jnp.finfo(xs.dtype).bits > jnp.finfo(precision).bits:
             inputs = xs.astype(precision)
         ys, last = mix_in_windows(
-            self.mix, inputs, state, reset, self.numbers_per_step()
+            self.mix, inputs, state, reset, self.numbers_per_step(), self.init_state
         )
         return ys.astype(xs.dtype), last
 

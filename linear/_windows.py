@@ -7,6 +7,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from pararnn.scan import in_windows, is_symbolic, time_shards
 
+from ._contain import Mix, mix_contained
+
 # In windows over at once (2 cores of an Intel Xeon, jax 0.10.2, d_model = 64, windows
 # of 2048 steps): time of the value, of value and gradient, and memory of the latter.
 # The column in the middle is measured again by `python -m benchmarks layers`.
@@ -43,11 +45,6 @@ _NUMBERS = 2**23
 # Fewer steps make products of matrices no faster.
 _FEWEST = 16
 
-Mix = Callable[
-    [Float[Array, "T d_model"], PyTree[Array], Bool[Array, " T"] | None],
-    tuple[Float[Array, "T d_model"], PyTree[Array]],
-]
-
 
 def mix_in_windows(
     mix: Mix,
@@ -55,13 +52,14 @@ def mix_in_windows(
     state: PyTree[Array],
     reset: Bool[Array, " T"] | None,
     numbers: int | None,
+    init_state: Callable[[], PyTree[Array]],
 ) -> tuple[Float[Array, "T d_model"], PyTree[Array]]:
     """`mix(xs, state, reset)`, in windows where the sequence is long, or where the
     derivative stores many `numbers` for each step: beyond inputs and outputs, the
     memory of a gradient is then that of one window."""
 
     def window(state, at):
-        ys, last = mix(at[0], state, at[1])
+        ys, last = mix_contained(mix, at[0], state, at[1], init_state)
         return jax.tree.map(lambda new, old: new.astype(old.dtype), last, state), ys
 
     length = _choose_window(xs.shape[0], numbers)

@@ -239,6 +239,138 @@ def test_second_derivatives(name):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
 
 
+def turned(a):
+    """Factors `[T]` times a rotation."""
+    c, s = np.cos(0.3), np.sin(0.3)
+    return a[:, None, None] * np.array([[c, -s], [s, c]])
+
+
+def sheared(a):
+    """Matrices whose products have entries from the largest to the smallest."""
+    return np.stack([np.stack([a, a], -1), np.stack([0 * a, 1 / a], -1)], 1)
+
+
+# Of 32 steps on each of 8 devices: all of them grow by 1e51; or they grow and shrink
+# by turns, so that a small state is neither lost nor too large; or all shrink.
+GROW, TURNS = np.full(256, 40.0), np.repeat([40.0, 0.025] * 4, 32)
+SHRINK = np.full(256, 0.025)
+PRODUCTS = {
+    "diagonal": lambda a: D(jnp.asarray(a[:, None] * [1, -1])),
+    "complex": lambda a: D(jnp.asarray(a[:, None] * [1j, -1])),
+    "dense": lambda a: pararnn.Dense(jnp.asarray(turned(a))),
+    "dense, complex": lambda a: pararnn.Dense(jnp.asarray(1j * turned(a))),
+    "blocks": lambda a: pararnn.BlockDiagonal(jnp.asarray(turned(a)[:, None])),
+    "sheared": lambda a: pararnn.Dense(jnp.asarray(sheared(a))),
+    "constant": lambda a: D(jnp.asarray(a[:1, None] * [1, -1])),
+    "constant, dense": lambda a: pararnn.Dense(jnp.asarray(turned(a[:1]))),
+}
+# Factors, the first state, and the step that has a term, if any.
+RANGES = {
+    "overflow": (GROW, 0.0, 250),
+    "underflow": (SHRINK, 0.0, 30),
+    "turns": (TURNS, 1e-30, None),
+}
+# Which products leave the range how, whether there are resets, time runs back, and a
+# stretch has pieces of its own.
+BEYOND = [
+    *((kind, "overflow", False, False, "auto") for kind in PRODUCTS),
+    *((kind, "turns", False, False, "auto") for kind in ("diagonal", "complex")),
+    *((kind, "overflow", True, True, "auto") for kind in ("diagonal", "constant")),
+    ("dense", "underflow", False, True, "auto"),
+    ("dense", "turns", True, True, "auto"),
+    ("dense", "overflow", False, False, "chunked"),
+    ("diagonal", "turns", False, True, "chunked"),
+]
+
+
+@pytest.mark.parametrize("kind, leaves, resets, reverse, backend", BEYOND)
+def test_products_beyond_the_range(kind, leaves, resets, reverse, backend):
+    """In float32 over devices, against the loop in float64, step by step."""
+    factors, start, term = RANGES[leaves]
+    steps = len(factors)
+    transition = PRODUCTS[kind](factors[::-1] if reverse else factors)
+    b, h0 = np.zeros((steps, 2)), np.array([start, 2 * start])
+    if term is not None:
+        b[steps - 1 - term if reverse else term] = 1.0, 2.0
+    reset = (jnp.arange(steps) % 100 == 60) & resets
+    # The first steps alone: all cotangents behind them are zero.
+    first = slice(steps - 10, None) if reverse else slice(10)
+
+    def scan(transition, b, h0):
+        options = {"reset": reset if resets else None, "reverse": reverse}
+        return pararnn.linear_scan(transition, b, h0, backend=backend, **options)
+
+    def plain(transition, b, h0):
+        matrices = transition.as_matrix((2,))
+        matrices = jnp.broadcast_to(matrices, (steps, 2, 2))
+        b, h0 = (v.astype(matrices.dtype) for v in (b, h0))
+
+        def step(h, at_t):
+            return at_t[0] @ h + at_t[1]
+
+        return loop(step, h0, (matrices, b), reset, reverse=reverse)
+
+    def everything(run):
+        def loss(transition, b, h0):
+            states = run(transition, b, h0)[first] + 1
+            return jnp.sum(jnp.real(states * jnp.conj(states)))
+
+        def gradient(b, h0, transition):
+            return jax.grad(loss, argnums=(1, 2))(transition, b, h0)
+
+        @jax.jit
+        def derived(transition, b, h0):
+            along = ft.partial(gradient, transition=transition)
+            twice = jax.jvp(along, (b, h0), (jnp.ones_like(b), jnp.ones_like(h0)))
+            return run(transition, b, h0), twice
+
+        return derived
+
+    wide = transition, jnp.asarray(b), jnp.asarray(h0)
+    wanted = everything(plain)(*wide)
+    narrow = jax.tree.map(
+        lambda v: v.astype("complex64" if jnp.iscomplexobj(v) else "float32"), wide
+    )
+    with jax.set_mesh(pararnn.make_mesh(time=8)):
+        found = everything(scan)(*narrow)
+    for a, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        a, w = np.asarray(a), np.asarray(w)
+        size = np.abs(w).max(-1, keepdims=True)
+        assert np.all(np.abs(a - w) <= 1e-4 * size + 1e-37)
+
+
+def test_gradient_of_a_solve_whose_jacobians_overflow():
+    """Of the tenth state, behind which Jacobians multiply to 1e170 and 1e600."""
+
+    def gradients(dtype):
+        def f(h, x):
+            return 3.9 * h * (1 - h) + x
+
+        def tenth(h0, xs):
+            return pararnn.solve(f, xs, h0).states[9]
+
+        both = jax.grad(tenth, argnums=(0, 1))
+        return jax.jit(both)(jnp.asarray(0.3, dtype), jnp.zeros(1024, dtype))
+
+    wanted = gradients("float64")
+    with jax.set_mesh(pararnn.make_mesh(data=2, time=4)):
+        found = gradients("float32")
+    for a, w in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, w, rtol=1e-4)
+
+
+def test_factors_that_are_not_finite_are_not_hidden():
+    """Not by a state of zero either: as in the loop, to which 0 * NaN is NaN."""
+    a = jnp.full((32, 2), 0.5).at[9, 0].set(jnp.nan).at[17, 1].set(jnp.inf)
+    transitions = D(a), pararnn.Dense(jax.vmap(jnp.diag)(a))
+    for transition in transitions:
+        run = jax.jit(lambda t: pararnn.linear_scan(t, jnp.zeros((32, 2))))
+        wanted = run(transition)
+        with jax.set_mesh(pararnn.make_mesh(time=8)):
+            np.testing.assert_array_equal(run(transition), wanted)
+    assert np.isnan(wanted[-1]).all()
+
+
 EXCHANGES = {
     # Its factors have as many rows as there are steps, and their gradient is summed
     # over the sequences of a batch: no device must have some of the sequences only.

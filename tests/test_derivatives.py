@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from pararnn import Newton, Sequential, jacobian_structure, solve
+from pararnn import Auto, Newton, Sequential, jacobian_structure, solve
 from tests.helpers import assert_close
 from tests.problems import CELLS, instance, scan, some_resets
 
@@ -113,6 +113,91 @@ def test_reset_at_the_first_step(adjoint):
     wanted = jax.jit(jax.grad(ft.partial(loss, scan), (0, 1)))(h0, h0 + 1)
     assert_close(got, wanted, 1e-9)
     assert not np.any(got[0])
+
+
+# Where each way to a derivative meets states that are not finite.
+LOST = [
+    *((name, "auto", Sequential()) for name in REAL),
+    *((name, "parallel", Newton(7)) for name in ("gru-diagonal", "dict-state")),
+    *((name, "sweep", Sequential()) for name in ("elman", "control-flow")),
+    ("elman", "auto", Auto()),
+]
+
+
+def lost_problem(name, run):
+    """A loss on all that comes behind a reset at step 40, and the same on that alone;
+    the input of the second step is NaN."""
+    cell, (parameters, xs, h0) = CELLS[name], instance(name, 60)
+    spoiled = jax.tree.map(
+        lambda x: x.at[1].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
+        xs,
+    )
+    reset = jnp.arange(60) == 40
+
+    def late(tree):
+        return jax.tree.map(lambda v: v[40:], tree)
+
+    def loss(parameters, xs, h0, fresh):
+        states = run(cell.f(parameters), xs, h0, reset, fresh, throw=False)
+        return total(late(states)), states
+
+    def alone(parameters, xs, fresh):
+        return total(scan(cell.f(parameters), xs, fresh))
+
+    fresh = jax.tree.map(lambda h: 0.5 * h + 0.1, h0)
+    return loss, (parameters, spoiled, h0, fresh), alone, (parameters, late(xs), fresh)
+
+
+@pytest.mark.parametrize("name, adjoint, solver", LOST)
+def test_derivatives_do_not_leave_their_sequence(name, adjoint, solver):
+    run = ft.partial(solved, adjoint=adjoint, solver=solver)
+    loss, given, alone, sequence = lost_problem(name, run)
+
+    @jax.jit
+    def everything(given, sequence):
+        gradient, states = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(*given)
+        tangent = jax.jvp(lambda *p: loss(*p)[0], given, directions(given))[1]
+        return gradient, tangent, states, jax.grad(alone, (0, 1, 2))(*sequence)
+
+    found, tangent, states, wanted = everything(given, sequence)
+    assert any(np.any(np.isnan(leaf[1])) for leaf in jax.tree.leaves(states))
+    parameters, xs, h0, fresh = found
+    behind = jax.tree.map(lambda v: v[40:], xs)
+    assert_close((parameters, behind, fresh), wanted, 1e-9)
+    for leaf in jax.tree.leaves((h0, jax.tree.map(lambda v: v[:40], xs))):
+        assert not np.any(leaf)
+    assert np.isfinite(tangent)
+
+
+@pytest.mark.parametrize("adjoint", ["parallel", "sweep"])
+def test_a_loss_on_lost_states_has_no_finite_derivative(adjoint):
+    """Which a selection in place of the states would give it."""
+    run = ft.partial(solved, adjoint=adjoint, solver=Sequential())
+    loss, given, *_ = lost_problem("elman", run)
+
+    @jax.jit
+    def both(parameters, xs, h0, fresh):
+        def linear(parameters):
+            return jnp.sum(loss(parameters, xs, h0, fresh)[1][20])
+
+        tangent = jax.jvp(linear, (parameters,), directions((parameters,)))[1]
+        return jax.grad(linear)(parameters), tangent
+
+    gradient, tangent = both(*given)
+    assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(gradient))
+    assert np.isnan(tangent)
+
+
+def test_second_derivatives_do_not_leave_their_sequence():
+    run = ft.partial(solved, solver=Sequential())
+    loss, given, alone, sequence = lost_problem("gru-diagonal", run)
+
+    def curvature(loss, primals):
+        gradient = jax.grad(lambda p: loss(p, *primals[1:]))
+        return jax.jvp(gradient, primals[:1], directions(primals[:1]))[1]
+
+    found = jax.jit(lambda p: curvature(lambda *p: loss(*p)[0], p))(given)
+    assert_close(found, jax.jit(lambda p: curvature(alone, p))(sequence), 1e-9)
 
 
 @pytest.mark.parametrize("solver", NEWTON)

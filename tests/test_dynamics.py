@@ -248,14 +248,51 @@ def test_divergence_against_scipy():
     true, other = rng.normal(size=(500, 2)), rng.normal(0.5, 1.5, size=(400, 2))
     edges = [np.linspace(v.min(), v.max(), 8) for v in true.T]
     p, q = (np.histogramdd(v, edges)[0] + 1e-5 for v in (true, other))
-    wanted = rel_entr(p / p.sum(), q / q.sum()).sum()
+    # What of `other` lies outside of the range has its share all the same.
+    wanted = rel_entr(p / p.sum(), q / (400 + 49e-5)).sum()
     found = state_space_divergence(true, other, bins=7)
     assert_close(np.asarray(found), wanted, 1e-12)
+    inside = np.clip(other, true.min(0), true.max(0))
+    q = np.histogramdd(inside, edges)[0] + 1e-5
+    wanted = rel_entr(p / p.sum(), q / q.sum()).sum()
+    found = state_space_divergence(true, inside, bins=7)
+    assert_close(np.asarray(found), wanted, 1e-12)
     assert state_space_divergence(true, true) == 0
-    away = state_space_divergence(true, true + 100)
-    assert away > found
     lost = np.where(np.arange(400)[:, None] < 3, other, np.nan)
     assert math.isfinite(state_space_divergence(true, lost))
+
+
+def test_divergence_grows_as_less_of_the_range_is_visited():
+    true = np.random.default_rng(0).normal(size=(500, 2))
+    point = np.broadcast_to(true[0], true.shape)
+    partly = np.where(np.arange(500)[:, None] < 250, true, 100)
+    cases = (true, partly, point, np.where(true == true, 100, true), true + np.nan)
+    found = [state_space_divergence(true, case) for case in cases]
+    # In place, out of it for half of the time, at one point of it, out, not finite.
+    assert found[0] == 0 and 0.5 < found[1] < found[2] < found[3] == found[4]
+    # Every bin has the smallest share there is.
+    counts = np.histogram2d(*true.T, 30)[0].ravel() + 1e-5
+    p = counts / counts.sum()
+    wanted = np.sum(p * np.log(p * (500 + 900e-5) / 1e-5))
+    assert_close(np.asarray(found[3]), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("value", [0, 0.1, 0.5, 1e10, 1e-30, -3.7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_constant_has_no_spectrum(value, dtype):
+    wave = np.sin(np.arange(400) / 7)[:, None].astype(dtype)
+    constant = np.full_like(wave, value)
+    assert spectrum_distance(wave, constant) == 1
+    assert spectrum_distance(constant, wave) == 1
+    # The last bit of a network that has come to rest may still move.
+    restless = np.where(wave > 0, constant, np.nextafter(constant, dtype(np.inf)))
+    assert value == 0 or spectrum_distance(wave, restless) == 1
+    assert spectrum_distance(constant, constant) == 0
+    # An amplitude of 100 roundings is a signal, whatever it is added to.
+    small = constant + wave * np.abs(constant) * dtype(100 * np.finfo(dtype).eps)
+    assert value == 0 or spectrum_distance(wave, small) < 0.2
+    huge = wave * np.sqrt(np.finfo(dtype).max) * 2
+    assert spectrum_distance(wave, huge) < 1e-6
 
 
 def test_spectra():
@@ -280,6 +317,29 @@ def test_exponents_that_are_known():
     assert found == pytest.approx(math.log(1.25), abs=1e-6)
     logistic = largest_exponent(lambda u: 4 * u * (1 - u), jnp.array([0.3]), 20_000)
     assert logistic == pytest.approx(math.log(2), abs=0.01)
+    strong = largest_exponent(lambda u: 1e-200 * u, jnp.ones(2), 50)
+    assert strong == pytest.approx(-200 * math.log(10))
+
+
+EXPONENTS = {
+    "onto one point": (lambda u: 0 * u + 1, -math.inf),
+    "through a matrix that is nilpotent": (
+        lambda u: jnp.array([[0.0, 1.0], [0.0, 0.0]]) @ u,
+        -math.inf,
+    ),
+    "along one direction only": (
+        lambda u: jnp.array([[1.0, -1.0], [-1.0, 1.0]]) @ u / 4,
+        math.log(0.5),
+    ),
+    "to infinity": (lambda u: 2 * u, math.nan),
+}
+
+
+@pytest.mark.parametrize("what", EXPONENTS)
+def test_exponents_of_maps_that_lose_or_gain_all(what):
+    step, wanted = EXPONENTS[what]
+    found = largest_exponent(step, jnp.ones(2), 50, settle=1000)
+    assert found == pytest.approx(wanted, nan_ok=True)
 
 
 @pytest.mark.slow

@@ -268,6 +268,72 @@ def test_what_is_not_finite_stays_in_its_sequence(name):
     assert np.isnan(bad[-1, 0])
 
 
+BAD, AFTER = 10, 24  # a step that is not finite, and the next reset
+
+
+@each_layer
+def test_derivatives_stay_in_their_sequence(name):
+    """Those of the outputs behind a reset are the derivatives of these steps alone,
+    whatever is not finite before it; and of outputs that are lost, none is finite."""
+    layer, xs, state = problem(name)
+    arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+    reset = jnp.arange(T) == AFTER
+
+    def outputs(arrays, xs, state=None, reset=None):
+        return eqx.combine(arrays, static)(xs, state, reset=reset)[0]
+
+    def late(arrays, xs, state):
+        ys = outputs(arrays, xs, state, reset)
+        return jnp.sum(jnp.sin(ys[AFTER:])), ys
+
+    def alone(arrays, xs):
+        ys = outputs(arrays, xs)
+        return jnp.sum(jnp.sin(ys)), ys
+
+    def lost(arrays, xs, state):
+        return jnp.sum(outputs(arrays, xs, state, reset)[AFTER - 1])
+
+    @jax.jit
+    def everything(arrays, xs, states):
+        spoiled = (xs.at[BAD].set(bad) for bad in (jnp.nan, jnp.inf, xs[BAD]))
+        given = jnp.stack([*spoiled]), states
+        grad = jax.vmap(jax.grad(late, (0, 1, 2), has_aux=True), (None, 0, 0))
+        one = jax.tree.map(lambda v: v[0], given)
+        sequence = jax.grad(alone, (0, 1), has_aux=True)(arrays, xs[AFTER:])
+        return grad(arrays, *given), sequence, jax.grad(lost)(arrays, *one)
+
+    # Of a sequence, of one that is infinite, and of a state, in a batch.
+    states = jax.tree.map(lambda v: jnp.stack([v, v, jnp.full_like(v, jnp.nan)]), state)
+    (found, ys), (wanted, wanted_ys), of_lost = everything(arrays, xs, states)
+    for i in range(3):
+        assert np.all(np.isnan(ys[i, BAD:AFTER])) or i == 1
+        assert_close(ys[i, AFTER:], wanted_ys, 1e-13)
+        g_arrays, g_xs, g_state = jax.tree.map(lambda v, i=i: v[i], found)
+        assert_close((g_arrays, g_xs[AFTER:]), wanted, 1e-12)
+        assert not np.any(g_xs[:AFTER])
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(g_state))
+    assert any(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves(of_lost))
+
+
+@pytest.mark.parametrize("name", ["mamba", "gated_deltanet", "block_lrnn"])
+def test_second_derivatives_stay_in_their_sequence(name):
+    layer, xs, _ = problem(name)
+    arrays, static = eqx.partition(layer, eqx.is_inexact_array)
+    tangents = jax.tree.map(jnp.cos, arrays)
+
+    @jax.jit
+    def curvature(arrays, xs, reset):
+        def loss(arrays):
+            ys, _ = eqx.combine(arrays, static)(xs, reset=reset)
+            return jnp.sum(jnp.sin(ys[AFTER - T :]))
+
+        return jax.jvp(jax.grad(loss), (arrays,), (tangents,))[1]
+
+    found = curvature(arrays, xs.at[BAD].set(jnp.nan), jnp.arange(T) == AFTER)
+    wanted = curvature(arrays, xs[AFTER:], jnp.zeros(T - AFTER, bool))
+    assert_close(found, wanted, 1e-11)
+
+
 @each_layer
 def test_construction_under_vmap(name):
     """Stacks of blocks are made with one `vmap` over keys."""

@@ -270,10 +270,34 @@ PROBABILITIES = np.array([0.4, 0.3, 0.2, 0.1])
         ({"top_p": 1.0}, PROBABILITIES),
         ({"top_k": 3, "top_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
         ({"temperature": 0.5}, PROBABILITIES**2 / sum(PROBABILITIES**2)),
+        ({"temperature": 1e-38}, [1, 0, 0, 0]),
+        ({"temperature": 1e-320}, [1, 0, 0, 0]),
     ],
 )
 def test_distribution_of_what_is_drawn(options, wanted):
-    model = Constant(jnp.log(PROBABILITIES))
+    check_distribution(jnp.log(PROBABILITIES), options, wanted)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ({}, [1 / 3, 0, 1 / 3, 1 / 3]),
+        ({"top_k": 2}, [1 / 2, 0, 1 / 2, 0]),
+        ({"top_k": 1}, [1, 0, 0, 0]),
+        ({"top_p": 0.6}, [1 / 2, 0, 1 / 2, 0]),
+        ({"temperature": 1e-38}, [1 / 3, 0, 1 / 3, 1 / 3]),
+        ({"temperature": 1e-50, "top_k": 2}, [1 / 2, 0, 1 / 2, 0]),
+        ({"temperature": 0}, [1, 0, 0, 0]),
+    ],
+)
+def test_distribution_of_equal_logits(dtype, options, wanted):
+    """Far from zero, where a quotient by a small temperature is infinite."""
+    check_distribution(jnp.array([50, -50, 50, 50], dtype), options, wanted)
+
+
+def check_distribution(logits, options, wanted):
+    model = Constant(logits)
     drawn = sample(model, jnp.zeros(1, int), max_tokens=600, **options)
     counts = np.bincount(drawn, minlength=4)
     deviation = np.sqrt(600 * np.array(wanted) * (1 - np.array(wanted)))

@@ -114,7 +114,7 @@ def _spectra(axis: Axes, true, generated, smoothing: float) -> None:
     ):
         if not np.all(np.isfinite(points)):
             continue
-        power = power_spectrum(np.asarray(points, np.float64), smoothing)[:, 0]
+        power = power_spectrum(points, smoothing)[:, 0]
         frequencies = np.arange(1, len(power) + 1) / len(points)
         axis.loglog(frequencies, power, color=colour, label=label, linewidth=1)
     axis.set_title("power spectrum of variable 1", fontsize=10)

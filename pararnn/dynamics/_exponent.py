@@ -5,6 +5,7 @@ from collections.abc import Callable
 import diffrax
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -22,12 +23,14 @@ def largest_exponent(
     r"""The largest Lyapunov exponent of $u_t = g(u_{t-1})$, in nats per step.
 
     The mean growth of a tangent that is pushed along the trajectory and brought back to
-    length one after every step. Divide by the time between steps for a rate.
+    length one after every step. The tangent starts in a random direction, the same in
+    every call. Divide by the time between steps for a rate.
 
     **Arguments:** `step`, $g$; `start`, `[d]`; `steps`, to average over; `settle`,
     steps before those, in which the tangent turns to the direction that grows most.
 
-    **Returns:** a number, NaN if the trajectory does not stay finite.
+    **Returns:** a number; -inf if all tangents vanish, as those of a map onto one
+    point; NaN if the trajectory does not stay finite.
 
     **Raises:** `ValueError` for numbers of steps that are not whole, or negative.
     """
@@ -37,15 +40,23 @@ def largest_exponent(
     def body(carry, _):
         state, tangent = carry
         state, pushed = jax.jvp(step, (state,), (tangent,))
-        norm = jnp.linalg.norm(pushed)
-        return (state, pushed / norm), jnp.log(norm)
+        # The largest entry first: squares may leave the range.
+        largest = jnp.max(jnp.abs(pushed))
+        scaled = pushed / jnp.where(largest == 0, 1, largest)
+        norm = jnp.linalg.norm(scaled)
+        tangent = scaled / jnp.where(norm == 0, 1, norm)
+        return (state, tangent), jnp.log(largest) + jnp.log(norm)
 
     @jax.jit
     def run(start):
-        tangent = jnp.full_like(start, start.size**-0.5)
-        return lax.scan(body, (start, tangent), length=settle + steps)[1]
+        # With any chosen direction, some map would turn just that one to zero.
+        tangent = jr.normal(jr.key(0), start.shape, start.dtype)
+        tangent = tangent / jnp.linalg.norm(tangent)
+        (last, _), growth = lax.scan(body, (start, tangent), length=settle + steps)
+        finite = jnp.all(jnp.isfinite(last))
+        return jnp.where(finite, jnp.mean(growth[settle:]), jnp.nan)
 
-    return float(jnp.mean(run(jnp.asarray(start))[settle:]))
+    return float(run(jnp.asarray(start)))
 
 
 def flow_map(system: System, *, substeps: int = 4) -> Callable[[Array], Array]:

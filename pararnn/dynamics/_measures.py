@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -18,9 +19,10 @@ def state_space_divergence(
     r"""$\mathrm{KL}(p \,\|\, q)$ of where the two spend their time.
 
     $p$ and $q$ are histograms of `bins` bins for each variable, over the range of
-    `true`, with `smoothing` added to every bin. What lies outside is not counted, so
-    that a trajectory that leaves the range altogether has an empty histogram, and the
-    largest divergence. Zero for the same distribution; in nats.
+    `true`, with `smoothing` added to every bin. Each bin holds its share of all points,
+    so that points outside of the range take from the shares of all bins, and a
+    trajectory that leaves the range altogether has the largest divergence that one of
+    its length can have. Zero for the same distribution; in nats.
 
     ??? cite "Source"
 
@@ -28,7 +30,7 @@ def state_space_divergence(
         (2306.04406).
 
     **Arguments:** `true` and `generated`, `[T, N]` and `[S, N]`, on the same scale, of
-    any lengths; values that are not finite lie outside of any bin.
+    any lengths; a point that is not finite lies outside of any bin.
 
     **Raises:** `ValueError` for shapes that do not fit, `true` that is not finite, or
     options out of range.
@@ -50,10 +52,11 @@ def state_space_divergence(
 
 
 def _histogram(points, edges, smoothing: float) -> np.ndarray:
-    points = points[np.all(np.isfinite(points), axis=1)]
-    counts, _ = np.histogramdd(points, edges)
-    counts += smoothing
-    return counts / counts.sum()
+    inside = points[np.all(np.isfinite(points), axis=1)]
+    counts, _ = np.histogramdd(inside, edges)
+    # What lies outside is of the whole, too: without it, a trajectory that is nowhere
+    # inside would seem to be everywhere alike, thanks to the smoothing.
+    return (counts + smoothing) / (len(points) + smoothing * counts.size)
 
 
 def spectrum_distance(
@@ -68,7 +71,8 @@ def spectrum_distance(
 
     with $p$ and $q$ the power at each frequency, as a part of all, smoothed by a
     Gaussian of `smoothing` frequencies' width. 0 for the same spectra, 1 for disjoint
-    ones, or if `generated` is not finite, or constant.
+    ones, or if `generated` is not finite. A variable that is constant, to 4 roundings
+    in its own dtype, has no power: 1 if it is so in one of the two, 0 if in both.
 
     ??? cite "Source"
 
@@ -81,6 +85,7 @@ def spectrum_distance(
     negative width.
     """
     where = "spectrum_distance"
+    given = true, generated
     true, generated = _check(where, true, generated)
     if len(true) != len(generated):
         raise ValueError(
@@ -94,16 +99,31 @@ def spectrum_distance(
         )
     if not np.all(np.isfinite(generated)):
         return 1.0
-    p, q = (power_spectrum(points, width) for points in (true, generated))
-    overlap = np.sum(np.sqrt(p * q), axis=0)
+    p, q = (power_spectrum(points, width) for points in given)
+    silent = ~np.any(p, axis=0) & ~np.any(q, axis=0)
+    overlap = np.where(silent, 1, np.sum(np.sqrt(p * q), axis=0))
     return float(np.mean(np.sqrt(np.clip(1 - overlap, 0, 1))))
 
 
 def power_spectrum(
     points: Float[np.ndarray, "T N"], width: float
 ) -> Float[np.ndarray, "T//2 N"]:
-    """The power at each frequency above 0 as a part of all, smoothed; 0 if constant."""
-    power = np.abs(np.fft.rfft(points - points.mean(0), axis=0))[1:] ** 2
+    """The power at each frequency above 0 as a part of all, smoothed; 0 if constant.
+
+    What varies by 4 roundings of `points`, in their dtype, counts as constant: it is
+    noise, which would be scaled up to a spectrum.
+    """
+    points = np.asarray(points)
+    floating = jnp.issubdtype(points.dtype, jnp.floating)
+    epsilon = float(jnp.finfo(points.dtype if floating else np.float64).eps)
+    points = points.astype(np.float64)
+    rounding = 4 * epsilon * np.abs(points).max(0)
+    # The largest first, as squares of numbers far from 1 leave the range.
+    varied = points - points.mean(0)
+    size = np.abs(varied).max(0)
+    constant = np.ptp(points, axis=0) <= rounding
+    varied = np.where(constant, 0, varied / np.where(constant, 1, size))
+    power = np.abs(np.fft.rfft(varied, axis=0))[1:] ** 2
     if width:
         reach = math.ceil(4 * width)
         kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)

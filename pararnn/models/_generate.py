@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._parameters import check_key
+from .._parameters import check_key, wide_dtype
 
 
 def generate(
@@ -37,8 +37,10 @@ def generate(
         `step`.
     - `prompt`: integers `[P]`, at least one.
     - `max_tokens`: how many tokens to draw at most.
-    - `temperature`: logits are divided by it; 0 takes the likeliest token.
-    - `top_k`: draw among the `top_k` likeliest tokens only.
+    - `temperature`: logits are divided by it; 0 takes the likeliest token, the first
+        of several.
+    - `top_k`: draw among the `top_k` likeliest tokens only; of equal ones at the edge,
+        the first.
     - `top_p`: draw among the fewest of the likeliest tokens whose probabilities sum to
         `top_p` or more (Holtzman et al., 1904.09751). Of both, `top_k` is applied
         first.
@@ -113,15 +115,23 @@ def _draw(
     if temperature == 0:
         token = jnp.argmax(logits)
     else:
-        scaled = logits / temperature
+        scaled = _scale(logits, temperature)
         if top_k is not None and top_k < logits.size:
-            scaled = jnp.where(
-                scaled < jax.lax.top_k(scaled, top_k)[0][-1], -jnp.inf, scaled
-            )
+            largest, at = jax.lax.top_k(scaled, top_k)
+            scaled = jnp.full_like(scaled, -jnp.inf).at[at].set(largest)
         if top_p is not None:
             scaled = _nucleus(scaled, top_p)
         token = jr.categorical(key, scaled)
     return jnp.where(jnp.all(jnp.isfinite(logits)), token, -1).astype(jnp.int32)
+
+
+def _scale(logits: Float[Array, " vocab"], temperature: float) -> Array:
+    """Logits over the temperature, the largest as 0: a tiny temperature overflows to
+    minus infinity only, and leaves the likeliest tokens."""
+    wide = logits.astype(wide_dtype(logits.dtype))
+    # A smaller temperature would be zero; it tells the same logits apart.
+    least = float(jnp.finfo(wide.dtype).tiny)
+    return (wide - jnp.max(wide)) / jnp.maximum(temperature, least)
 
 
 def _nucleus(logits: Float[Array, " vocab"], top_p: float) -> Float[Array, " vocab"]:

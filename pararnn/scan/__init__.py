@@ -19,6 +19,7 @@ from ._linear_scan import (
 )
 from ._matrix_scan import matrix_scan as matrix_scan
 from ._max_plus import max_plus_scan as max_plus_scan
+from ._poison import poison as poison
 from ._prefix import prefix as prefix, running_max as running_max
 from ._symbolic import is_symbolic as is_symbolic, refuse_symbolic as refuse_symbolic
 from ._time_axis import (

@@ -9,7 +9,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Inexact
 
 from ._arithmetic import check_bits, promote
-from ._backends import Schedule, associative, chunked, identity, sequential
+from ._backends import Schedule, associative, chunked, sequential
 from ._choose import BACKENDS, Backend, choose_backend
 from ._explicit import automatic
 from ._time_axis import scan_stretches, shift, time_shards
@@ -44,9 +44,17 @@ def linear_scan(
         $h_t = A_t h_{t+1} + b_t$ with `initial` standing after the last step.
     - `reset`: bool `[T]`. Where true, the state that step t (in the order of the scan)
         starts from is `reset_state`, whatever came before, infinities and NaN too.
+        Derivatives behind it are those of these steps alone; before it, and in a
+        transition that is constant, what is not finite makes NaN of them (0 * NaN), as
+        in `lax.scan`.
     - `reset_state`: `[*state]`; zeros if not given.
     - `backend`: `"sequential"`, `"associative"`, `"chunked"`, or `"auto"`, which picks
         by platform, structure and size; where devices share time, within each of them.
+        All but `"sequential"` (`"auto"` on a CPU) multiply factors by each other before
+        they meet a state: `"associative"` over all of time, `"chunked"` over $\sqrt{T}$
+        steps. A product that overflows makes NaN of a state of zero, and an infinity
+        of a small one, where single steps have the right number; one that underflows
+        loses a large state. From device to device, products have a range of their own.
 
     **Returns:** $h_1 \dots h_T$, `[T, *state]`, in the promoted dtype of transition,
     inputs and states. 16-bit inputs are accumulated in float32 and rounded at the end.
@@ -167,10 +175,9 @@ def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
             return method(schedule, a, b, u, reset)
         return scan_stretches(
             ft.partial(method, schedule),
-            schedule.product,
-            ft.partial(identity, schedule),
-            schedule.reverse,
+            schedule,
             shards,
+            1 if choice.backend == "sequential" else choice.segments,
             (a, b, u, reset),
         )
 

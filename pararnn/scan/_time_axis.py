@@ -17,6 +17,8 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Shaped
 
+from ._backends import Schedule, identity
+from ._scaled import apply, multiply_all
 from ._symbolic import is_symbolic, refuse_symbolic
 
 TIME = "time"
@@ -162,52 +164,54 @@ def delays(
 
 def scan_stretches(
     scan: Callable[..., tuple[Array, Array]],
-    product: Callable[[Array, Array], Array],
-    identity: Callable[[Array], Array],
-    reverse: bool,
+    schedule: Schedule,
     shards: int,
+    lanes: int,
     arguments: tuple,
 ) -> tuple[Array, Array]:
     r"""A linear recurrence over stretches of time on different devices.
 
     What a stretch does to the state that it starts from is $u \mapsto P u + e$. Every
-    device finds $e$ by a scan from zero and $P$ by one from the identity without terms,
-    all of them step through the stretches together (replicated, `shards` steps), and
-    each scans its own stretch again from the true start. The pair $(P, e)$ of every
-    stretch is all that is exchanged.
+    device finds $e$ by a scan from zero and $P$ as the product of its factors, all of
+    them step through the stretches together (replicated, `shards` steps), and each
+    scans its own stretch again from the true start. The pair $(P, e)$ of every stretch
+    is all that is exchanged. $P$ may be beyond the range of floating point where no
+    state is, so that it has an exponent of its own.
 
-    **Arguments:** `scan(a, b, u, reset)`, a schedule of `_backends.py` that takes the
-    stretches as a batch; its `product`, and the `identity` like some factors;
-    `arguments`, its own ones, with the time axis whole.
+    **Arguments:** `scan(a, b, u, reset)`, that `schedule` of `_backends.py` by some
+    method, which takes the stretches as a batch; `lanes`, how many pieces of a stretch
+    to take the product of side by side; `arguments`, its own ones, with the
+    time axis whole.
     """
     a, b, u, reset = arguments
     steps = b.shape[0]
     if a.shape[0] == 1 != steps and steps % shards:
         a = jnp.broadcast_to(a, (steps, *a.shape[1:]))
     # A step that was filled in leaves the state as it is.
-    a = a[:, None] if a.shape[0] == 1 else split_time(a, shards, identity(a[0]))
+    unit = identity(schedule, a[0])
+    a = a[:, None] if a.shape[0] == 1 else split_time(a, shards, unit)
     b = split_time(b, shards, jnp.zeros_like(b[0]))
     if reset is not None:
         reset = split_time(reset, shards, jnp.zeros_like(reset[0]))
-    unit = a[0] if reset is None else a[0] + jnp.zeros_like(reset[0], a.dtype)
-    _, P = scan(a, jnp.zeros((b.shape[0], *unit.shape), a.dtype), identity(unit), reset)
+    # Behind a reset nothing is left of the product, so that it need not know of it.
+    P = multiply_all(schedule, a, b.shape[0], lanes)
+    P = jax.tree.map(lambda v: jnp.broadcast_to(v, (shards, *v.shape[1:])), P)
     _, ends = scan(a, b, jnp.zeros_like(b[0]), reset)
-    P = jnp.broadcast_to(P, (shards, *P.shape[1:]))
     seen = None if reset is None else jnp.any(reset, axis=0)
 
     def through(u, stretch):
         P, end, seen = stretch
-        carried = product(P, u)
+        carried = apply(schedule, P, u)
         if seen is not None:
             # Selected, as an infinity in the dropped state must not survive.
             carried = jnp.where(seen, jnp.zeros_like(carried), carried)
         return carried + end, (u, carried + end)
 
     def step_through(at, stretches, u):
-        _, steps = lax.scan(through, u, stretches, reverse=reverse)
+        _, steps = lax.scan(through, u, stretches, reverse=schedule.reverse)
         return [lax.dynamic_slice_in_dim(v, at, 1) for v in steps]
 
     exchange = on_each_device(step_through, shards)
     starts, after = exchange((P, ends, seen), u)
     x, _ = scan(a, b, starts, reset)
-    return join_time(x, steps), after[0 if reverse else -1]
+    return join_time(x, steps), after[0 if schedule.reverse else -1]

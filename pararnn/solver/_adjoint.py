@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from ..scan import is_symbolic, shift, solve_recurrence, time_shards, vary
+from ..scan import is_symbolic, poison, shift, solve_recurrence, time_shards, vary
 from ._blocks import from_blocks, to_blocks, transition_factors
 from ._recurrence import Recurrence
 from ._structure import Structure
@@ -91,26 +91,62 @@ def _divisor(steps: int, target: int) -> int:
     return target
 
 
+def replace_lost(parameters, inputs, h0, states):
+    """What to linearise at, and which steps `[T]` are lost, if any may be.
+
+    A step is lost if it starts from or leads to a state that is not finite. With
+    resets, others may not depend on it, and then its Jacobian is only multiplied with
+    zero, which must be zero. So it is taken to be the first step of a sequence, with
+    the inputs of a step that is not lost. What depends on it all the same is marked by
+    `poison`.
+
+    **Returns:** (parameters, inputs, h0, states), and bool `[T]`, or `None` without
+    resets.
+    """
+    leaves, reset = inputs
+    if reset is None:
+        return (parameters, inputs, h0, states), None
+    before, after = (
+        ft.reduce(jnp.logical_or, map(_spoiled, group))
+        for group in (jtu.tree_map(lambda h: h[None], h0), states)
+    )
+    lost = after | (shift(before[0], after) & ~reset)
+    found = jnp.argmin(lost)
+
+    def replace(x):
+        here = lost.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(here, lax.dynamic_index_in_dim(x, found), x)
+
+    inputs = jtu.tree_map(replace, leaves), reset | lost
+    return (parameters, inputs, h0, states), lost
+
+
+def _spoiled(states):
+    return ~jnp.all(jnp.isfinite(states.reshape(len(states), -1)), axis=1)
+
+
 def solve_tangents(
-    recurrence: Recurrence, plan: Plan | None, structure, primals, tangents
+    recurrence: Recurrence, plan: Plan | None, structure, primals, tangents, lost=None
 ):
     """Tangents of the states, leaves `[T, ...]`.
 
     `primals` are (parameters, inputs, h0, states); `tangents` those of the first three,
-    `None` where there is none.
+    `None` where there is none. What depends on steps that are `lost` is NaN.
     """
     parameters, inputs, h0, states = primals
     t_parameters, t_inputs, t_h0 = tangents
     if plan is None:
-        return _step_by_step(recurrence, primals, tangents)
+        return _step_by_step(recurrence, primals, tangents, lost)
     start = recurrence.ravel(
         [jnp.zeros_like(h) if t is None else t for h, t in zip(h0, t_h0, strict=True)]
     )
     steps, length = states[0].shape[0], plan.chunk
     count = steps // length
 
-    def stretch(d, before, parameters, inputs, tangents):
+    def stretch(d, before, parameters, inputs, tangents, lost):
         terms = _driving_terms(recurrence, before, (parameters, inputs), tangents)
+        if lost is not None:
+            terms = poison(terms, jnp.broadcast_to(lost[:, None], terms.shape))
         serial = _materialised if plan.materialise else _swept
         vectors = serial(recurrence, structure, parameters, before, inputs, d, terms)
         return vectors[-1], jax.vmap(recurrence.unravel)(vectors)
@@ -119,24 +155,24 @@ def solve_tangents(
 
         @jax.checkpoint
         def whole_sequence(d, known, tangents):
-            parameters, inputs, h0, states = known
+            parameters, inputs, h0, states, lost = known
             before = tuple(shift(*pair) for pair in zip(h0, states, strict=True))
-            return stretch(d, before, parameters, inputs, tangents)[1]
+            return stretch(d, before, parameters, inputs, tangents, lost)[1]
 
-        known = (parameters, inputs, h0, states)
+        known = (parameters, inputs, h0, states, lost)
         return whole_sequence(start, known, (t_parameters, t_inputs))
 
     def chunk(d, index, length, t_inputs, known, t_parameters):
-        parameters, inputs, h0, states = known
+        parameters, inputs, h0, states, lost = known
         first = index * plan.chunk
         at = ft.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=length)
         before = _states_before(h0, states, first, length)
-        inputs = jtu.tree_map(at, inputs)
-        return stretch(d, before, parameters, inputs, (t_parameters, t_inputs))
+        inputs, lost = jtu.tree_map(at, (inputs, lost))
+        return stretch(d, before, parameters, inputs, (t_parameters, t_inputs), lost)
 
     # What is known is sliced inside the chunk: scanned over, it would be copied whole
     # under `vmap`, which puts the batch between the chunks and their steps.
-    known = (parameters, inputs, h0, states)
+    known = (parameters, inputs, h0, states, lost)
 
     def body(d, at_chunk):
         index, t_inputs = at_chunk
@@ -266,7 +302,7 @@ def _depends_on_arguments(fn, args) -> list[bool]:
     ]
 
 
-def _step_by_step(recurrence: Recurrence, primals, tangents):
+def _step_by_step(recurrence: Recurrence, primals, tangents, lost):
     """The recurrence of the tangents, one JVP of the cell a step.
 
     Transposed, it is one reverse sweep of per-step VJPs. This is the only schedule for
@@ -292,7 +328,7 @@ def _step_by_step(recurrence: Recurrence, primals, tangents):
         return t is None
 
     def step(d, at_t):
-        h, x, t_x = at_t
+        h, x, t_x, lost = at_t
         primals, tangents = (parameters, h, x), (t_parameters, d, t_x)
         held, moved = eqx.partition(
             primals, jtu.tree_map(none_leaf, tangents, is_leaf=none_leaf)
@@ -302,8 +338,10 @@ def _step_by_step(recurrence: Recurrence, primals, tangents):
             return recurrence.step(*eqx.combine(held, moved))
 
         _, d = jax.jvp(moved_step, (moved,), (tangents,))
+        if lost is not None:
+            d = tuple(poison(t, jnp.broadcast_to(lost, t.shape)) for t in d)
         return d, d
 
     return lax.scan(
-        jax.checkpoint(step, prevent_cse=False), start, (before, inputs, t_inputs)
+        jax.checkpoint(step, prevent_cse=False), start, (before, inputs, t_inputs, lost)
     )[1]

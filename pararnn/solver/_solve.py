@@ -14,7 +14,13 @@ from jaxtyping import Array, Bool, PyTree
 
 from ..scan import refuse_explicit, time_shards, vary
 from ._adapters import as_step
-from ._adjoint import ADJOINTS, Adjoint, plan_adjoint, solve_tangents
+from ._adjoint import (
+    ADJOINTS,
+    Adjoint,
+    plan_adjoint,
+    replace_lost,
+    solve_tangents,
+)
 from ._auto import Auto
 from ._input_part import Division, InputPart, divide
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
@@ -65,7 +71,9 @@ def solve(
         a [`pararnn.Ladder`][]; one window of time after the other,
         [`pararnn.Windows`][]; or [`pararnn.Sequential`][].
     - `reset`: bool `[T]`; where true, step t starts from `reset_state` in place of the
-        previous state, whatever that was.
+        previous state, whatever that was. States behind a reset have the derivatives of
+        their sequence alone, also where (with `throw=False`) states before it are not
+        finite; a derivative of such a state is NaN.
     - `reset_state`: like `h0`; zeros if not given.
     - `initial_guess`: where a method starts from: a trajectory like the states (in
         training, the states of the step before: a warm start), a function of `(xs, h0)`
@@ -186,9 +194,12 @@ def _with_tangents(config: _Config, primals, tangents):
     else:
         structure = config.structure
         plan = plan_adjoint(config.adjoint, structure, states[0].shape[0])
-    t_states = solve_tangents(
-        recurrence, plan, structure, (*arguments, states), t_arguments
-    )
+    parameters, inputs, h0 = arguments
+    known, lost = (parameters, inputs, h0, states), None
+    # Where a state that is not finite raises, none has a derivative.
+    if not config.throw:
+        known, lost = replace_lost(parameters, inputs, h0, states)
+    t_states = solve_tangents(recurrence, plan, structure, known, t_arguments, lost)
     return (states, stats), (t_states, jtu.tree_map(lambda _: None, stats))
 
 
