@@ -328,7 +328,8 @@ def _reduce(graph, eqn, operand: Known):
 
 def _cumulate(graph, eqn, operand: Known):
     axis, back = eqn.params["axis"], eqn.params["reverse"]
-    nodes = np.flip(operand.nodes, axis) if back else operand.nodes
+    nodes = _nodes(operand, eqn.invars[0])
+    nodes = np.flip(nodes, axis) if back else nodes
     out = graph.new(nodes.shape)
     graph.connect(nodes, out)
     along = np.moveaxis(out, axis, 0)
@@ -362,7 +363,7 @@ def _multiply_matrices(graph, eqn, *values: Known):
 def _convolve(graph, eqn, images: Known, kernel: Known):
     if kernel.nodes is not None or eqn.params["batch_group_count"] > 1:
         return _couple_all(graph, eqn, images, kernel)
-    read = graph.merge(convolution_patches(eqn, images.nodes))
+    read = graph.merge(convolution_patches(eqn, _nodes(images, eqn.invars[0])))
     out, spec = eqn.outvars[0].aval.shape, eqn.params["dimension_numbers"].out_spec
     each = np.repeat(read, out[spec[1]] // read.shape[1], axis=1)
     return each.transpose(np.argsort(spec))

@@ -33,9 +33,9 @@ def solve_on_segments(
     """
     problem = batch, parameters, inputs, h0, find_structure, method
     segments = Segments(*problem)
-    fewer = is_symbolic(segments.count) or (max_steps or 0) < segments.count
-    limited = max_steps is not None and fewer
-    limit = max_steps if limited else segments.count
+    limited, limit = False, segments.count
+    if max_steps is not None and (is_symbolic(limit) or max_steps < limit):
+        limited, limit = True, max_steps
 
     def stepping(attempt: Attempt):
         """Which sequences go on with the method's steps."""

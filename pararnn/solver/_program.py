@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
 # What a function that was jitted inside of another is called.
@@ -33,7 +34,7 @@ def is_index(constant: Any) -> bool:
     Their values are read where a structure is looked for; of others only the shape is.
     """
     kind = getattr(getattr(constant, "dtype", None), "kind", "")
-    return kind in tuple("biu") and not isinstance(constant, jax.core.Tracer)
+    return kind in tuple("biu") and not isinstance(constant, Tracer)
 
 
 def called_program(eqn) -> Any:
