@@ -49,8 +49,8 @@ QUICK_COMPILATION = (
 CORE = (
     *("dependencies", "structure", "linear_scan", "matrix_scan", "fused_scan"),
     *("transitions", "solve", "methods", "derivatives", "input_part", "implicit"),
-    *("cells", "rnn", "linear_layers", "lineax", "diffrax", "windows", "bad_input"),
-    *("transforms", "random_keys", "reverse", "stack"),
+    *("cells", "rnn", "nnx", "lineax", "windows", "bad_input", "certificate"),
+    *("transformations", "export", "reverse", "stack"),
 )
 
 ROOT = Path(__file__).resolve().parent
