@@ -74,7 +74,7 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield Case(
                 "scales",
                 {"states": kind, "solver": name},
-                lambda s=name, k=kind: measure_scales(s, k, 2 if settings.quick else 6),
+                lambda s=name, k=kind: measure_scales(s, k, 2 if settings.quick else 4),
                 True,
             )
     lengths = settings.steps(256, 1024, 4096)
