@@ -200,12 +200,11 @@ def test_a_sequence_that_fails_is_told_from_those_that_do_not():
 @pytest.mark.parametrize("length", [1, 3, 7, 16, 40])
 @pytest.mark.parametrize("count", [1, 5, 31, 200])
 def test_sizes_are_of_now_and_a_few_steps_before(count, length, getkey):
-    h0 = jax.random.normal(getkey(), (2, 3))
     starts = jax.random.normal(getkey(), (count, 2, 3)) * jnp.exp(
         2 * jax.random.normal(getkey(), (count, 1, 1))
     )
-    sizes = np.asarray(entry_sizes(h0, starts, length))
-    values = np.abs(np.concatenate([h0[None], starts]))
+    sizes = np.asarray(entry_sizes(starts, length))
+    values = np.abs(np.concatenate([jnp.zeros((1, 2, 3)), starts]))
     # Whole blocks before that of the start itself, whose other starts do not count.
     block = max(1, BLOCK // length)
     least, most = -(-(REACH - BLOCK) // length), -(-(REACH + BLOCK) // length)
@@ -220,8 +219,15 @@ def test_sizes_are_of_now_and_a_few_steps_before(count, length, getkey):
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
 def test_what_is_not_finite_excuses_nothing(bad):
     starts = jnp.ones((40, 1)).at[7].set(bad)
-    sizes = entry_sizes(jnp.full(1, bad), starts, 1)
+    sizes = entry_sizes(starts, 1)
     np.testing.assert_array_equal(sizes, jnp.ones((40, 1)).at[7].set(0))
+
+
+def test_what_was_before_a_reset_excuses_nothing():
+    starts = jnp.ones((64, 1)).at[3].set(1e9)
+    cuts = jnp.zeros(64, bool).at[20].set(True)
+    sizes = np.asarray(entry_sizes(starts, 1, cuts))[:, 0]
+    assert sizes[8] == 1e9 and (sizes[20:] == 1).all()
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1.0, 1e30, 3e38])

@@ -34,13 +34,14 @@ def largest(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:
 
 
 def entry_sizes(
-    h0: Float[Array, "*batch width"],
     starts: Float[Array, "S *batch width"],
     length: int,
+    cuts: Bool[Array, "S *batch"] | None = None,
 ) -> Float[Array, "S *batch width"]:
     """The size of every entry at every start of a segment of `length` steps.
 
-    What is not finite has no size, so that it excuses nothing behind it.
+    What is not finite has no size, so that it excuses nothing behind it; and neither
+    does anything before a reset: `cuts` are the starts since which there has been one.
     """
     count, shards = starts.shape[0], time_shards(starts.shape[0])
     if is_symbolic(count) or is_symbolic(length):
@@ -49,17 +50,24 @@ def entry_sizes(
         together = max(1, BLOCK // length)
         blocks = shards * -(-count // (together * shards))
         back = -(-REACH // (length * -(-count // blocks)))
-    sizes = split_time(_finite_size(starts), blocks)
-    largest_of_block, first = jnp.max(sizes, axis=0), _finite_size(h0)
-    before = jnp.zeros_like(largest_of_block)
+    finite = jnp.where(jnp.isfinite(starts), jnp.abs(starts), 0)
+    sizes = split_time(finite, blocks)
+    earlier = jnp.max(sizes, axis=0)
+    cut = None if cuts is None else jnp.any(split_time(cuts, blocks), axis=0)[..., None]
+    before, reached = jnp.zeros_like(earlier), cut
     for _ in range(back):
-        largest_of_block = shift(first, largest_of_block)
-        before = jnp.maximum(before, largest_of_block)
+        earlier = _one_later(earlier)
+        if reached is None:
+            before = jnp.maximum(before, earlier)
+        else:
+            before = jnp.maximum(before, jnp.where(reached, 0, earlier))
+            cut = _one_later(cut)
+            reached = reached | cut
     return join_time(jnp.maximum(sizes, before[None]), count)
 
 
-def _finite_size(values: Array) -> Array:
-    return jnp.where(jnp.isfinite(values), jnp.abs(values), 0)
+def _one_later(x: Array) -> Array:
+    return shift(jnp.zeros_like(x[0]), x)
 
 
 def along_entries(values: Float[np.ndarray, " width"], like: Array) -> Array:

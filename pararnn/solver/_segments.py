@@ -111,6 +111,17 @@ class Segments:
         own = ROUNDINGS * recurrence.entry_eps
         self.rtol = own if method.rtol is None else np.full_like(own, method.rtol)
         self.atol = method.atol or 0.0
+        self.cuts = self._find_cuts()
+
+    def _find_cuts(self) -> Bool[Array, "S *batch"] | None:
+        """The segments within which a reset is."""
+        leaves, reset = self.inputs
+        if reset is None:
+            return None
+        first = jax.tree.map(lambda x: x[0], leaves), jnp.any(reset, axis=0)
+        over = self.over.lift(lambda parameters, h, x: x[1])
+        starts = jnp.broadcast_to(self.h0, (self.count, *self.h0.shape))
+        return over(self.parameters, starts, first)
 
     def _divide(self, segments: int | None) -> tuple[int, int]:
         """How many segments, and of how many steps each."""
@@ -275,7 +286,7 @@ class Segments:
         Entries of a coarser dtype change by more of their roundings.
         """
         either = jnp.maximum(jnp.abs(before), jnp.abs(after))
-        sizes = entry_sizes(self.h0, either, self.length)
+        sizes = entry_sizes(either, self.length, self.cuts)
         change = _relative(jnp.abs(after - before), sizes)
         eps = self.recurrence.entry_eps
         change = change * along_entries(eps.min(initial=1) / eps, change)
@@ -417,7 +428,7 @@ class Segments:
         )
         ends, following = self._ravel(ends), self._following(self._ravel(starts))
         residuals = jnp.where(self._followed(ends.ndim), jnp.abs(ends - following), 0)
-        sizes = entry_sizes(self.h0, following, self.length)
+        sizes = entry_sizes(following, self.length, self.cuts)
         lost = ~jnp.all(jnp.isfinite(residuals), axis=-1)
         small = is_small(residuals, sizes, self.rtol, self.atol) & ~lost
         # The last state of a segment is the next start; it is as good as its residual.
