@@ -24,7 +24,7 @@ from tests.random_cells import (
 # sparse by values that no program shows, the next only by rules that are left out; and
 # of the last not the rule is looked at, which is for the reverse mode alone.
 COARSE = {
-    *("custom_vjp", "custom_vjp in a loop"),
+    *("custom_vjp", "custom_vjp in a loop", "insert"),
     *("fft", "rfft", "fft2", "cummin", "own update", "add at own index", "switch"),
     *(
         "loop to own end",
