@@ -53,16 +53,16 @@ def entry_sizes(
     finite = jnp.where(jnp.isfinite(starts), jnp.abs(starts), 0)
     sizes = split_time(finite, blocks)
     earlier = jnp.max(sizes, axis=0)
-    cut = None if cuts is None else jnp.any(split_time(cuts, blocks), axis=0)[..., None]
-    before, reached = jnp.zeros_like(earlier), cut
+    before = jnp.zeros_like(earlier)
+    # Whether there has been a reset since.
+    cut = jnp.zeros((*earlier.shape[:-1], 1), bool)
+    if cuts is not None:
+        cut = jnp.any(split_time(cuts, blocks), axis=0)[..., None]
+    reached = cut
     for _ in range(back):
-        earlier = _one_later(earlier)
-        if reached is None:
-            before = jnp.maximum(before, earlier)
-        else:
-            before = jnp.maximum(before, jnp.where(reached, 0, earlier))
-            cut = _one_later(cut)
-            reached = reached | cut
+        earlier, cut = _one_later(earlier), _one_later(cut)
+        before = jnp.maximum(before, jnp.where(reached, 0, earlier))
+        reached = reached | cut
     return join_time(jnp.maximum(sizes, before[None]), count)
 
 
