@@ -7,7 +7,8 @@ beside a large one. So entry j of the state at step t has to satisfy
 
 where `rtol_j` is by default 64 roundings of that entry's own dtype, `atol` is 0, and
 `size_{t,j}` is the largest absolute value of entry j at this step and at the starts of
-segments in the 32 steps before it (or at the one start before, if segments are longer).
+segments in about 32 steps before it, or at the one start before if segments are longer,
+but not at any from before a reset.
 So a value that happens to pass through zero is not held to that zero, one that was
 large long ago excuses nothing, and neither does one that will be.
 """
@@ -41,7 +42,7 @@ def entry_sizes(
     """The size of every entry at every start of a segment of `length` steps.
 
     What is not finite has no size, so that it excuses nothing behind it; and neither
-    does anything before a reset: `cuts` are the starts since which there has been one.
+    does anything before a reset: `cuts` are the segments that hold one.
     """
     count, shards = starts.shape[0], time_shards(starts.shape[0])
     if is_symbolic(count) or is_symbolic(length):
