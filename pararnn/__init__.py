@@ -7,6 +7,11 @@ from ._lineax import (
     BlockBidiagonalLinearOperator as BlockBidiagonalLinearOperator,
     ParallelScan as ParallelScan,
 )
+from ._optimistix import (
+    Problem as Problem,
+    RootFinder as RootFinder,
+    residual as residual,
+)
 from ._rnn import RNN as RNN, Bidirectional as Bidirectional
 from ._stack import Stack as Stack
 from .cells import (
@@ -59,19 +64,18 @@ from .solver import (
     ELK as ELK,
     RESULTS as RESULTS,
     AbstractMethod as AbstractMethod,
+    AbstractSolver as AbstractSolver,
     Auto as Auto,
     DampedNewton as DampedNewton,
     Jacobi as Jacobi,
     Ladder as Ladder,
     Newton as Newton,
     Picard as Picard,
-    Problem as Problem,
     QuasiNewton as QuasiNewton,
     Sequential as Sequential,
     Solution as Solution,
     Structure as Structure,
     Windows as Windows,
     jacobian_structure as jacobian_structure,
-    residual as residual,
     solve as solve,
 )

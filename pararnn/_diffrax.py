@@ -18,9 +18,9 @@ from ._equation import with_derivative
 from .scan import check_bits
 from .solver import (
     RESULTS,
+    AbstractSolver,
     Auto,
     Solution,
-    Solver,
     Structure,
     check_solver,
     solve,
@@ -37,7 +37,7 @@ def integrate(
     y0: PyTree[ArrayLike],
     args: PyTree = None,
     *,
-    solver: Solver = Auto(),
+    solver: AbstractSolver = Auto(),
     initial_guess: PyTree | str | Callable | None = "h0",
     max_steps: int | None = None,
     structure: Structure | str | None = None,

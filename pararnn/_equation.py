@@ -15,8 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .scan._arithmetic import multiply_matrices
-from .solver._blocks import from_blocks, to_blocks, transition_factors
-from .solver._recurrence import Recurrence
+from .solver._jacobian_layout import from_blocks, to_blocks, transition_factors
+from .solver._problem import Recurrence
 from .solver._structure import find_structure
 
 
@@ -114,7 +114,7 @@ def with_derivative(F: Callable[[PyTree, PyTree], PyTree], z: PyTree, inputs: Py
     series = jtu.tree_map(lambda leaf: jnp.asarray(leaf)[None], inputs)
     recurrence = Recurrence(F, series, z)
     equation = Equation(recurrence)
-    constants = recurrence.release_constants()
+    constants = recurrence.take_constants()
 
     def known(z, inputs):
         v = lax.stop_gradient(recurrence.ravel(jtu.tree_leaves(z)))

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .solver._adapters import call_nnx, loaded_nnx
-from .solver._program import (
+from .solver._jaxpr import (
     calls_hold_arrays,
+    consts_to_args,
     evaluate,
-    opened,
     part_for,
     without_calls,
 )
@@ -80,7 +80,7 @@ class FlaxCell(eqx.Module):
             closed = without_calls(closed)
         old, inputs = _split(closed.jaxpr.invars, h)
         new, emitted = _split(closed.jaxpr.outvars, h)
-        part = part_for(opened(closed), emitted, new)
+        part = part_for(consts_to_args(closed), emitted, new)
         moving = _named(inputs, xs) | _named(new, after)
         if not moving.keys() >= set(old).intersection(part.invars):
             moving = _named(old, before()) | moving

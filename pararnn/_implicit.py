@@ -21,7 +21,7 @@ from ._equation import Equation, solution
 from .scan import check_bits
 from .solver._certificate import along_entries, largest
 from .solver._inputs import AbstractImplicitCell
-from .solver._recurrence import Recurrence
+from .solver._problem import Recurrence
 
 
 class Implicit(AbstractImplicitCell):
@@ -311,7 +311,7 @@ def _pose(options: Implicit, h: PyTree, x: PyTree):
         _check_guess(start, h)
     search = _Newton(options.rtol, options.atol or 0.0, options.max_steps)
     start = lax.stop_gradient(recurrence.ravel(_leaves(start)))
-    arguments = recurrence.release_constants(), (*_leaves(h), *_leaves(x)), start
+    arguments = recurrence.take_constants(), (*_leaves(h), *_leaves(x)), start
     return Equation(recurrence), arguments, search
 
 

@@ -14,7 +14,7 @@ from ._parameters import check_flag
 from ._reverse import backwards
 from .cells import AbstractCell
 from .scan import check_reset, shift
-from .solver import Auto, Solver, check_solver, count_steps, solve
+from .solver import AbstractSolver, Auto, check_solver, count_steps, solve
 
 
 class RNN(eqx.Module):
@@ -41,14 +41,14 @@ class RNN(eqx.Module):
     """
 
     cell: Any
-    solver: Solver
+    solver: AbstractSolver
     throw: bool = eqx.field(static=True)
 
     def __init__(
         self,
         cell: Any,
         *,
-        solver: Solver = Auto(),
+        solver: AbstractSolver = Auto(),
         init_state: PyTree[Array] | None = None,
         output: Callable[[PyTree], Any] | None = None,
         throw: bool = True,

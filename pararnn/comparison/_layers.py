@@ -10,7 +10,7 @@ from jaxtyping import DTypeLike, PRNGKeyArray
 from .._registry import make_by_name
 from .._specs import parse_spec
 from ..models import list_mixers, make_mixer, registered_layers
-from ..solver import Auto, Solver
+from ..solver import AbstractSolver, Auto
 from ._images import ImageMixer
 
 # Where packages enter layers on images, `[H, W, d_model]`, as they enter others in
@@ -65,7 +65,7 @@ def make_layer(
     layer: str,
     d_model: int,
     *,
-    solver: Solver = Auto(),
+    solver: AbstractSolver = Auto(),
     dtype: DTypeLike | None = None,
     key: PRNGKeyArray,
 ) -> Any:

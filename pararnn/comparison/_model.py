@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._parameters import uniform
 from ..models._block import Block, normalise
-from ..solver import Auto, Solver
+from ..solver import AbstractSolver, Auto
 from ._layers import make_layer
 from .tasks import Task
 
@@ -42,7 +42,7 @@ class SequenceModel(eqx.Module):
         d_hidden: int,
         depth: int,
         *,
-        solver: Solver = Auto(),
+        solver: AbstractSolver = Auto(),
         key: PRNGKeyArray,
     ):
         """**Arguments:** `task`, for the kinds of inputs and outputs; `layer`, as of
@@ -105,7 +105,7 @@ class SequenceModel(eqx.Module):
         return inputs.astype(dtype) @ self.embedding + self.bias.reshape(1, -1)
 
 
-def with_solver(model: SequenceModel, solver: Solver) -> SequenceModel:
+def with_solver(model: SequenceModel, solver: AbstractSolver) -> SequenceModel:
     """The model with another solver in its cells, which it must have."""
     return eqx.tree_at(
         lambda m: m.blocks.mixer.rnn.solver,

@@ -93,7 +93,7 @@ class Trainer:
             losses = []
             for start, stop in pieces:
                 batches = self.data.training(start, stop - start)
-                program, seconds = self._program(state, batches)
+                program, seconds = self._jaxpr(state, batches)
                 compiling += seconds
                 begin = time.perf_counter()
                 state, found = jax.block_until_ready(

@@ -7,8 +7,8 @@ import jax
 from jaxtyping import Array, Bool, PyTree
 
 from ..solver import AbstractMethod, Sequential
+from ..solver._methods import is_count
 from ..solver._structure import find_structure
-from ..solver.methods import is_count
 from ._diagnosis import Diagnosis
 from ._growth import measure_growth
 from ._measure import measure

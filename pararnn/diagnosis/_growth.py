@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ..solver._recurrence import Recurrence
+from ..solver._problem import Recurrence
 from ._problem import Posed
 from ._results import Growth
 

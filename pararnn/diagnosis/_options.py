@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..solver import AbstractMethod
-from ..solver.methods import chosen_options, options_of
+from ..solver._methods import chosen_options, options_of
 
 
 def name_of(method: AbstractMethod) -> str:

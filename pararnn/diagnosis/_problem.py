@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, PyTree
 
 from ..solver._inputs import check_resets, count_steps, make_recurrence
-from ..solver._recurrence import Recurrence
+from ..solver._problem import Recurrence
 
 WHERE = "diagnose"
 
@@ -55,7 +55,7 @@ def pose(f, xs, h0, reset, reset_state) -> Posed:
             "the solver for them."
         )
     fresh = check_resets(WHERE, recurrence, reset, reset_state, steps)
-    constants = recurrence.release_constants()
+    constants = recurrence.take_constants()
     refuse_tracers(constants)
     xs, h0 = (jtu.tree_map(jnp.asarray, tree) for tree in (xs, h0))
     if fresh is None:

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._parameters import check_key, check_number, check_positive, check_size
-from ..solver import Auto, Solver, check_solver
+from ..solver import AbstractSolver, Auto, check_solver
 from ._forcing import Forcing
 from ._model import Reconstruction
 from ._systems import Series
@@ -89,7 +89,7 @@ def fit(
     forcing: Forcing,
     recipe: Recipe = Recipe(),
     *,
-    solver: Solver = Auto(),
+    solver: AbstractSolver = Auto(),
     key: PRNGKeyArray,
     on_point: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Fit:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._parameters import check_key, check_size, uniform
 from ..cells import AbstractCell
-from ..solver import Auto, Solution, Solver, solve
+from ..solver import AbstractSolver, Auto, Solution, solve
 
 
 class Reconstruction(eqx.Module):
@@ -75,7 +75,7 @@ class Reconstruction(eqx.Module):
         xs: Float[Array, "T N"],
         strengths: Float[Array, " T"],
         *,
-        solver: Solver = Auto(),
+        solver: AbstractSolver = Auto(),
         throw: bool = True,
     ) -> Solution:
         """Step along observations, all steps solved for together.

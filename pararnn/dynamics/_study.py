@@ -22,7 +22,7 @@ from .._records import Record, Records
 from .._registry import make_by_name
 from .._specs import parse_spec
 from ..cells import ALRNNCell, make_cell
-from ..solver import Auto, Solver, check_solver
+from ..solver import AbstractSolver, Auto, check_solver
 from ._draw import draw_reconstruction
 from ._exponent import flow_map, largest_exponent
 from ._fit import Recipe, fit
@@ -57,7 +57,7 @@ class Study:
     """Of everything that is drawn."""
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     """How long, and on what windows."""
-    solver: Solver = dataclasses.field(default_factory=Auto)
+    solver: AbstractSolver = dataclasses.field(default_factory=Auto)
     """Of the forced recurrence."""
 
     def __post_init__(self):

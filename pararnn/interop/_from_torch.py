@@ -11,7 +11,7 @@ from jaxtyping import DTypeLike
 from .._rnn import RNN, Bidirectional
 from .._stack import Stack
 from ..cells import AbstractCell
-from ..solver import Auto, Solver
+from ..solver import AbstractSolver, Auto
 from ._torch_arrays import Weights, read
 from ._torch_layout import Layout, names
 
@@ -19,7 +19,7 @@ from ._torch_layout import Layout, names
 def from_torch(
     source: Mapping[str, Any] | Any,
     *,
-    solver: Solver = Auto(),
+    solver: AbstractSolver = Auto(),
     nonlinearity: Literal["tanh", "relu"] | None = None,
     prefix: str = "",
     dtype: DTypeLike | None = None,

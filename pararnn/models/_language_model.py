@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 from .._parameters import check_dtype, check_key, check_size, wide_dtype
 from ..devices import gather_parameters
 from ..scan import check_reset
-from ..solver import Auto, Solver, check_solver
+from ..solver import AbstractSolver, Auto, check_solver
 from ._block import Block, normalise
 from ._mixers import make_mixer
 
@@ -58,7 +58,7 @@ class LanguageModel(eqx.Module):
         *,
         mixer: Mixer | Sequence[Mixer] = "paragru",
         d_hidden: int | None = None,
-        solver: Solver = Auto(),
+        solver: AbstractSolver = Auto(),
         throw: bool = True,
         tied: bool = True,
         rematerialise: bool = False,

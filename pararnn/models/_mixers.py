@@ -14,7 +14,7 @@ from .._registry import make_by_name
 from .._rnn import RNN
 from .._specs import parse_spec
 from ..cells import CELLS, make_cell
-from ..solver import Auto, Solver, check_solver
+from ..solver import AbstractSolver, Auto, check_solver
 from ._block import project
 
 # Packages enter their layers here, each a mapping from name to a constructor
@@ -41,7 +41,7 @@ class CellMixer(eqx.Module):
         cell: str = "paragru",
         *,
         d_state: int | None = None,
-        solver: Solver = Auto(),
+        solver: AbstractSolver = Auto(),
         throw: bool = True,
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
@@ -121,7 +121,7 @@ def make_mixer(
     mixer: str,
     d_model: int,
     *,
-    solver: Solver = Auto(),
+    solver: AbstractSolver = Auto(),
     throw: bool = True,
     dtype: DTypeLike | None = None,
     key: PRNGKeyArray,

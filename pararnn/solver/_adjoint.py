@@ -29,8 +29,8 @@ import jax.tree_util as jtu
 from jax import lax
 
 from ..scan import is_symbolic, poison, shift, solve_recurrence, time_shards, vary
-from ._blocks import from_blocks, to_blocks, transition_factors
-from ._recurrence import Recurrence
+from ._jacobian_layout import from_blocks, to_blocks, transition_factors
+from ._problem import Recurrence
 from ._structure import Structure
 
 Adjoint = Literal["auto", "parallel", "sweep"]

@@ -24,6 +24,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, connected_components
 
+from ._jaxpr import called_program, inner_programs, is_index
 from ._movements import (
     BY_NUMPY,
     MOVEMENTS,
@@ -33,7 +34,6 @@ from ._movements import (
     gather_windows,
     scatter_windows,
 )
-from ._program import called_program, inner_programs, is_index
 
 # Loops of at most so many equations, over all rounds, are followed round by round.
 _UNROLLED = 10_000

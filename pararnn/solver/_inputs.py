@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from ..scan import check_bits, check_reset
 from ._adapters import as_step
-from ._recurrence import Recurrence
+from ._problem import Recurrence
 
 
 class AbstractImplicitCell(eqx.Module):

@@ -1,13 +1,17 @@
-"""What a solve returns."""
+"""What a solve returns: states, statistics, and how it ended."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, Real
+
+if TYPE_CHECKING:
+    from ._problem import BoundProblem
 
 
 class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
@@ -42,6 +46,106 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
         "domain in the cell (log, sqrt, a division). With `throw=False` "
         "`stats['first_nonfinite']` is the first step with such a state."
     )
+
+
+class Stats(NamedTuple):
+    """The statistics of a solve, each an array over the batch.
+
+    `Solution.stats` has them by name; see there what they mean. Two more are only used
+    inside: `certified`, whether every residual is within its tolerance, and `finite`,
+    whether every state is.
+    """
+
+    num_steps: Int[Array, "*batch"]
+    residual: Real[Array, "*batch"]
+    certified: Bool[Array, "*batch"]
+    certified_steps: Int[Array, "*batch"]
+    sequential: Bool[Array, "*batch"]
+    rung: Int[Array, "*batch"]
+    nonfinite: Int[Array, "*batch"]
+    finite: Bool[Array, "*batch"]
+    history: Real[Array, "*batch history"]
+
+    @classmethod
+    def of(cls, problem: "BoundProblem", **values: Any) -> "Stats":
+        """Statistics of a problem; those that are not given are 0, false or empty."""
+        real, shape = problem.recurrence.dtype, problem.batch_shape
+        dtypes = dict.fromkeys(_COUNTS, jnp.int32) | dict.fromkeys(_FLAGS, jnp.bool_)
+        dtypes["residual"] = real
+        fields = {
+            name: jnp.broadcast_to(jnp.asarray(values.pop(name, 0), dtype), shape)
+            for name, dtype in dtypes.items()
+        }
+        history = values.pop("history", jnp.zeros((*shape, 0), real))
+        return cls(**fields, history=history, **values)
+
+    @classmethod
+    def exact(cls, problem: "BoundProblem", finite) -> "Stats":
+        """Statistics of states that were computed one from the other."""
+        return cls.of(
+            problem,
+            certified=True,
+            certified_steps=problem.steps,
+            sequential=True,
+            finite=finite,
+        )
+
+    def padded(self, length: int) -> "Stats":
+        """The same with a history of this length, NaN at its end."""
+        missing = length - self.history.shape[-1]
+        axes = [(0, 0)] * (self.history.ndim - 1) + [(0, missing)]
+        filled = jnp.pad(self.history, axes, constant_values=jnp.nan)
+        return self._replace(history=filled)
+
+    def shared(self) -> "Stats":
+        """Statistics of coupled sequences: none is certified beside one that is not."""
+        steps = self.certified_steps
+        return self._replace(
+            certified=jnp.full_like(self.certified, jnp.all(self.certified)),
+            certified_steps=jnp.full_like(steps, jnp.min(steps)),
+        )
+
+    def unless_certified(self, later: "Stats") -> "Stats":
+        """The later statistics where these were not certified, with all steps tried."""
+        kept = self.certified
+
+        def choose(old, new):
+            return jnp.where(
+                kept.reshape(*kept.shape, *(1,) * (old.ndim - kept.ndim)), old, new
+            )
+
+        return jax.tree.map(choose, self, later)._replace(
+            num_steps=self.num_steps + jnp.where(kept, 0, later.num_steps),
+            nonfinite=self.nonfinite + jnp.where(kept, 0, later.nonfinite),
+        )
+
+    def over_windows(self, starts: Int[Array, " windows"], steps: int) -> "Stats":
+        """Statistics of the sequence, from those of windows `[windows, *batch]`."""
+        starts = starts.reshape(-1, *(1,) * (self.certified.ndim - 1))
+        # Up to the first window that is not certified, and its own certified steps.
+        prefix = jnp.where(self.certified, steps, starts + self.certified_steps)
+        return Stats(
+            num_steps=jnp.sum(self.num_steps, 0),
+            residual=jnp.max(self.residual, 0),
+            certified=jnp.all(self.certified, 0),
+            certified_steps=jnp.min(prefix, 0),
+            sequential=jnp.any(self.sequential, 0),
+            rung=jnp.max(self.rung, 0),
+            nonfinite=jnp.sum(self.nonfinite, 0),
+            finite=jnp.all(self.finite, 0),
+            history=jnp.nanmax(self.history, 0),
+        )
+
+    def as_dict(self) -> dict[str, Array]:
+        """The public statistics by name."""
+        public = self._asdict()
+        del public["certified"], public["finite"]
+        history = public.pop("history")
+        return public | ({"residual_history": history} if history.shape[-1] else {})
+
+
+_COUNTS = ("num_steps", "certified_steps", "rung", "nonfinite")
+_FLAGS = ("certified", "sequential", "finite")
 
 
 class Solution(eqx.Module):

@@ -21,17 +21,17 @@ from jax import lax
 from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
 
-from ._program import (
+from ._jaxpr import (
     evaluate,
     inner_programs,
-    part_of,
     reached,
     read_by,
+    sub_jaxpr,
     variables,
     without_calls,
     written_by,
 )
-from ._recurrence import Recurrence, _shape_dtype, is_key, known_index
+from ._problem import Recurrence, _shape_dtype, is_key, known_index
 
 # By their names, all of JAX whose `vmap` need not be the same computation: bits drawn
 # by the compiler's own generator, and what a rule of the user's stands for.
@@ -118,7 +118,7 @@ def settle(
 
     made = lax.scan(one_step, None, x_leaves)[1] if moving else ()
 
-    rest.jaxpr = part_of(
+    rest.jaxpr = sub_jaxpr(
         program, left, [*constants, *fixed, *h, *x, *moving], program.outvars
     )
     rest.add_constants(values, [known_index(v) for v in values])
@@ -231,4 +231,4 @@ def _slice(program: jex.core.Jaxpr, given, wanted) -> jex.core.Jaxpr:
         if not needed.isdisjoint(eqn.outvars):
             found.append(eqn)
             needed |= set(variables(eqn.invars)) - set(given)
-    return part_of(program, found[::-1], given, wanted)
+    return sub_jaxpr(program, found[::-1], given, wanted)

@@ -20,8 +20,8 @@ from jaxtyping import PyTree
 from ..scan import struct, varying_axes
 from ._dependencies import find_blocks
 from ._inputs import make_recurrence
-from ._program import is_index
-from ._recurrence import Recurrence
+from ._jaxpr import is_index
+from ._problem import Recurrence
 
 _remembered: dict[tuple[int, str], np.ndarray] = {}
 _MOST_REMEMBERED = 256

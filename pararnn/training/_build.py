@@ -4,13 +4,13 @@ import equinox as eqx
 import jax.random as jr
 
 from ..models import LanguageModel
-from ..solver import Auto, Newton, Sequential, Solver
+from ..solver import AbstractSolver, Auto, Newton, Sequential
 from ._config import Config, ModelConfig
 from ._optimiser import make_optimiser
 from ._step import TrainState, fresh_state
 
 
-def make_solver(config: ModelConfig) -> Solver:
+def make_solver(config: ModelConfig) -> AbstractSolver:
     """The solver of nonlinear mixers."""
     if config.solver == "newton":
         return Newton(segments=config.segments)

@@ -1,12 +1,11 @@
-"""The part of a step that needs no state, computed for all steps at once.
+"""Hoisting: what a step computes without the state is computed for all steps at once.
 
-Most cells project their input, `W @ x + b`. Written inside of the step, that is a
-product of a matrix and a vector at every step, and in Newton's method at every step of
-every iteration. Here it is found in the cell's program and done once, as one matrix
-product over time.
+Most cells project their input, `W @ x + b`. Inside the step that is a product of a
+matrix and a vector at every step, and in Newton's method at every step of every
+iteration. Here it is found in the cell's program and done once, as one matrix product
+over time.
 
-Only the forward solve is divided so, which no derivative passes through: the rule of
-the derivative sees the cell as it was written.
+Only the forward solve is split this way. The derivative sees the cell as written.
 """
 
 import copy
@@ -18,53 +17,52 @@ import jax.extend as jex
 import jax.tree_util as jtu
 
 from ..scan import is_symbolic
-from ._program import (
+from ._jaxpr import (
     evaluate,
     inner_programs,
-    part_of,
     primitives_of,
     reached,
     read_by,
+    sub_jaxpr,
     variables,
     without_calls,
     written_by,
 )
-from ._recurrence import Batch, Recurrence, _shape_dtype
+from ._problem import BoundProblem, Recurrence, _shape_dtype
 from ._stepwise import must_step
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
-# They compute nothing: XLA makes them part of what reads them.
+# These compute nothing: XLA makes them part of what reads them.
 LAYOUTS = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "split"}
-# They would be more work for all steps at once: `vmap` takes every branch, and as many
+# These would be more work for all steps at once: `vmap` takes every branch, and as many
 # turns as the longest loop.
-STAYING = {"cond", "while"}
+NOT_HOISTABLE = {"cond", "while"}
 
-# What a number that is stored for each step, and read by it, costs in operations; and
-# the part of a step's operations below which saving them is not worth a program.
-STORED = 8
+# The operations that storing a number for each step, and reading it there, costs.
+COST_PER_STORED = 8
+# Fewer operations saved than this part of a step are not worth a program.
 WORTHWHILE = 1 / 8
-# How many times as large as a state and an input together anything may be that is
-# computed for all steps at once.
+# Nothing that is hoisted may be larger than this many times a state and an input.
 LARGEST = 16
-# Prepared numbers that stay in cache until they are read, by a loop that prepares some
-# steps at a time; and how many at least.
+# A loop that hoists a window of steps at a time: as many numbers as stay in cache until
+# they are read, and at least so many steps.
 WINDOW, SHORTEST = 2**18, 32
 
 
-class Division(NamedTuple):
-    """A step as `advance(h, kept, prepare(x))`, programs of the cell's constants too.
+class SplitStep(NamedTuple):
+    """A step as `advance(h, kept, prepare(x))`; both also take the cell's constants.
 
-    `kept` are the places of the leaves of x that are read in the step as they are.
+    `kept` are the places of the leaves of x that `advance` reads as they are.
     """
 
     prepare: jex.core.Jaxpr
-    kept: list[int]
+    kept: tuple[int, ...]
     advance: Recurrence
 
 
-def divide(recurrence: Recurrence) -> Division | None:
-    """The two parts of a step, or `None` where nothing is gained by them."""
-    # An implicit step is one loop; what has effects keeps its place in time.
+def split_step(recurrence: Recurrence) -> SplitStep | None:
+    """Split a step in two, or return `None` where that gains nothing."""
+    # An implicit step is one loop, and what has effects keeps its place in time.
     if recurrence.refinement is not None or recurrence.jaxpr.effects:
         return None
     if not PRODUCTS & primitives_of(recurrence.jaxpr):
@@ -75,59 +73,58 @@ def divide(recurrence: Recurrence) -> Division | None:
     cut = _cut(program, h, x)
     if not cut.worthwhile:
         return None
-    kept = [i for i, v in enumerate(x) if v in cut.read_later]
+    kept = tuple(i for i, v in enumerate(x) if v in cut.read_later)
     made = [v for v in written_by(cut.prepared) if v in cut.read_later]
     left = [*(x[i] for i in kept), *made]
-    # (A copy that describes the rest of the step; nothing else of it is asked for.)
+    # This copy describes the rest of the step; nothing else is asked of it.
     advance = copy.copy(recurrence)
     given = [*constants, *h, *left]
-    advance.jaxpr = part_of(program, cut.advancing, given, program.outvars)
+    advance.jaxpr = sub_jaxpr(program, cut.advancing, given, program.outvars)
     advance.x_structs = [_shape_dtype(v.aval) for v in left]
-    prepare = part_of(program, cut.prepared, [*constants, *x], made)
-    return Division(prepare, kept, advance)
+    prepare = sub_jaxpr(program, cut.prepared, [*constants, *x], made)
+    return SplitStep(prepare, kept, advance)
 
 
-class InputPart:
-    """A division of the step, over the batch axes of a problem.
+def hoist(problem: BoundProblem) -> BoundProblem:
+    """Compute for all steps what needs no state, and return the problem that is left."""
+    split = problem.split
+    if split is None:
+        return problem
+    (leaves, reset), axes = problem.inputs, []
+    for parameters_axes, (leaves_axes, reset_axis), name in problem.axes:
+        batched = jtu.tree_leaves((parameters_axes[0], leaves_axes))
+        kept = (leaves_axes[i] for i in split.kept)
+        made = (0 if batched else None for _ in split.prepare.outvars)
+        axes.append((parameters_axes, ((*kept, *made), reset_axis), name))
+    kept = (leaves[i] for i in split.kept)
+    inputs = (*kept, *_prepare(problem, split)), reset
+    return problem.replace(
+        recurrence=split.advance, inputs=inputs, axes=tuple(axes), split=None
+    )
 
-    **Attributes:** `batch`, the problem that is left once the inputs are prepared.
+
+def _prepare(problem: BoundProblem, split: SplitStep) -> tuple:
+    def at_one_step(constants, leaves):
+        return tuple(evaluate(split.prepare, *constants, *leaves))
+
+    over = at_one_step
+    for (constants_axes, _), (leaves_axes, _), _ in problem.axes:
+        axes = constants_axes, leaves_axes
+        if jtu.tree_leaves(axes):
+            over = jax.vmap(over, in_axes=axes)
+    return jax.vmap(over, in_axes=(None, 0))(problem.parameters[0], problem.inputs[0])
+
+
+def hoisting_window(problem: BoundProblem) -> int:
+    """How many steps to hoist at a time for a loop that then takes them one by one.
+
+    To save memory, at most a sixteenth of all, unless those are too few.
     """
-
-    def __init__(self, batch: Batch, division: Division):
-        self._levels = batch.levels
-        self._division = division
-        self.batch = Batch(division.advance)
-        for parameters, (leaves, reset), name in batch.levels:
-            varies = jtu.tree_leaves((parameters[0], leaves))
-            kept = [leaves[i] for i in division.kept]
-            made = [0 if varies else None for _ in division.prepare.outvars]
-            self.batch = self.batch.under(parameters, ((*kept, *made), reset), name)
-
-    def prepare(self, parameters, inputs):
-        """The inputs of `batch`, `[T, *batch, ...]`, from those of the problem."""
-        constants, _ = parameters
-        leaves, reset = inputs
-
-        def at_one_step(constants, leaves):
-            return tuple(evaluate(self._division.prepare, *constants, *leaves))
-
-        over = at_one_step
-        for (constants_axes, _), (leaves_axes, _), _ in self._levels:
-            axes = constants_axes, leaves_axes
-            if jtu.tree_leaves(axes):
-                over = jax.vmap(over, in_axes=axes)
-        made = jax.vmap(over, in_axes=(None, 0))(constants, leaves)
-        return (*(leaves[i] for i in self._division.kept), *made), reset
-
-    def window(self, steps: int, sequences: int) -> int:
-        """How many steps to prepare at once, where they are then taken one by one.
-
-        At most a sixteenth of them, for the sake of memory, if that is not too few.
-        """
-        if is_symbolic(steps, sequences):
-            return SHORTEST
-        numbers = sequences * _size(self._division.prepare.outvars)
-        return max(SHORTEST, min(steps // 16, WINDOW // max(1, numbers)))
+    steps, sequences = problem.steps, math.prod(problem.batch_shape)
+    if problem.split is None or is_symbolic(steps, sequences):
+        return SHORTEST
+    numbers = sequences * _size(problem.split.prepare.outvars)
+    return max(SHORTEST, min(steps // 16, WINDOW // max(1, numbers)))
 
 
 class _Cut(NamedTuple):
@@ -168,7 +165,7 @@ def _cut(program: jex.core.Jaxpr, h, x) -> _Cut:
     stored = read_later.intersection(written_by(prepared))
     saved = sum(map(_operations, prepared))
     added = _size(stored) + _size(read_later.intersection(x)) - _size(x)
-    gain = saved - STORED * max(0, added)
+    gain = saved - COST_PER_STORED * max(0, added)
     of_either = sum(map(_operations, mixed)) + saved
     largest = max((_size(e.outvars) for e in prepared), default=0)
     small = max(largest, _size(stored)) <= LARGEST * (_size(h) + _size(x))
@@ -185,7 +182,7 @@ def _stays(eqn) -> bool:
     names = {eqn.primitive.name}
     for inner in inner_programs(eqn.params):
         names |= primitives_of(inner)
-    return not STAYING.isdisjoint(names) or must_step(eqn)
+    return not NOT_HOISTABLE.isdisjoint(names) or must_step(eqn)
 
 
 def _split(sequence, *bounds):

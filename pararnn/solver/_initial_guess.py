@@ -27,7 +27,7 @@ FEWEST, MOST = 3, 64
 BLOCK = 32
 
 
-def warm_up(
+def guess_ends(
     step: Callable[[Array, Array], Array], h0: Array, inputs, shards: int
 ) -> Array:
     """The ends of all segments, `[segments, *batch, width]`.

@@ -7,19 +7,17 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ...scan import Schedule, invert_matrices, multiply_matrices, prefix, run_scan
-from .._blocks import from_blocks, to_blocks, transition_factors
-from .._segments import Linearization
-from .._structure import Structure
-from ._base import AbstractMethod, check_method, diagonal, max_norm
-from ._newton import push_exactly
-from ._quasi_newton import make_push_diagonal
+from ..scan import Schedule, invert_matrices, multiply_matrices, prefix, run_scan
+from ._jacobian_layout import from_blocks, to_blocks, transition_factors
+from ._methods import AbstractMethod, diagonal, make_push_diagonal, push_exactly
+from ._segments import Linearization
+from ._structure import Structure
 
 
 class ELK(AbstractMethod):
     r"""Levenberg-Marquardt: Newton's method with a trust region, by Kalman smoothing.
 
-    The correction minimizes
+    The correction minimises
     $\sum_t \|\delta_t - A_t \delta_{t-1} - r_t\|^2 + \lambda \|\delta_t\|^2$, the
     posterior mean of a linear Gaussian chain with unit noise whose states are observed
     to be zero with variance $1 / \lambda$: a Kalman smoother solves for it in parallel
@@ -39,33 +37,11 @@ class ELK(AbstractMethod):
     whole numbers in range, and negative tolerances.
     """
 
-    segments: int | None = eqx.field(static=True)
-    damping: float = eqx.field(static=True)
-    diagonal: bool = eqx.field(static=True)
-    rtol: float | None = eqx.field(static=True)  # pyright: ignore
-    atol: float | None = eqx.field(static=True)  # pyright: ignore
-    history: int = eqx.field(static=True)
-    norm: Callable = eqx.field(static=True, repr=False)
+    damping: float = eqx.field(static=True, kw_only=True, default=1.0)
+    diagonal: bool = eqx.field(static=True, kw_only=True, default=False)
     quadratic: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        segments: int | None = None,
-        *,
-        damping: float = 1.0,
-        diagonal: bool = False,
-        rtol: float | None = None,
-        atol: float | None = None,
-        history: int = 0,
-    ):
-        self.segments = segments
-        self.damping = damping
-        self.diagonal = diagonal
-        self.rtol, self.atol, self.history = rtol, atol, history
-        self.norm = max_norm
-
     def __check_init__(self):
-        check_method(self)
         if not self.damping > 0:
             raise ValueError(
                 f"ELK: `damping` is {self.damping!r}; expected a positive number. "
@@ -81,7 +57,6 @@ class ELK(AbstractMethod):
         return Linearization(structure, push_exactly)
 
     def correct(self, structure, tangents, defects, length, progress):
-        del length
         kind, factors = transition_factors(structure, tangents)
         algebra = _Elementwise if kind == "elementwise" else _Matrices
         terms = to_blocks(structure, defects)

@@ -1,9 +1,11 @@
-"""The problem: a cell turned into a pure step, with its batch axes."""
+"""The problem: a cell as a pure step, and that step with its data."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import equinox as eqx
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
@@ -11,17 +13,21 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..scan import promote, struct, varying_axes
-from ._program import (
+from ..scan import promote, split_time, struct, varying_axes
+from ._jaxpr import (
     JITTED,
     calls_hold_arrays,
+    consts_to_args,
     evaluate,
     evaluate_inlined,
     is_index,
-    opened,
     primitives_of,
     without_calls,
 )
+
+if TYPE_CHECKING:
+    from ._hoist import SplitStep
+    from ._structure import Structure
 
 
 class Recurrence:
@@ -78,10 +84,10 @@ class Recurrence:
             traced = jax.make_jaxpr(flat_refine)(
                 self.state_leaves, self.state_leaves, x_structs
             )
-            self.refinement = opened(traced)
+            self.refinement = consts_to_args(traced)
             # No derivative depends on these: they only lead to the solution sooner.
             refining = [jax.lax.stop_gradient(jnp.asarray(c)) for c in traced.consts]
-        self.jaxpr: jex.core.Jaxpr = opened(closed)
+        self.jaxpr: jex.core.Jaxpr = consts_to_args(closed)
         constants = [jnp.asarray(c) for c in closed.consts]
         self.constant_structs = [_shape_dtype(c) for c in constants]
         # Integer constants that are known (index tables, mostly) sharpen the sparsity
@@ -113,11 +119,13 @@ class Recurrence:
         self.constant_structs = [*self.constant_structs, *structs]
         self.known = [*self.known, *known]
 
-    def release_constants(self) -> list[Array]:
-        """The values the cell closed over, once: they may be tracers, which nothing
-        that outlives the call may hold."""
+    def take_constants(self) -> tuple[Array, ...]:
+        """Return the closed-over values and forget them.
+
+        They may be tracers, which must not outlive this call.
+        """
         constants, self._constants = self._constants, []
-        return constants
+        return tuple(constants)
 
     def step(self, parameters, h, x):
         """One step on leaves, with the reset, as the cell computes it."""
@@ -214,42 +222,93 @@ class Recurrence:
         return tuple(leaves)
 
 
-class Batch:
-    """A step under any number of `vmap`s, as native batch axes.
+class BoundProblem(eqx.Module):
+    """A recurrence with its data: all that a solver needs to know.
 
-    `levels` holds, innermost first, which parameters and which inputs carry each batch
-    axis, and its name, where the cell communicates along it; the state carries all of
-    them, in front. Inputs have them behind time.
+    Under `vmap` the data has batch axes, which a solver treats natively: in `lift` a
+    step is mapped over all of them, and everything else it does is array operations.
+
+    **Attributes:**
+
+    - `recurrence`: the step.
+    - `parameters`: what the cell closes over, and the state that resets select.
+    - `inputs`: leaves `[T, *batch, ...]`: those of `xs`, and the resets.
+    - `h0`: leaves `[*batch, ...]`.
+    - `find_structure()`: the structure of the Jacobian, found when first asked for.
+    - `split`: the step in two parts, if one of them needs no state; see `hoist`.
+    - `differentiated`: whether a derivative is taken of this solve.
+    - `axes`: the batch axes, innermost first: which parameters and which inputs carry
+        each of them, and its name if the cell communicates along it.
     """
 
-    def __init__(self, recurrence: Recurrence, levels: tuple = ()):
-        self.recurrence = recurrence
-        self.levels = levels
+    recurrence: Recurrence = eqx.field(static=True)
+    parameters: PyTree[Array]
+    inputs: PyTree[Array]
+    h0: tuple[Array, ...]
+    find_structure: Callable[[], "Structure"] = eqx.field(static=True)
+    split: "SplitStep | None" = eqx.field(static=True, default=None)
+    differentiated: bool = eqx.field(static=True, default=False)
+    axes: tuple = eqx.field(static=True, default=())
 
-    def under(self, parameters_axes, inputs_axes, name=None) -> "Batch":
-        level = parameters_axes, inputs_axes, name
-        return Batch(self.recurrence, (*self.levels, level))
+    @property
+    def steps(self) -> int:
+        return jtu.tree_leaves(self.inputs)[0].shape[0]
 
-    def segmented(self, parameters, inputs) -> "Batch":
-        """One more axis, in front, along which only time was split."""
-        return self.under(
-            jtu.tree_map(lambda _: None, parameters), jtu.tree_map(lambda _: 0, inputs)
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return self.h0[0].shape[: len(self.axes)]
+
+    @property
+    def rank(self) -> int:
+        """The number of batch axes."""
+        return len(self.axes)
+
+    def replace(self, **changes: Any) -> "BoundProblem":
+        return dataclasses.replace(self, **changes)
+
+    def under(self, parameters_axes, inputs_axes, name=None) -> "BoundProblem":
+        """The problem with one more batch axis, in front of the others."""
+        axis = parameters_axes, inputs_axes, name
+        return self.replace(axes=(*self.axes, axis))
+
+    def segmented(self, count: int) -> "BoundProblem":
+        """The same, with time cut into segments, which are one more batch axis.
+
+        Inputs `[T, ...]` become `[length, count, ...]`; the last segment repeats the
+        last input. `h0` stays as it is.
+        """
+        split = jtu.tree_map(lambda x: split_time(x, count), self.inputs)
+        fixed, moving = (
+            jtu.tree_map(lambda _: axis, tree)
+            for axis, tree in ((None, self.parameters), (0, split))
         )
+        return self.under(fixed, moving).replace(inputs=split)
 
-    def lift(self, fn, *, extra: tuple = (), out: Any = 0):
+    def lift(self, fn: Callable, *, extra: tuple = (), out: Any = 0) -> Callable:
         """`fn(parameters, state, inputs, *extra)` over all batch axes.
 
         `extra` and `out` give the position of the batch axes in further arguments and
         in the result.
         """
-        for parameters_axes, inputs_axes, name in self.levels:
+        for parameters_axes, inputs_axes, name in self.axes:
             axes = (parameters_axes, 0, inputs_axes, *extra)
             fn = jax.vmap(fn, in_axes=axes, out_axes=out, axis_name=name)
         return fn
 
-    def lift_state(self, fn):
-        """`fn(state)` over all batch axes."""
-        for _ in self.levels:
+    def step(self, h, x):
+        """One step of states `[*batch, ...]`, by leaf."""
+        return self.lift(self.recurrence.step)(self.parameters, h, x)
+
+    def ravel(self, h) -> Array:
+        """States `[*batch, ...]` by leaf as real vectors `[*batch, width]`."""
+        return self._over_batch(self.recurrence.ravel)(h)
+
+    def unravel(self, v: Array) -> tuple[Array, ...]:
+        """Real vectors `[*batch, width]` as states, by leaf."""
+        return self._over_batch(self.recurrence.unravel)(v)
+
+    def _over_batch(self, fn: Callable) -> Callable:
+        for _ in self.axes:
             fn = jax.vmap(fn)
         return fn
 

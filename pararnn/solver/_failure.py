@@ -1,4 +1,4 @@
-"""How a solve ended: statistics and the code of the result, for each sequence."""
+"""How a solve ended: the search for a failure, and the check that raises one."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from ..scan import split_time, time_shards, vary
 from ._export import refuse_export
-from ._recurrence import Batch
-from ._solution import RESULTS
+from ._problem import BoundProblem
+from ._solution import RESULTS, Stats
 
 # A solve carries the result as a number, which arrays of sequences can hold: 0 for
 # success, and the place in this list, from 1.
@@ -34,61 +34,58 @@ def as_result(code: Array):
     return result
 
 
-class Report(NamedTuple):
-    """The statistics of a solve, and 0, which only the check of it can tell."""
+class Outcome(NamedTuple):
+    """How a solve ended, for each sequence of the batch."""
 
-    stats: dict[str, Array]
-    checked: Array
+    stats: Stats
+    code: Int[Array, "*batch"]  # of the result
+    first_nonfinite: Int[Array, "*batch"]
+    # 0, but it cannot be read without the failure check.
+    checked: Int[Array, "*batch"] | None
 
 
-def report(batch: Batch, stats, states, arguments, shape, *, throw: bool) -> Report:
-    """Statistics for each sequence, `[*batch]`, with the code of the result.
+def find_outcome(
+    problem: BoundProblem, states: tuple[Array, ...], stats: Stats, *, throw: bool
+) -> Outcome:
+    """The result of a solve; only a failed one pays for the search for a cause.
 
     With `throw`, whatever uses `checked` raises if the solve failed.
     """
-    steps = states[0].shape[0]
+    steps, shape = problem.steps, problem.batch_shape
     stats = vary(stats, states)
-    certified = stats.pop("certified")
-    good = jnp.all(stats.pop("finite"))
+    good = jnp.all(stats.finite)
     if throw:
-        good = good & jnp.all(certified)
-    if "residual_history" in stats:
-        stats["residual_history"] = jnp.moveaxis(stats["residual_history"], 0, -1)
-    code = jnp.where(certified, 0, 1).astype(jnp.int32)
+        good = good & jnp.all(stats.certified)
+    code = jnp.where(stats.certified, 0, 1).astype(jnp.int32)
     zero = vary(jnp.zeros((), jnp.int32), states)
 
     def all_good():
         return code, vary(jnp.full(shape, steps, jnp.int32), states), zero
 
     def find_failure():
-        first, cause = _look_for_nonfinite(batch, states, arguments, shape)
+        first, cause = _look_for_nonfinite(problem, states)
         found = jnp.where(first < steps, cause, code)
         return found, first, _check(found) if throw else zero
 
-    # Only a failed solve pays for finding out where and why. The check stands beside
-    # the search, so that a call that succeeds passes one conditional.
-    stats["code"], first, checked = lax.cond(good, all_good, find_failure)
-    stats["first_nonfinite"] = first
-    stats["certified_steps"] = jnp.minimum(stats["certified_steps"], first)
-    return Report(stats, checked)
+    # The check stands beside the search, so that a solve that succeeds passes one
+    # conditional.
+    code, first, checked = lax.cond(good, all_good, find_failure)
+    certified = jnp.minimum(stats.certified_steps, first)
+    return Outcome(stats._replace(certified_steps=certified), code, first, checked)
 
 
-def raise_on_failure(states, code: Array, *, time_axis: int):
-    """`states`, no part of which can be had if any sequence has failed, and 0 likewise.
-
-    Raising behind a `vmap` costs a batch one check.
-    """
+def check_batch(states: tuple[Array, ...], code: Array) -> Array:
+    """0, which raises when it is used if any sequence of the batch has failed."""
     zero = vary(jnp.zeros((), jnp.int32), states)
-    checked = lax.cond(jnp.all(code == 0), lambda: zero, lambda: _check(code))
-    return hold_back(states, checked, time_axis=time_axis), checked
+    return lax.cond(jnp.all(code == 0), lambda: zero, lambda: _check(code))
 
 
-def hold_back(states, checked: Array, *, time_axis: int):
-    """`states`, no part of which can be had without `checked`, which is 0.
+def attach_check(states: tuple[Array, ...], checked: Array, *, time_axis: int):
+    """Make every use of `states` depend on the failure check, which is 0.
 
-    The trajectories themselves do not pass through the check, which would copy them:
-    each has its last step written once more, at a place that only the check knows, so
-    that the compiler can leave the check out for none of them.
+    Passing the trajectories through the check would copy them. Instead their last step
+    is written again, at a place that only the check knows, so that the compiler cannot
+    drop the check.
     """
     place = jnp.asarray(states[0].shape[time_axis] - 1, jnp.int32) + checked
 
@@ -130,14 +127,20 @@ def _on_every_device(check: Callable) -> Callable:
     )
 
 
-def _look_for_nonfinite(batch: Batch, states, arguments, shape):
+def _look_for_nonfinite(problem: BoundProblem, states):
     """The first step whose state is not finite (T if none is), and the cause's code."""
-    steps = states[0].shape[0]
-    parameters, inputs, h0 = arguments
+    steps, shape = problem.steps, problem.batch_shape
+    shards = time_shards(steps)
+    # On one device no axis is added: XLA would copy the sequence to add it.
+    over, devices = (
+        (problem, ()) if shards == 1 else (problem.segmented(shards), (shards,))
+    )
     times = jnp.arange(steps, dtype=jnp.int32)
-    devices, at = _stretches(steps, (times, states, inputs))
-    over = batch.segmented(parameters, inputs) if devices else batch
-    starts = jtu.tree_map(lambda h: jnp.broadcast_to(h, (*devices, *h.shape)), h0)
+    if devices:
+        times, states = jtu.tree_map(lambda x: split_time(x, shards), (times, states))
+    starts = jtu.tree_map(
+        lambda h: jnp.broadcast_to(h, (*devices, *h.shape)), problem.h0
+    )
     own = (*devices, *shape)
 
     def look(found, at_t):
@@ -148,13 +151,13 @@ def _look_for_nonfinite(batch: Batch, states, arguments, shape):
             bad = bad | jnp.any(~jnp.isfinite(leaf), tuple(range(len(own), leaf.ndim)))
         t = t.reshape(*devices, *(1,) * len(shape))
         first = jnp.where(bad, jnp.minimum(first, t), first)
-        finite = over.lift(_which_are_finite)(parameters, starts, x)
+        finite = over.lift(_which_are_finite)(over.parameters, starts, x)
         return (first, *map(jnp.logical_and, good, finite)), None
 
     # A loop over time: beside the states, nothing grows with T.
     start = jnp.full(own, steps, jnp.int32), jnp.ones(own, bool), jnp.ones(own, bool)
     start = vary(start, states)
-    found, _ = lax.scan(look, start, at)
+    found, _ = lax.scan(look, start, (times, states, over.inputs))
     first, good_parameters, good_inputs = found
     axes = tuple(range(len(devices)))
     cause = jnp.where(jnp.all(good_parameters, axis=axes), 4, 3)
@@ -172,14 +175,3 @@ def _is_finite(tree) -> Array:
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             finite = finite & jnp.all(jnp.isfinite(leaf))
     return finite
-
-
-def _stretches(steps: int, tree):
-    """`[T, ...]` as `[length, *devices, ...]`, and `devices`: `(shards,)` or `()`.
-
-    On one device no axis is added: XLA would copy the sequence to add it.
-    """
-    shards = time_shards(steps)
-    if shards == 1:
-        return (), tree
-    return (shards,), jtu.tree_map(lambda x: split_time(x, shards), tree)

@@ -78,7 +78,7 @@ def written_by(eqns) -> list[jex.core.Var]:
     return [v for eqn in eqns for v in eqn.outvars]
 
 
-def part_of(program: jex.core.Jaxpr, eqns, invars, outvars) -> jex.core.Jaxpr:
+def sub_jaxpr(program: jex.core.Jaxpr, eqns, invars, outvars) -> jex.core.Jaxpr:
     """The program that does some equations of another."""
     return program.replace(
         constvars=[],
@@ -92,11 +92,11 @@ def part_of(program: jex.core.Jaxpr, eqns, invars, outvars) -> jex.core.Jaxpr:
     )
 
 
-def opened(closed: jex.core.ClosedJaxpr) -> jex.core.Jaxpr:
+def consts_to_args(closed: jex.core.ClosedJaxpr) -> jex.core.Jaxpr:
     """The program with its constants, `closed.consts`, as its first arguments."""
     program = closed.jaxpr
     arguments = [*program.constvars, *program.invars]
-    return part_of(program, program.eqns, arguments, program.outvars)
+    return sub_jaxpr(program, program.eqns, arguments, program.outvars)
 
 
 def part_for(program: jex.core.Jaxpr, outvars, known) -> jex.core.Jaxpr:
@@ -112,7 +112,7 @@ def part_for(program: jex.core.Jaxpr, outvars, known) -> jex.core.Jaxpr:
             eqns.insert(0, eqn)
     made = {v for eqn in eqns for v in eqn.outvars}
     used = variables([*(v for eqn in eqns for v in eqn.invars), *outvars])
-    return part_of(program, eqns, [v for v in used if v not in made], outvars)
+    return sub_jaxpr(program, eqns, [v for v in used if v not in made], outvars)
 
 
 def evaluate(program: jex.core.Jaxpr, *args) -> list[Array]:
@@ -138,12 +138,12 @@ def evaluate_inlined(
         if eqn.primitive.name in calls:
             inner = called_program(eqn)
             operands = [*inner.consts, *map(read, eqn.invars)]
-            outs = evaluate_inlined(opened(inner), *operands, calls=calls)
+            outs = evaluate_inlined(consts_to_args(inner), *operands, calls=calls)
         else:
             needed = variables(eqn.invars)
             if not (calls - JITTED).isdisjoint(primitives_within(eqn)):
                 eqn = _with_inner_inlined(eqn, calls)
-            alone = part_of(program, [eqn], needed, eqn.outvars)
+            alone = sub_jaxpr(program, [eqn], needed, eqn.outvars)
             outs = evaluate(alone, *(values[v] for v in needed))
         values |= dict(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in program.outvars]
@@ -166,7 +166,9 @@ def _inline(closed: jex.core.ClosedJaxpr, calls: frozenset[str]):
     """The program with these calls inlined, and what they hold made its own."""
 
     def run(*args):
-        return evaluate_inlined(opened(closed), *closed.consts, *args, calls=calls)
+        return evaluate_inlined(
+            consts_to_args(closed), *closed.consts, *args, calls=calls
+        )
 
     return jax.make_jaxpr(run)(*closed.in_avals)
 

@@ -1,0 +1,353 @@
+"""Newton's method and its relatives: corrections of the segments' starts.
+
+From starts `s_i` with ends `φ_i(s_i)` and transitions `P_i`, a method solves, or nearly
+solves,
+
+    δ_{i+1} = P_i δ_i + (φ_i(s_i) - s_{i+1}),   δ_0 = 0,
+
+a linear recurrence of length S for the scan engine, and adds δ to the starts. Solving
+for the correction, and not for the new state, keeps the rounding of `P s` out of the
+answer. After k steps the first k segments are exact whatever `P` is, so S steps always
+suffice. What `P` is, and how the correction is solved for, is up to the method.
+
+An attempt is steps until the correction forecasts convergence, and one pass of the cell
+that certifies the trajectory. A second attempt is seldom needed.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool
+
+from ..scan import is_symbolic, shift, vary
+from ._certificate import largest
+from ._joint_newton import JointSweep
+from ._problem import BoundProblem
+from ._segments import Segments, Trajectory, relative
+from ._sequential import States
+from ._solution import Stats
+
+if TYPE_CHECKING:
+    from ._methods import AbstractMethod
+
+# Joint steps, at most: where they converge it is quadratically, mostly in 4 to 8.
+JOINT_STEPS = 16
+
+
+class Best(NamedTuple):
+    """The starts with the smallest defects so far, for a solve that may fail."""
+
+    starts: Array
+    residual: Array
+
+
+class Carry(NamedTuple):
+    """The loop's state; `*batch` are the sequences solved together."""
+
+    starts: Array  # [S, *batch, width]
+    num_steps: Array  # int [*batch]
+    done: Bool[Array, "*batch"]
+    correction: Array  # [*batch], the last one, relative to the state
+    entry_correction: Array  # [*batch], relative to each entry
+    stalled: Bool[Array, "*batch"]  # at the rounding of the state, not of each entry
+    passes: Array  # int [*batch], of the plain steps alone
+    nonfinite: Array  # int [*batch]
+    history: Array  # [*batch, history]
+    best: Best | None
+
+
+class Attempt(NamedTuple):
+    """The starts of the segments, and the trajectory that leads from them."""
+
+    carry: Carry
+    trajectory: Trajectory
+
+
+def iterate_on_segments(
+    problem: BoundProblem, method: "AbstractMethod", guess, max_steps: int | None
+) -> tuple[States, Stats]:
+    """States `[T, *batch, ...]` by leaf, and the statistics of the solve."""
+    segments = Segments(problem, method)
+    limited, limit = False, segments.count
+    if max_steps is not None and (is_symbolic(limit) or max_steps < limit):
+        limited, limit = True, max_steps
+    if segments.length == 1 and problem.recurrence.refinement is not None:
+        carry = approach_jointly(segments, method, guess)
+        # Joint steps make nothing exact; as many whole ones can still be needed.
+        limit += JOINT_STEPS
+        iteration = Iteration(segments, method, limit, carry.num_steps)
+    else:
+        iteration = Iteration(segments, method, limit)
+        carry = iteration.start(segments.guess_starts(guess), may_fail=limited)
+
+    def stepping(attempt: Attempt):
+        """Which sequences go on with the method's steps."""
+        carry = attempt.carry
+        going = ~attempt.trajectory.ended & ~carry.stalled
+        return going & (carry.num_steps < limit)
+
+    def passing(attempt: Attempt):
+        """Which go on with passes of the cell alone, as the steps have done their part.
+
+        Without a limit of the user's they may do so until they end as the loop would.
+        """
+        carry = attempt.carry
+        if limited:
+            left = carry.stalled & (carry.num_steps + carry.passes < limit)
+        else:
+            left = carry.passes < segments.count
+        return ~attempt.trajectory.ended & ~stepping(attempt) & left
+
+    def unfinished(attempt: Attempt):
+        return jnp.any(stepping(attempt) | passing(attempt))
+
+    def attempt_again(attempt: Attempt):
+        carry = pass_on(segments, attempt, passing(attempt))
+        carry = lax.while_loop(iteration.continues, iteration.advance, carry)
+        attempt = Attempt(carry, segments.trajectory(carry.starts))
+        return attempt._replace(carry=carry._replace(done=~stepping(attempt)))
+
+    # The first attempt is made by the loop too, so that its program is compiled once.
+    attempt = Attempt(carry, segments.no_trajectory(carry.starts))
+    attempt = lax.while_loop(unfinished, attempt_again, attempt)
+    carry, trajectory = choose_best(segments, attempt)
+    states, stats = segments.join(trajectory, carry.starts)
+    stats = stats._replace(
+        num_steps=carry.num_steps, nonfinite=carry.nonfinite, history=carry.history
+    )
+    coupled = problem.recurrence.coupled_along
+    return states, stats.shared() if coupled else stats
+
+
+def approach_jointly(segments: Segments, method: "AbstractMethod", guess) -> Carry:
+    """Starts near the solution if joint steps lead there, else as they were."""
+    joint = JointSweep(segments)
+    iteration = Iteration(
+        segments, method, JOINT_STEPS, sweep=joint.sweep, makes_exact=False
+    )
+    start = iteration.start(joint.guess_starts(guess), may_fail=False)
+    near = lax.while_loop(iteration.continues, iteration.advance, start)
+    kept = near.done
+
+    def choose(near, start):
+        return jnp.where(kept, near, start)
+
+    return near._replace(
+        starts=jnp.where(kept[None, ..., None], near.starts, start.starts),
+        correction=choose(near.correction, start.correction),
+        entry_correction=choose(near.entry_correction, start.entry_correction),
+        nonfinite=choose(near.nonfinite, start.nonfinite),
+    )
+
+
+def pass_on(segments: Segments, attempt: Attempt, chosen: Bool[Array, " *batch"]):
+    """For the chosen sequences, the end of each segment as the start of the next."""
+    carry = attempt.carry
+    starts = segments.pass_on(attempt.trajectory)
+    return carry._replace(
+        starts=jnp.where(chosen[None, ..., None], starts, carry.starts),
+        passes=carry.passes + chosen.astype(jnp.int32),
+    )
+
+
+def choose_best(segments: Segments, attempt: Attempt) -> Attempt:
+    """The attempt, with its best iterate where it failed and the last is worse."""
+    carry, trajectory = attempt
+    best = carry.best
+    if best is None:
+        return attempt
+    worse = ~trajectory.certified & (trajectory.residual > best.residual)
+
+    def step_again():
+        starts = jnp.where(worse[None, ..., None], best.starts, carry.starts)
+        return Attempt(carry._replace(starts=starts), segments.trajectory(starts))
+
+    return lax.cond(jnp.any(worse), step_again, lambda: attempt)
+
+
+class Iteration:
+    """The loop of a method's steps.
+
+    **Arguments:** `limit`, on the steps; `first_step`, how many there were before that
+    made no segment exact; `sweep`, in place of that of the segments; `makes_exact`,
+    whether each step makes one more segment exact.
+    """
+
+    def __init__(
+        self,
+        segments: Segments,
+        method: "AbstractMethod",
+        limit: int,
+        first_step: int | Array = 0,
+        *,
+        sweep: Callable[[Array], tuple[Array, Array]] | None = None,
+        makes_exact: bool = True,
+    ):
+        self.segments, self.method, self.limit = segments, method, limit
+        self.sweep = sweep or segments.sweep
+        self.first_step, self.makes_exact = first_step, makes_exact
+        self.h0, self.recurrence = segments.h0, segments.recurrence
+        self.rank = segments.problem.rank
+
+    def start(self, starts: Array, *, may_fail: bool) -> Carry:
+        """The loop's state at first; the best iterate is kept if the solve may fail."""
+        shape, real = self.segments.problem.batch_shape, self.recurrence.dtype
+        best = Best(starts, jnp.full(shape, jnp.inf, real)) if may_fail else None
+        carry = Carry(
+            starts=starts,
+            num_steps=jnp.zeros(shape, jnp.int32),
+            done=jnp.zeros(shape, bool),
+            correction=jnp.ones(shape, real),
+            entry_correction=jnp.ones(shape, real),
+            stalled=jnp.zeros(shape, bool),
+            passes=jnp.zeros(shape, jnp.int32),
+            nonfinite=jnp.zeros(shape, jnp.int32),
+            history=jnp.full((*shape, self.method.history), jnp.nan, real),
+            best=best,
+        )
+        return vary(carry, starts)
+
+    def continues(self, carry: Carry) -> Bool[Array, ""]:
+        return jnp.any(self._moving(carry))
+
+    def _moving(self, carry: Carry) -> Bool[Array, "*batch"]:
+        """Which sequences take another step."""
+        moving = ~carry.done & (carry.num_steps < self.limit)
+        # Of coupled sequences none can stay while another moves.
+        coupled = self.recurrence.coupled_along
+        return jnp.full_like(moving, jnp.any(moving)) if coupled else moving
+
+    def advance(self, carry: Carry) -> Carry:
+        """One step of all sequences that move."""
+        moving = self._moving(carry)
+        ends, tangents = self.sweep(carry.starts)
+        entering = shift(self.h0, ends)
+        starts, defects = self._correct(carry, entering, tangents)
+        starts, correction, overflowed = self._measure(carry, starts, entering)
+        own = self.segments.change_of_entries(carry.starts, starts)
+        own = jnp.where(jnp.isfinite(correction), own, jnp.inf)
+        settled = self._foresees_convergence(own, carry.entry_correction)
+        # Entries that are the difference of larger ones have become as exact as steps
+        # can make them. What is left is for passes of the plain steps.
+        stalled = self._foresees_convergence(correction, carry.correction)
+        stalled = stalled & ~settled & (own >= 0.5 * carry.entry_correction)
+        best = self._keep_best(carry, defects)
+        if self.rank:  # one sequence alone moves as long as the loop runs
+            starts = jnp.where(moving[None, ..., None], starts, carry.starts)
+        counted = moving.astype(jnp.int32)
+        return Carry(
+            starts=starts,
+            num_steps=carry.num_steps + counted,
+            done=carry.done | (moving & (settled | stalled)),
+            correction=jnp.where(moving, correction, carry.correction),
+            entry_correction=jnp.where(moving, own, carry.entry_correction),
+            stalled=jnp.where(moving, stalled, carry.stalled),
+            passes=carry.passes,
+            nonfinite=carry.nonfinite + counted * overflowed,
+            history=self._record(carry, moving, defects),
+            best=best,
+        )
+
+    def _correct(self, carry: Carry, entering, tangents):
+        """The starts after one correction, and the defects that it corrects.
+
+        After k steps the first k starts are exact, and are held: rounded again as
+        `old + (end - old)` they would keep moving by an ulp, which a chaotic cell
+        amplifies. The start after them is the end of its segment.
+        """
+        old, place = carry.starts, self.segments.place(carry.starts.ndim)
+        exact = carry.num_steps - self.first_step
+        exact = (exact if self.makes_exact else exact * 0)[None, ..., None]
+        defects = jnp.where(place <= exact, 0, entering - old)
+        # From segment to start. The first start is never corrected, so nothing is
+        # carried on from it.
+        tangents = jax.vmap(lambda v: shift(jnp.zeros_like(v[0]), v))(tangents)
+        tangents = jnp.where(place[None] <= 1, 0, tangents)
+        structure, length = self.segments.structure, self.segments.length
+        new = old + self.method.correct(
+            structure, tangents, defects, length, carry.correction
+        )
+        new = jnp.where(place == exact + 1, entering, new)
+        return jnp.where(place <= exact, old, new), defects
+
+    def _measure(self, carry: Carry, starts, entering):
+        """Finite starts, the correction `[*batch]`, and how many entries overflowed.
+
+        Each start is measured against its own size: one that runs away must not excuse
+        the others. (h0 stays, and need not be finite.)
+        """
+        change = relative(largest(starts - carry.starts, -1), largest(starts, -1))
+        change = jnp.where(self.segments.place(change.ndim) == 0, 0, change)
+        starts, change, overflowed = lax.cond(
+            jnp.all(jnp.isfinite(change)),
+            lambda starts, change, entering: (starts, change, carry.nonfinite * 0),
+            self._repair,
+            starts,
+            change,
+            entering,
+        )
+        return starts, jnp.max(change, axis=0, initial=0), overflowed
+
+    def _repair(self, starts, change, entering):
+        """Finite starts in place of those that overflowed, and how many did.
+
+        An overflowed Jacobian says nothing. The segment's own end does: after an exact
+        segment it is exact, so every step still gains one segment.
+        """
+        broken = ~jnp.isfinite(starts) & (self.segments.place(starts.ndim) > 0)
+        restart = jnp.where(jnp.isfinite(entering), entering, self.segments.restart)
+        starts = jnp.where(broken, restart, starts)
+        # If the start of a segment without a finite end has converged, the trajectory
+        # itself is not finite there, and no further step changes that. What follows is
+        # solved for as if the state had been restarted; a reset makes that right, and
+        # the result says what happened.
+        lost = ~jnp.all(jnp.isfinite(entering), axis=-1)
+        change = jnp.where(jnp.isfinite(change), change, jnp.where(lost, 0, jnp.inf))
+        overflowed = jnp.sum(broken, (0, starts.ndim - 1), dtype=jnp.int32)
+        return starts, change, overflowed
+
+    def _foresees_convergence(self, correction, before) -> Bool[Array, " *batch"]:
+        """Whether the error that remains is forecast to be below the tolerance.
+
+        Only a forecast: the certificate decides. Where convergence is quadratic, a
+        correction below the square root of the tolerance leaves an error below the
+        tolerance. So does one that, shrinking at the rate of the last two, would be
+        followed by one below the tolerance. Where it is linear at rate ρ, a correction
+        c leaves an error up to c ρ / (1 - ρ), which may be far larger than c; nothing
+        more can be had of corrections of a few roundings, which the loop itself makes
+        at each step and passes on in the same way.
+        """
+        rtol = float(self.segments.rtol.min(initial=1))
+        # A step that overflowed was no measure of a rate.
+        rate = jnp.where(jnp.isfinite(before), correction / before, jnp.inf)
+        if self.method.quadratic:
+            ahead = correction * rate**2
+            settled = correction <= 0.1 * math.sqrt(rtol)
+        else:
+            ahead = jnp.where(rate < 1, correction * rate / (1 - rate), jnp.inf)
+            finest = float(self.recurrence.entry_eps.min(initial=1))
+            settled = correction <= 4 * finest
+        return settled | (ahead <= 0.1 * rtol)
+
+    def _keep_best(self, carry: Carry, defects) -> Best | None:
+        if carry.best is None:
+            return None
+        residual = largest(defects, (0, defects.ndim - 1))
+        better = residual < carry.best.residual
+        return Best(
+            jnp.where(better[None, ..., None], carry.starts, carry.best.starts),
+            jnp.where(better, residual, carry.best.residual),
+        )
+
+    def _record(self, carry: Carry, moving, defects) -> Array:
+        """The history with the largest defect of each sequence that moves."""
+        if not self.method.history:
+            return carry.history
+        size = largest(defects, (0, defects.ndim - 1))
+        entry = jnp.arange(self.method.history, dtype=jnp.int32)
+        here = (entry == carry.num_steps[..., None]) & moving[..., None]
+        return jnp.where(here, size[..., None], carry.history)
