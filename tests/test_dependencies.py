@@ -125,7 +125,8 @@ def update_at_an_index_from_the_state(h, x):
 
 def key_from_literals(h, x):
     key = jax.random.fold_in(jax.random.key(3), (jnp.abs(x[1]) * 10).astype(int))
-    return jnp.tanh(0.5 * h[::-1] * jax.random.bernoulli(key, shape=(2,)) + x)
+    kept = jax.random.bernoulli(key, shape=(2,)).astype(h.dtype)
+    return jnp.tanh(0.5 * h[::-1] * kept + x)
 
 
 ONCE_WRONG = {
@@ -185,11 +186,11 @@ def test_an_implicit_equation_with_two_wheres(getkey):
     xs, h0 = jax.random.normal(getkey(), (20, 2)), jnp.zeros(2)
 
     def plain(h, x):
-        """The same by so many rounds of a contraction that nothing is left."""
-        z = h
-        for _ in range(80):
-            z = z - F(z, h, x)
-        return z
+        """The same by so many rounds of a contraction that nothing is left.
+
+        In a loop: written out, XLA's compilation of them took 20 GB.
+        """
+        return jax.lax.scan(lambda z, _: (z - F(z, h, x), None), h, length=80)[0]
 
     def total(step):
         return lambda h: jnp.sum(step(h) ** 2)

@@ -17,6 +17,7 @@ import copy
 from typing import NamedTuple
 
 import jax.extend as jex
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
@@ -79,7 +80,7 @@ def _axes_of(eqn) -> set:
     names = eqn.params.get("axis_name", eqn.params.get("axes", ()))
     names = names if isinstance(names, tuple | list) else (names,)
     # An array's own axes are numbers.
-    return {name for name in names if not isinstance(name, int)}
+    return {name for name in names if not isinstance(name, int | np.integer)}
 
 
 class _Parts(NamedTuple):
