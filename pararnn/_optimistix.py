@@ -10,8 +10,8 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, PyTree
 
+from ._adapters import as_step
 from .solver import AbstractMethod
-from .solver._adapters import as_step
 from .solver._certificate import largest
 from .solver._inputs import check_like, check_resets, count_steps, make_recurrence
 from .solver._iteration import Carry, Iteration

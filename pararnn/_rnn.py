@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
-from ._foreign_cells import FunctionCell, as_cell, emitting_cell
+from ._adapters import FunctionCell, as_cell, emitting_cell
 from ._parameters import check_flag
 from ._reverse import backwards
 from .cells import AbstractCell

@@ -16,8 +16,7 @@ import jax
 import jax.extend as jex
 import jax.tree_util as jtu
 
-from ..scan import is_symbolic
-from ._jaxpr import (
+from ..jaxprs import (
     evaluate,
     inner_programs,
     primitives_of,
@@ -28,6 +27,7 @@ from ._jaxpr import (
     without_calls,
     written_by,
 )
+from ..scan import is_symbolic
 from ._problem import BoundProblem, Recurrence, _shape_dtype
 from ._stepwise import must_step
 
@@ -86,7 +86,7 @@ def split_step(recurrence: Recurrence) -> SplitStep | None:
 
 
 def hoist(problem: BoundProblem) -> BoundProblem:
-    """Compute for all steps what needs no state, and return the problem that is left."""
+    """Compute for all steps what needs no state; return the problem that is left."""
     split = problem.split
     if split is None:
         return problem

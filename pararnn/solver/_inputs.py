@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._adapters import as_step
 from ..scan import check_bits, check_reset
-from ._adapters import as_step
 from ._problem import Recurrence
 
 

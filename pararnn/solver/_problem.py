@@ -13,8 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from ..scan import promote, split_time, struct, varying_axes
-from ._jaxpr import (
+from ..jaxprs import (
     JITTED,
     calls_hold_arrays,
     consts_to_args,
@@ -24,6 +23,7 @@ from ._jaxpr import (
     primitives_of,
     without_calls,
 )
+from ..scan import promote, split_time, struct, varying_axes
 
 if TYPE_CHECKING:
     from ._hoist import SplitStep

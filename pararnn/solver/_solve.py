@@ -11,9 +11,9 @@ import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
+from .._adapters import as_step
 from .._checks import is_count
 from ..scan import refuse_explicit, time_shards, vary
-from ._adapters import as_step
 from ._adjoint import (
     ADJOINTS,
     Adjoint,

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
 
-from ._jaxpr import (
+from ..jaxprs import (
     evaluate,
     inner_programs,
     reached,

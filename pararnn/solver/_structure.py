@@ -17,10 +17,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
+from ..jaxprs import find_blocks, is_index
 from ..scan import struct, varying_axes
-from ._dependencies import find_blocks
 from ._inputs import make_recurrence
-from ._jaxpr import is_index
 from ._problem import Recurrence
 
 _remembered: dict[tuple[int, str], np.ndarray] = {}

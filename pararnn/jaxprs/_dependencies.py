@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend as jex
 import numpy as np
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, connected_components
 
+from ._graph import Graph, only_once
 from ._jaxpr import called_program, inner_programs, is_index
 from ._movements import (
     BY_NUMPY,
@@ -66,84 +65,6 @@ def find_blocks(program: jex.core.ClosedJaxpr) -> np.ndarray:
     with jax.ensure_compile_time_eval():
         (out,) = follow(graph, program, [first, *(Known() for _ in others)])
     return graph.components(out.nodes)
-
-
-class Graph:
-    """Nodes 1 to `inputs` are the inputs, 0 is none; edges lead to effects."""
-
-    def __init__(self, inputs: int):
-        self.inputs, self.count = inputs, inputs + 1
-        self._edges: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def new(self, shape) -> np.ndarray:
-        """New nodes."""
-        start, self.count = self.count, self.count + math.prod(shape)
-        return np.arange(start, self.count).reshape(shape)
-
-    def connect(self, causes: np.ndarray, effects: np.ndarray) -> None:
-        """Edges between the entries of two arrays that broadcast."""
-        causes, effects = np.broadcast_arrays(causes, effects)
-        self._edges.append((causes[causes != 0], effects[causes != 0]))
-
-    def merge(self, nodes: np.ndarray) -> np.ndarray:
-        """One node for all along the last axis, an old one if there is only one."""
-        out = np.array(nodes.max(-1, initial=0))
-        mixed = ((nodes != out[..., None]) & (nodes != 0)).any(-1)
-        effects = self.new((np.count_nonzero(mixed),))
-        self.connect(nodes[mixed], effects[:, None])
-        out[mixed] = effects
-        return out
-
-    def join(self, shape, *many: np.ndarray | None) -> np.ndarray | None:
-        """Entry by entry, one node for those of several arrays."""
-        arrays = [np.broadcast_to(a, shape) for a in many if a is not None]
-        if len(arrays) < 2:
-            return arrays[0] if arrays else None
-        once = _once(*arrays)
-        merged = self.merge(np.stack([a[once] for a in arrays], -1))
-        return np.broadcast_to(merged, shape)
-
-    def sum(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-        """One node for all along some axes, which stay, with length 1."""
-        axes = sorted(axis % nodes.ndim for axis in axes)
-        few = np.moveaxis(nodes[_once(nodes)], axes, range(-len(axes), 0))
-        merged = self.merge(few.reshape(*few.shape[: nodes.ndim - len(axes)], -1))
-        kept = [1 if i in axes else n for i, n in enumerate(nodes.shape)]
-        return np.broadcast_to(np.expand_dims(merged, axes), kept)
-
-    def blur(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-        """Every entry the node of all along some axes: any of them may be meant."""
-        return np.broadcast_to(self.sum(nodes, axes), nodes.shape) if axes else nodes
-
-    def components(self, out: np.ndarray | None) -> np.ndarray:
-        """Which inputs are connected by paths from input to output."""
-        if out is None:
-            return np.arange(self.inputs)
-        out = np.broadcast_to(out, (self.inputs,))
-        first, ends = np.arange(1, self.inputs + 1), out[out != 0]
-        # One node leads to all inputs, and one is led to by all outputs.
-        source, sink = 0, self.count
-        edges = [*self._edges, (0 * first + source, first), (ends, 0 * ends + sink)]
-        rows, columns = (np.concatenate(part) for part in zip(*edges, strict=True))
-        size = (sink + 1, sink + 1)
-        forward = csr_array((np.ones(len(rows), bool), (rows, columns)), size)
-        between = np.zeros(sink + 1, int)
-        for start, matrix in ((source, forward), (sink, forward.T.tocsr())):
-            between[breadth_first_order(matrix, start, True, False)] += 1
-        between[[source, sink]] = 0
-        kept = (between[rows] == 2) & (between[columns] == 2)
-        reached = between[out] == 2
-        rows = np.concatenate([rows[kept], first[reached]])
-        columns = np.concatenate([columns[kept], out[reached]])
-        same = csr_array((np.ones(len(rows), bool), (rows, columns)), size)
-        label = connected_components(same, directed=False)[1][first]
-        return np.unique(label, return_inverse=True)[1]
-
-
-def _once(*arrays: np.ndarray):
-    """An index that takes one entry along the axes where all arrays repeat theirs."""
-    strides = zip(*(a.strides for a in arrays), strict=True)
-    return tuple(slice(None) if any(s) else slice(0, 1) for s in strides)
 
 
 def follow(graph: Graph, closed: Any, given: Sequence[Known]) -> list[Known]:
@@ -215,7 +136,7 @@ def _nodes(value: Known, var) -> np.ndarray:
 
 def _couple_all(graph, eqn, *values: Known):
     reached = [
-        v.nodes[_once(v.nodes)].reshape(-1) for v in values if v.nodes is not None
+        v.nodes[only_once(v.nodes)].reshape(-1) for v in values if v.nodes is not None
     ]
     node = graph.merge(np.concatenate(reached))
     return [np.broadcast_to(node, var.aval.shape) for var in eqn.outvars]
