@@ -12,8 +12,7 @@ from ._optimistix import (
     RootFinder as RootFinder,
     residual as residual,
 )
-from ._rnn import RNN as RNN, Bidirectional as Bidirectional
-from ._stack import Stack as Stack
+from ._rnn import RNN as RNN, Bidirectional as Bidirectional, Stack as Stack
 from .cells import (
     CELLS as CELLS,
     AbstractCell as AbstractCell,

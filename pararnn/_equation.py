@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .scan._arithmetic import multiply_matrices
+from .solver._adjoint import split_by_tangents
 from .solver._jacobian_layout import from_blocks, to_blocks, transition_factors
 from .solver._problem import Recurrence
 from .solver._structure import find_structure
@@ -84,8 +85,7 @@ def _(primals, tangents, *, equation: Equation, search: Search):
     v = solution(*primals, equation=equation, search=search)
     # The start takes no part.
     arguments, tangents = primals[:2], tangents[:2]
-    untouched = jtu.tree_map(_is_none, tangents, is_leaf=_is_none)
-    held, moved = eqx.partition(arguments, untouched)
+    moved, held = split_by_tangents(arguments, tangents)
     if not jtu.tree_leaves(moved):
         return v, None
 
@@ -98,10 +98,6 @@ def _(primals, tangents, *, equation: Equation, search: Search):
     constants, inputs = arguments
     _, inverse = equation.residual_and_inverse(constants, v, inputs)
     return v, -equation.apply(inverse, pushed)
-
-
-def _is_none(x) -> bool:
-    return x is None
 
 
 def with_derivative(F: Callable[[PyTree, PyTree], PyTree], z: PyTree, inputs: PyTree):

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ._checks import is_count
 from ._equation import Equation, solution
 from .scan import check_bits
 from .solver._certificate import along_entries, largest
@@ -347,8 +348,7 @@ def _as_tolerance(name: str, value: Any) -> float | None:
 
 
 def _as_limit(value: Any) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not (whole and value >= 1):
+    if not is_count(value, 1):
         raise ValueError(
             f"Implicit: `max_steps` is {value!r:.80}; expected a whole number >= 1. "
             "Newton's method seldom needs more than ten; more do not help one that "

@@ -11,7 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, PyTree
 
 from ._adapters import as_step
-from .solver import AbstractMethod
+from .solver import AbstractMethod, states_before
 from .solver._certificate import largest
 from .solver._inputs import check_like, check_resets, count_steps, make_recurrence
 from .solver._iteration import Carry, Iteration
@@ -56,23 +56,10 @@ def residual(states: PyTree, problem: Problem) -> PyTree:
 
     **Returns:** a pytree like `states`.
     """
-    before = jtu.tree_map(
-        lambda h0, h: jnp.concatenate([jnp.asarray(h0, h.dtype)[None], h[:-1]]),
-        problem.h0,
-        states,
-    )
-    if problem.reset is not None:
-        fresh = problem.reset_state
-        if fresh is None:
-            fresh = jtu.tree_map(jnp.zeros_like, problem.h0)
-        mask = problem.reset
-        before = jtu.tree_map(
-            lambda h, new: jnp.where(
-                mask.reshape(-1, *(1,) * (h.ndim - 1)), new[None], h
-            ),
-            before,
-            fresh,
-        )
+    fresh = problem.reset_state
+    if fresh is None:
+        fresh = jtu.tree_map(jnp.zeros_like, problem.h0)
+    before = states_before(problem.h0, states, problem.reset, fresh)
     after = jax.vmap(as_step(problem.f))(before, problem.xs)
     return jtu.tree_map(jnp.subtract, after, states)
 

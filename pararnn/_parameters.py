@@ -11,13 +11,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from ._checks import is_count
 from .scan import promote
 
 
 def check_size(where: str, name: str, value, least: int = 1) -> int:
-    """`value` as an int, or a `ValueError` if it is no integer from `least` up."""
-    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not integer or value < least:
+    """`value` as an int, or a `ValueError` if it is not an integer from `least` up."""
+    if not is_count(value, least):
         wanted = "a positive integer" if least == 1 else f"an integer, at least {least}"
         raise ValueError(
             f"{where}: `{name}` must be {wanted}, got {value!r}. Likely "

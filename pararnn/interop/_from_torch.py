@@ -8,8 +8,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import DTypeLike
 
-from .._rnn import RNN, Bidirectional
-from .._stack import Stack
+from .._rnn import RNN, Bidirectional, Stack
 from ..cells import AbstractCell
 from ..solver import AbstractSolver, Auto
 from ._torch_arrays import Weights, read

@@ -2,8 +2,7 @@ from typing import Any
 
 import numpy as np
 
-from .._rnn import RNN, Bidirectional
-from .._stack import Stack
+from .._rnn import RNN, Bidirectional, Stack
 from ._torch_layout import LAYOUTS, Layout, names
 
 

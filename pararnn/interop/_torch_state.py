@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._rnn import Bidirectional
-from .._stack import Stack
+from .._rnn import Bidirectional, Stack
 
 TorchState = (
     Float[Array, "layers d_state"]

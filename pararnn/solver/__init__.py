@@ -11,7 +11,7 @@ from ._methods import (
     QuasiNewton as QuasiNewton,
     certify as certify,
 )
-from ._problem import BoundProblem as BoundProblem
+from ._problem import BoundProblem as BoundProblem, states_before as states_before
 from ._sequential import AbstractSolver as AbstractSolver, Sequential as Sequential
 from ._solution import RESULTS as RESULTS, Solution as Solution, Stats as Stats
 from ._solve import solve as solve

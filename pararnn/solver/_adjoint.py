@@ -30,7 +30,7 @@ from jax import lax
 
 from ..scan import is_symbolic, poison, shift, solve_recurrence, time_shards, vary
 from ._jacobian_layout import from_blocks, to_blocks, transition_factors
-from ._problem import Recurrence
+from ._problem import Recurrence, states_before
 from ._structure import Structure
 
 Adjoint = Literal["auto", "parallel", "sweep"]
@@ -156,7 +156,7 @@ def solve_tangents(
         @jax.checkpoint
         def whole_sequence(d, known, tangents):
             parameters, inputs, h0, states, lost = known
-            before = tuple(shift(*pair) for pair in zip(h0, states, strict=True))
+            before = states_before(h0, states)
             return stretch(d, before, parameters, inputs, tangents, lost)[1]
 
         known = (parameters, inputs, h0, states, lost)
@@ -166,7 +166,7 @@ def solve_tangents(
         parameters, inputs, h0, states, lost = known
         first = index * plan.chunk
         at = ft.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=length)
-        before = _states_before(h0, states, first, length)
+        before = _chunk_before(h0, states, first, length)
         inputs, lost = jtu.tree_map(at, (inputs, lost))
         return stretch(d, before, parameters, inputs, (t_parameters, t_inputs), lost)
 
@@ -193,7 +193,14 @@ def solve_tangents(
     return out
 
 
-def _states_before(h0, states, first, length: int):
+def split_by_tangents(primals, tangents):
+    """The primals that have tangents, with the same leaves as these, and the others."""
+    fixed = jtu.tree_map(lambda t: t is None, tangents, is_leaf=lambda t: t is None)
+    held, moved = eqx.partition(primals, fixed)
+    return moved, held
+
+
+def _chunk_before(h0, states, first, length: int):
     """The states that the steps `first, ..., first + length - 1` start from."""
 
     def one(h0, states):
@@ -209,13 +216,8 @@ def _states_before(h0, states, first, length: int):
 
 def _driving_terms(recurrence: Recurrence, before, primals, tangents):
     """`b_t` at all steps of the chunk at once, `[steps, width]`."""
-    held, moved = eqx.partition(
-        primals,
-        jtu.tree_map(lambda t: t is None, tangents, is_leaf=lambda t: t is None),
-    )
-    # `tangents` and `moved` now have the same leaves.
-    leaves = jtu.tree_leaves(moved)
-    if not leaves:
+    moved, held = split_by_tangents(primals, tangents)
+    if not jtu.tree_leaves(moved):
         none = jnp.zeros((before[0].shape[0], recurrence.width), recurrence.dtype)
         return vary(none, before)
 
@@ -317,22 +319,14 @@ def _step_by_step(recurrence: Recurrence, primals, tangents, lost):
             "the cell contains a function with `custom_vjp`, which has no JVP",
             "Write the function without it, or with `custom_jvp`",
         )
-    before = tuple(
-        jnp.concatenate([h[None], s[:-1]]) for h, s in zip(h0, states, strict=True)
-    )
     start = tuple(
         jnp.zeros_like(h) if t is None else t for h, t in zip(h0, t_h0, strict=True)
     )
 
-    def none_leaf(t):
-        return t is None
-
     def step(d, at_t):
         h, x, t_x, lost = at_t
         primals, tangents = (parameters, h, x), (t_parameters, d, t_x)
-        held, moved = eqx.partition(
-            primals, jtu.tree_map(none_leaf, tangents, is_leaf=none_leaf)
-        )
+        moved, held = split_by_tangents(primals, tangents)
 
         def moved_step(moved):
             return recurrence.step(*eqx.combine(held, moved))
@@ -342,6 +336,6 @@ def _step_by_step(recurrence: Recurrence, primals, tangents, lost):
             d = tuple(poison(t, jnp.broadcast_to(lost, t.shape)) for t in d)
         return d, d
 
-    return lax.scan(
-        jax.checkpoint(step, prevent_cse=False), start, (before, inputs, t_inputs, lost)
-    )[1]
+    rematerialised = jax.checkpoint(step, prevent_cse=False)
+    xs = states_before(h0, states), inputs, t_inputs, lost
+    return lax.scan(rematerialised, start, xs)[1]

@@ -11,7 +11,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from ..jaxprs import (
     JITTED,
@@ -23,7 +23,7 @@ from ..jaxprs import (
     primitives_of,
     without_calls,
 )
-from ..scan import promote, split_time, struct, varying_axes
+from ..scan import promote, shift, split_time, struct, varying_axes
 
 if TYPE_CHECKING:
     from ._hoist import SplitStep
@@ -311,6 +311,26 @@ class BoundProblem(eqx.Module):
         for _ in self.axes:
             fn = jax.vmap(fn)
         return fn
+
+
+def states_before(
+    h0: PyTree[Array],
+    states: PyTree[Array],
+    reset: Bool[Array, " T"] | None = None,
+    fresh: PyTree[Array] | None = None,
+) -> PyTree[Array]:
+    """The states that all steps start from, `[T, ...]`; at resets, the fresh ones."""
+
+    def one(h0, states, fresh):
+        if states.shape[0] == 0:
+            return states
+        before = shift(jnp.asarray(h0, states.dtype), states)
+        if reset is None:
+            return before
+        mask = jnp.asarray(reset).reshape(-1, *(1,) * (before.ndim - 1))
+        return jnp.where(mask, jnp.asarray(fresh)[None], before)
+
+    return jtu.tree_map(one, h0, states, h0 if fresh is None else fresh)
 
 
 def _select_fresh(reset, fresh, h):
