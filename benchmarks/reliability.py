@@ -49,7 +49,7 @@ TABLES = {
     "float64 for the second part. False failures: not successful without a limit.",
 }
 TRIES = 64
-FLOW_SOLVERS: dict[str, Callable[[int], tuple[pararnn.solver.Solver, int | None]]] = {
+FLOW_SOLVERS: dict[str, Callable[[int], tuple[pararnn.AbstractSolver, int | None]]] = {
     "Auto()": lambda steps: (pararnn.Auto(), None),
     "Newton(), 64 steps": lambda steps: (pararnn.Newton(), TRIES),
     "Newton(T // 16), 16 steps": lambda steps: (pararnn.Newton(steps // 16), 16),
@@ -295,7 +295,7 @@ def _some(rng, steps: int) -> int | None:
 
 
 # `(rng, number of steps) -> solver`.
-SOLVERS: dict[str, Callable[[Any, int], pararnn.solver.Solver]] = {
+SOLVERS: dict[str, Callable[[Any, int], pararnn.AbstractSolver]] = {
     "Auto()": lambda rng, t: pararnn.Auto(),
     "Newton()": lambda rng, t: pararnn.Newton(),
     "Newton(s)": lambda rng, t: pararnn.Newton(int(rng.integers(2, max(3, t)))),
@@ -329,7 +329,7 @@ class Program(NamedTuple):
     width: int
     steps: int
     dtype: Any
-    solver: pararnn.solver.Solver
+    solver: pararnn.AbstractSolver
     max_steps: int | None
     batched: bool
     resets: bool

@@ -14,7 +14,6 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
-from documents import DOCUMENTS, packed, write
 from hypothesis import given, settings, strategies as st
 
 from pararnn.training import (
@@ -24,6 +23,7 @@ from pararnn.training import (
     find_corpus,
     make_batches,
 )
+from tests.documents import DOCUMENTS, packed, write
 from tests.helpers import refusal
 
 LENGTHS = st.integers(1, 9)

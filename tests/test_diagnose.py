@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from problems import CELLS, instance
 
 import pararnn
 from pararnn import (
@@ -23,6 +22,7 @@ from pararnn import (
 from pararnn.diagnosis._methods import default_methods
 from pararnn.diagnosis._options import name_of
 from pararnn.diagnosis._progress import Progress
+from tests.problems import CELLS, instance
 
 WEIGHTS = np.array(jr.normal(jr.key(0), (8, 8), "float64")) / 8**0.5
 

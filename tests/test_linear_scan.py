@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_transitions import STRUCTURES, Structure
 
 from pararnn import Dense, Diagonal, Scalar, linear_scan
+from tests.test_transitions import STRUCTURES, Structure
 
 BACKENDS = ("sequential", "associative", "chunked")
 # One for each path through the engine; the laws of the others are tested elsewhere.

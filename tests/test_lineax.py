@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import pytest
-from test_transitions import STRUCTURES, Structure
 
 from pararnn import BlockDiagonal, Dense, Diagonal, Scalar
 from pararnn._lineax import BlockBidiagonalLinearOperator, ParallelScan
+from tests.test_transitions import STRUCTURES, Structure
 
 STEPS = 7
 TOLERANCE = {"rtol": 1e-11, "atol": 1e-11}

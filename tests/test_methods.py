@@ -21,13 +21,14 @@ from pararnn import (
     Picard,
     Problem,
     QuasiNewton,
+    RootFinder,
     Sequential,
     Windows,
     residual,
     solve,
 )
 from pararnn.scan import invert_matrices, prefix
-from pararnn.solver.methods import _elk
+from pararnn.solver import _elk
 from tests.helpers import assert_close
 from tests.problems import CELLS, T, instance, scan, some_resets
 
@@ -505,7 +506,8 @@ def test_methods_are_optimistix_root_finders(method):
     def find(f, xs, h0):
         problem = Problem(f, xs, h0, reset)
         guess = jnp.zeros((T, *h0.shape))
-        found = optx.root_find(residual, METHODS[method], guess, args=problem)
+        finder = RootFinder(METHODS[method])
+        found = optx.root_find(residual, finder, guess, args=problem)
         return found.value, found.stats["num_steps"]
 
     states, steps = find(Elman(parameters), xs, h0)
@@ -527,8 +529,9 @@ def test_optimistix_differentiates_through_its_own_adjoint():
         return jnp.sum(jnp.sin(run(Cell(a), xs, h0)))
 
     def find(f, xs, h0):
-        guess = jnp.zeros_like(xs)
-        return optx.root_find(residual, Newton(), guess, args=Problem(f, xs, h0)).value
+        guess, problem = jnp.zeros_like(xs), Problem(f, xs, h0)
+        finder = RootFinder(Newton())
+        return optx.root_find(residual, finder, guess, args=problem).value
 
     gradient = jax.jit(jax.grad(ft.partial(loss, find), (0, 1, 2)))
     oracle = jax.jit(jax.grad(ft.partial(loss, scan), (0, 1, 2)))
@@ -540,7 +543,7 @@ def test_optimistix_with_another_function_is_not_reported_as_solved():
     problem = Problem(logistic, jnp.zeros(9), jnp.asarray(0.3))
     wrong = optx.root_find(
         lambda y, args: residual(y, args) + 1.0,
-        Newton(),
+        RootFinder(Newton()),
         jnp.zeros(9),
         args=problem,
         max_steps=12,
@@ -551,7 +554,8 @@ def test_optimistix_with_another_function_is_not_reported_as_solved():
 
 def test_optimistix_wants_a_problem():
     with pytest.raises(TypeError, match=r"expected a `pararnn\.Problem`"):
-        optx.root_find(lambda y, args: y, Newton(), jnp.zeros(3))
+        optx.root_find(lambda y, args: y, RootFinder(Newton()), jnp.zeros(3))
     problem = Problem(logistic, jnp.zeros(9), jnp.asarray(0.3))
     with pytest.raises(ValueError, match=r"`y0` is float64\[8\]"):
-        optx.root_find(lambda y, _: y, Newton(), jnp.zeros(8), args=problem)
+        finder = RootFinder(Newton())
+        optx.root_find(lambda y, _: y, finder, jnp.zeros(8), args=problem)

@@ -6,11 +6,11 @@ from math import log2
 
 import numpy as np
 import pytest
-from documents import DOCUMENTS, packed
 from hypothesis import given, settings, strategies as st
 
 from pararnn.training import ngram_bits_per_byte
 from pararnn.training.data import _ngram
+from tests.documents import DOCUMENTS, packed
 
 # Few different bytes, so that contexts recur.
 LETTERS = st.lists(

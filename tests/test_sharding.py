@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import two_processes
 from jax import lax
+
+from tests import two_processes
 
 HERE = Path(__file__).parent
 

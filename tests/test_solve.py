@@ -23,7 +23,7 @@ from pararnn import (
     Windows,
     solve,
 )
-from pararnn.solver._auto import choose_ladder
+from pararnn.solver._solvers import choose_ladder
 from tests.helpers import assert_close
 from tests.problems import (
     CELLS,

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from documents import write
 from hypothesis import given, strategies as st
 
 from pararnn.training import (
@@ -19,6 +18,7 @@ from pararnn.training import (
     stream_text,
 )
 from pararnn.training.data import _encoded
+from tests.documents import write
 
 TEXT = "the cat and the hat; Größe, naïve, 木, 🙂\n" * 3
 SPECIAL = ["<s>", "</s>"]

@@ -209,7 +209,8 @@ def test_optimistix_is_not_given_what_it_would_draw_again():
     problem = pararnn.Problem(cell, xs, H0)
     guess = jnp.zeros((T, N))
     with refusal(ValueError, ["'rbg'", "pararnn.solve"]):
-        optx.root_find(pararnn.residual, Newton(4), guess, args=problem)
+        finder = pararnn.RootFinder(Newton(4))
+        optx.root_find(pararnn.residual, finder, guess, args=problem)
 
 
 def test_usual_cells_are_left_as_they_are():

@@ -16,10 +16,10 @@ from jax import lax
 
 import pararnn
 from pararnn import RESULTS, Newton, Sequential, solve
-from pararnn.solver import _input_part
-from pararnn.solver._input_part import divide
+from pararnn.solver import _hoist
+from pararnn.solver._hoist import split_step
 from pararnn.solver._inputs import make_recurrence
-from pararnn.solver._program import primitives_of
+from pararnn.solver._jaxpr import primitives_of
 from tests.helpers import assert_close
 from tests.problems import scan
 
@@ -137,7 +137,7 @@ def parameters(name):
 def division(name):
     case, p = CASES[name], parameters(name)
     step = lambda h, x: case.step(p, h, x)  # noqa: E731
-    return divide(make_recurrence("test", step, case.xs, case.h0))
+    return split_step(make_recurrence("test", step, case.xs, case.h0))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,7 +146,7 @@ def test_what_is_stored(name):
     assert found is not None
     assert [s.shape for s in found.advance.x_structs] == CASES[name].stored
     if name not in ("dense", "jitted", "lstm"):
-        assert not _input_part.PRODUCTS & primitives_of(found.advance.jaxpr)
+        assert not _hoist.PRODUCTS & primitives_of(found.advance.jaxpr)
 
 
 # Which of parameters, inputs and initial state have a batch axis: of both levels.
@@ -264,7 +264,7 @@ def test_what_stays_small():
         jnp.ones((T, 2)),
         jnp.ones(n),
     )
-    assert divide(of_h) is None and divide(summed) is None
+    assert split_step(of_h) is None and split_step(summed) is None
 
 
 def printing(p, h, x):
@@ -291,7 +291,7 @@ def test_what_stays_whole(name):
     step, xs = WHOLE[name]
     p = parameters(name)
     recurrence = make_recurrence("test", lambda h, x: step(p, h, x), xs, jnp.zeros(N))
-    assert divide(recurrence) is None
+    assert split_step(recurrence) is None
 
 
 @pytest.mark.parametrize("solver", [Sequential(), Newton(7)])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pararnn import Newton, solve
-from pararnn.solver import _warm_up
-from pararnn.solver._warm_up import warm_up
+from pararnn.solver import _initial_guess
+from pararnn.solver._initial_guess import guess_ends
 from tests.problems import scan
 
 WIDTH, BATCH = 3, 2
@@ -33,7 +33,7 @@ def problem(steps):
 def test_steps_before_each_segment(length, taken):
     xs, h0 = problem(4 * length)
     inputs = np.swapaxes(xs.reshape(4, length, BATCH, WIDTH), 0, 1)
-    found = jax.jit(lambda h0, x: warm_up(cell, h0, x, 1))(h0, inputs)
+    found = jax.jit(lambda h0, x: guess_ends(cell, h0, x, 1))(h0, inputs)
     for i in range(4):
         before = xs[(i + 1) * length - taken : (i + 1) * length]
         np.testing.assert_allclose(found[i], by_hand(h0, before), rtol=1e-12)
@@ -43,13 +43,13 @@ def test_steps_before_each_segment(length, taken):
 def test_every_step_a_segment(steps):
     """From h0 before the block of time that precedes that of each step."""
     xs, h0 = problem(steps)
-    found = jax.jit(lambda h0, x: warm_up(cell, h0, x[None], 1))(h0, xs)
+    found = jax.jit(lambda h0, x: guess_ends(cell, h0, x[None], 1))(h0, xs)
     for t in range(steps):
-        if steps < 2 * _warm_up.BLOCK:
-            first = max(0, t + 1 - _warm_up.FEWEST)
+        if steps < 2 * _initial_guess.BLOCK:
+            first = max(0, t + 1 - _initial_guess.FEWEST)
         else:
             # Blocks as `split_time` cuts them: of one length, but for the last.
-            length = -(-steps // -(-steps // _warm_up.BLOCK))
+            length = -(-steps // -(-steps // _initial_guess.BLOCK))
             first = max(0, t // length * length - length)
         wanted = by_hand(h0, xs[first : t + 1])
         np.testing.assert_allclose(found[t], wanted, rtol=1e-12, err_msg=str(t))
