@@ -28,7 +28,14 @@ SHARED = {"pararnn._checks"}
 MAY_IMPORT = {
     "pararnn._checks": set(),
     "pararnn.scan": {"pararnn.scan"},
-    "pararnn.solver": {"pararnn.solver", "pararnn.scan"},
+    "pararnn.jaxprs": {"pararnn.jaxprs"},
+    "pararnn._adapters": {"pararnn._adapters", "pararnn.jaxprs"},
+    "pararnn.solver": {
+        "pararnn.solver",
+        "pararnn._adapters",
+        "pararnn.jaxprs",
+        "pararnn.scan",
+    },
     "pararnn._parameters": {"pararnn._parameters", "pararnn.scan"},
     "pararnn._registry": {"pararnn._registry"},
     "pararnn._reverse": {"pararnn._reverse"},
@@ -57,6 +64,8 @@ MAY_IMPORT = {
     "pararnn.diagnosis": {"pararnn.diagnosis", "pararnn.solver", "pararnn.scan"},
     "pararnn": {
         "pararnn",
+        "pararnn._adapters",
+        "pararnn.jaxprs",
         "pararnn._parameters",
         "pararnn._reverse",
         "pararnn.devices",

@@ -16,10 +16,10 @@ from jax import lax
 
 import pararnn
 from pararnn import RESULTS, Newton, Sequential, solve
+from pararnn.jaxprs import primitives_of
 from pararnn.solver import _hoist
 from pararnn.solver._hoist import split_step
 from pararnn.solver._inputs import make_recurrence
-from pararnn.solver._jaxpr import primitives_of
 from tests.helpers import assert_close
 from tests.problems import scan
 

@@ -10,7 +10,7 @@ import pytest
 
 import pararnn
 from pararnn import RNN, Newton, Sequential
-from pararnn.solver._jaxpr import primitives_of
+from pararnn.jaxprs import primitives_of
 from tests.helpers import assert_close, decoded, refusal, whole
 
 nnx = pytest.importorskip("flax.nnx")
