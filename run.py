@@ -195,7 +195,8 @@ def run_tests(python: Path, arguments: list[str], quick: bool) -> dict[str, int]
         return {"tests": call(*pytest, *arguments, purpose="tests", flags=used)}
     # Whole files to each worker: what is shared within one is then made once.
     shared = ("--dist", "loadfile", "--no-loadscope-reorder")
-    both = (*pytest, "-n", "2", *shared, "-m")
+    # A worker that crashes ends the run, which would otherwise wait for it for ever.
+    both = (*pytest, "-n", "2", "--max-worker-restart=0", *shared, "-m")
     return {
         "tests": call(
             *(*both, "not optimised"), purpose="tests, quickly compiled", flags=flags

@@ -92,7 +92,7 @@ class Implicit(AbstractImplicitCell):
         more step tells a singular solution from a regular one. `rtol` defaults to the
         square root of the rounding of the entry's dtype, and `atol` to 0. What is below
         the rounding of an entry of `h_new` or `h` always suffices; so do corrections
-        below the rounding of the largest entry that have stopped to shrink.
+        that have stopped to shrink since the equation itself rounds by as much.
     - `max_steps`: limit on Newton's steps.
 
     **Raises:** `TypeError` if `F` or `guess` cannot be called; `ValueError` for
@@ -203,8 +203,8 @@ class _Newton(NamedTuple):
 
     Near a solution of multiplicity m, where the Jacobian is singular, corrections
     shrink by the factor 1 - 1/m only, down to where rounding decides: there one of them
-    may be small by chance. So if corrections have crawled, a last step is taken from 8
-    tolerances beside the solution. From there it leads back to a regular one, and at
+    may be small by chance. So if corrections have crawled, or are noise, a last step is
+    taken from 8 tolerances beside the solution. From there it leads back to a regular one, and at
     most half of the way, or anywhere, to a singular one.
     """
 
@@ -271,7 +271,13 @@ class _Newton(NamedTuple):
         stalled = finite & (correction <= rounding) & (own >= 0.25 * at.own)
         slow = (correction > 0.25 * at.correction) & (correction > rounding)
         crawled = at.crawled | (at.near & slow)
+        # Where the equation is badly conditioned, corrections never come below the
+        # rounding: they end as noise, which shrinks in no respect.
+        noise = correction <= float(eps.max(initial=0)) ** 0.5 * largest(sizes)
+        noise = finite & noise & slow & (own >= 0.25 * at.own)
         at_rest = exact | (close & at.close) | stalled
+        doubtful = crawled | (noise & ~at_rest)
+        at_rest = at_rest | noise
         return _Iterate(
             v=v,
             correction=correction,
@@ -279,10 +285,10 @@ class _Newton(NamedTuple):
             near=jnp.all(change <= self.atol + along_entries(eps**0.25, v) * sizes),
             close=close,
             crawled=crawled,
-            probing=at_rest & crawled,
+            probing=at_rest & doubtful,
             num_steps=at.num_steps + 1,
-            converged=at_rest & ~crawled,
-            ended=(at_rest & ~crawled) | ~finite,
+            converged=at_rest & ~doubtful,
+            ended=(at_rest & ~doubtful) | ~finite,
         )
 
 

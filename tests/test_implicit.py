@@ -1,6 +1,7 @@
 """Implicit recurrences against loops in NumPy."""
 
 import functools as ft
+from fractions import Fraction
 
 import equinox as eqx
 import jax
@@ -346,6 +347,34 @@ def test_stiff_linear_equation_in_closed_form():
     got, jacobian = jax.jit(lambda h: (states(h), jax.jacfwd(states)(h)))(h0)
     close(got, powers @ np.ones(3), 1e-11)
     close(jacobian, powers, 1e-11)
+
+
+def test_corrections_that_end_as_noise(getkey):
+    """So badly conditioned that they stay above the rounding of every entry."""
+    L, h0 = stiff_matrix(), jax.random.normal(getkey(), (64, 3))
+    cell = Implicit(lambda z, h, x: z - h - 0.1 * jnp.asarray(L) @ z)
+    solution = jax.jit(jax.vmap(lambda h: solve(cell, jnp.zeros(60), h)))(h0)
+    powers = exact_inverse_powers(np.eye(3) - 0.1 * L, 60)
+    wanted = np.einsum("tij,bj->bti", powers, np.asarray(h0))
+    assert np.abs(solution.states - wanted).max() < 1e-11
+
+
+def exact_inverse_powers(matrix, count):
+    """The first powers of the inverse, in rational numbers."""
+    rows = [
+        [*map(Fraction, row), *(Fraction(int(i == j)) for j in range(len(row)))]
+        for i, row in enumerate(matrix.tolist())
+    ]
+    for k, pivot in enumerate(rows):
+        pivot[:] = [entry / pivot[k] for entry in pivot]
+        for row in rows:
+            if row is not pivot:
+                row[:] = [a - row[k] * b for a, b in zip(row, pivot, strict=True)]
+    inverse = np.array([row[len(matrix) :] for row in rows], object)
+    powers = [inverse]
+    for _ in range(count - 1):
+        powers.append(powers[-1] @ inverse)
+    return np.array(powers).astype(float)
 
 
 def pendulum_run(steps):
