@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pararnn import matrix_scan
-from pararnn.scan import _choose as choose, _matrix_chunks as implementation
+from pararnn.scan import _heuristics as choose, _matrix_chunks as implementation
 from tests.helpers import assert_close
 
 H, K, V = 2, 5, 3
@@ -219,7 +219,7 @@ def test_batch(form, monkeypatch):
 
 def test_sequences_of_a_batch_one_after_the_other(monkeypatch):
     """Values, derivatives of a batch, batches of derivatives, second derivatives."""
-    for name in ("_SMALL", "_ALONE"):
+    for name in ("_SMALL", "MIN_ENTRIES_TO_UNBATCH"):
         monkeypatch.setattr(choose, name, 0)
     given = problem(40, 1, "head", "keys", True)
     reset, shared = given.pop("reset"), given.pop("initial")

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ._arithmetic import matmul
+
 # Of `[..., C / every, K]`, the steps (the last of every so many), and whether they find
 # what was there before them.
 Rows = tuple[Float[Array, "*batch rows K"], int, bool]
@@ -211,11 +213,6 @@ def _substitute(lower: Array) -> Array:
         # Fused with the rows after it, XLA would compute it anew for each of them.
         inverse.append(lax.optimization_barrier(row))
     return jnp.moveaxis(jnp.stack(inverse), (0, 1), (-2, -1))
-
-
-def matmul(a: Array, b: Array) -> Array:
-    """At full float32 precision."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 class Chunk(NamedTuple):

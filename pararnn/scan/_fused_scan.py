@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Inexact, PyTree
 
-from ._arithmetic import check_bits, multiply, promote
-from ._choose import FusedForm, choose_fused, choose_window
-from ._linear_scan import check_reset, linear_scan
-from ._time_axis import time_shards
+from ._arithmetic import multiply, promote
+from ._checks import check_bits, check_reset
+from ._heuristics import FusedForm, choose_fused, choose_window
+from ._linear_scan import linear_scan
+from ._mesh_axes import vary
+from ._time_sharding import time_shards
 from ._transitions import Diagonal
-from ._varying import vary
 from ._windows import in_windows
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._arithmetic import check_bits, promote
+from ._arithmetic import promote
+from ._checks import check_floating
 from ._linear_scan import linear_scan
+from ._mesh_axes import vary
 from ._transitions import Diagonal
-from ._varying import vary
 
 
 def grid_scan(
@@ -125,14 +126,7 @@ def _row(top, cells):
 
 
 def _check(given: dict[str, Array]) -> None:
-    for name, v in given.items():
-        if not hasattr(v, "shape") or not jnp.issubdtype(v.dtype, jnp.floating):
-            raise TypeError(
-                f"grid_scan: `{name}` must be an array of real floating point, got "
-                f"{getattr(v, 'dtype', type(v).__name__)}. Cast it, for instance with "
-                "`.astype(jnp.float32)`."
-            )
-        check_bits("grid_scan", name, v)
+    check_floating("grid_scan", given)
     keys, values = given["keys"].shape, given["values"].shape
     if len(keys) != 4 or len(values) != 4:
         raise ValueError(

@@ -8,13 +8,13 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Inexact
 
-from ._arithmetic import check_bits, promote
+from ._arithmetic import promote
 from ._backends import Schedule, associative, chunked, sequential
-from ._choose import BACKENDS, Backend, choose_backend
-from ._explicit import automatic
-from ._time_axis import scan_stretches, shift, time_shards
+from ._checks import check_bits, check_reset
+from ._heuristics import BACKENDS, Backend, choose_backend
+from ._mesh_axes import leave_to_xla, vary
+from ._time_sharding import scan_stretches, shift, time_shards
 from ._transitions import AbstractTransition, Layout
-from ._varying import vary
 
 
 def linear_scan(
@@ -118,7 +118,7 @@ def solve_recurrence(
         if reset is not None:
             carried = jnp.where(reset, 0, carried)
         rest = x - carried
-        return tie(x0, rest[0]), rest
+        return fake_dependency(x0, rest[0]), rest
 
     def solve(_, terms):
         x0, b = terms
@@ -138,13 +138,13 @@ def solve_recurrence(
         )
         return g0 + u, x
 
-    terms = tie(h0, b[0]), tie(b, h0)
+    terms = fake_dependency(h0, b[0]), fake_dependency(b, h0)
     x0, x = lax.custom_linear_solve(matvec, terms, solve, transpose_solve)
     # The same for the cotangents, which the jvp rule cannot take in parts either.
-    return tie(x, x0)
+    return fake_dependency(x, x0)
 
 
-def tie(x: Array, to: Array) -> Array:
+def fake_dependency(x: Array, to: Array) -> Array:
     """`x`, which differentiation believes to depend on `to`.
 
     `lax.custom_linear_solve` can only be transposed if the tangents of all its terms
@@ -187,7 +187,7 @@ def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
             return over_batch(size, batched, a, b, u, reset)
 
         batch = [x for x, b in zip(arguments, batched, strict=True) if b is True]
-        return automatic(whole_batch, batch)(*arguments), (True, True)
+        return leave_to_xla(whole_batch, batch)(*arguments), (True, True)
 
     def over_batch(size, batched, a, b, u, reset):
         def behind_time(v, has_batch):
@@ -250,30 +250,3 @@ def _check(transition, inputs, initial, reset, reset_state, backend) -> Layout:
             )
     check_reset("linear_scan", reset, reset_state, steps)
     return transition.layout(shape)
-
-
-def check_reset(where: str, reset, reset_state, steps: int) -> None:
-    """Refuse resets of another length or dtype, and a reset state without resets."""
-    if reset is None:
-        if reset_state is not None:
-            raise ValueError(
-                f"{where}: `reset_state` was given without `reset`, so it would never "
-                "be used. Pass `reset` as well, or drop it."
-            )
-        return
-    if not hasattr(reset, "dtype"):
-        raise TypeError(
-            f"{where}: `reset` is a {type(reset).__name__}, expected a bool array of "
-            "shape [T]. Wrap it: `jnp.asarray(reset)`."
-        )
-    if jnp.shape(reset) != (steps,):
-        raise ValueError(
-            f"{where}: `reset` has shape {jnp.shape(reset)}, expected ({steps},), one "
-            "flag for each step. Under a batch, pass it through the same `jax.vmap`."
-        )
-    if jnp.asarray(reset).dtype != jnp.bool_:
-        raise TypeError(
-            f"{where}: `reset` is {jnp.asarray(reset).dtype}, expected bool: true at "
-            "the steps that start a new sequence. Integers might be positions; write "
-            "`reset = segment_ids != previous_segment_ids` or the like."
-        )

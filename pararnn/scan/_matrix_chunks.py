@@ -22,14 +22,14 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array
 
-from ._arithmetic import multiply
-from ._choose import choose_backend
-from ._chunks import Chunk, invert_unit_lower, matmul, summarise
-from ._in_turn import linear_map
+from ._arithmetic import matmul, multiply
+from ._chunks import Chunk, invert_unit_lower, summarise
+from ._heuristics import choose_backend
 from ._linear_scan import linear_scan
 from ._matrix_steps import Terms, take_noted_steps
 from ._prefix import running_max
-from ._time_axis import shift, spread, time_shards
+from ._sequential_vmap import sequential_linear_call
+from ._time_sharding import shift, spread, time_shards
 from ._transitions import BlockDiagonal, Diagonal
 from ._windows import in_windows
 
@@ -152,7 +152,7 @@ def _follow(way: Way):
                 found = respond(known, given)
                 return tuple(getattr(found, name) for name in names)
 
-            return linear_map(of, known, given)
+            return sequential_linear_call(of, known, given)
 
         # Two maps, as XLA drops the other one where only what is returned is derived.
         outputs, last = some("outputs", "last")

@@ -9,13 +9,13 @@ import numpy as np
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float
 
-from ._arithmetic import check_bits, promote
-from ._choose import FORMS, Form, Pass, choose_form
-from ._linear_scan import check_reset
+from ._arithmetic import promote
+from ._checks import check_floating, check_reset
+from ._heuristics import FORMS, Form, Pass, choose_form
 from ._matrix_chunks import Way, batch_in_front, chunkwise
 from ._matrix_steps import Terms, stepwise
-from ._time_axis import time_shards
-from ._varying import vary
+from ._mesh_axes import vary
+from ._time_sharding import time_shards
 
 
 def matrix_scan(
@@ -139,14 +139,7 @@ def matrix_scan(
 
 
 def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
-    for name, v in given.items():
-        if not hasattr(v, "shape") or not jnp.issubdtype(v.dtype, jnp.floating):
-            raise TypeError(
-                f"matrix_scan: `{name}` must be an array of real floating point, got "
-                f"{getattr(v, 'dtype', type(v).__name__)}. Cast it, for instance with "
-                "`.astype(jnp.float32)`."
-            )
-        check_bits("matrix_scan", name, v)
+    check_floating("matrix_scan", given)
     keys, values = given["keys"], given["values"]
     if keys.ndim != 3 or values.ndim != 3:
         raise ValueError(

@@ -7,11 +7,11 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
-from ._symbolic import is_symbolic, refuse_symbolic
-from ._time_axis import join_time, on_each_device, split_time, time_shards
-from ._varying import vary
+from ._checks import check_reset, is_symbolic, refuse_symbolic
+from ._mesh_axes import vary
+from ._time_sharding import join_time, on_each_device, split_time, time_shards
 
 Element = TypeVar("Element")
 
@@ -25,7 +25,7 @@ def prefix(
 
     `combine(earlier, later)` acts on leaves `[n, ...]`, n pairs at once, and must be
     associative. `auto` is sequential on a CPU, where `linear_scan` is (see
-    `_choose.py`), and associative elsewhere. Over a time axis that lies across devices
+    `_heuristics.py`), and associative elsewhere. Over a time axis that lies across devices
     that is the schedule of each device.
     """
     steps = jax.tree.leaves(elements)[0].shape[0]
@@ -104,3 +104,44 @@ def running_max(x: Shaped[Array, "T ..."]) -> Shaped[Array, "T ..."]:
     if time_shards(x.shape[0]) == 1:
         return lax.cummax(x)
     return prefix(jnp.maximum, x)
+
+
+def max_plus_scan(
+    decay: Float[Array, "T *state"],
+    inputs: Float[Array, "T *state"],
+    initial: Float[Array, " *state"],
+    *,
+    reset: Bool[Array, " T"] | None = None,
+    reset_state: Float[Array, " *state"] | None = None,
+) -> Float[Array, "T *state"]:
+    r"""Return every state of $m_t = \max(a_t + m_{t-1}, b_t)$.
+
+    This is a linear recurrence in the max-plus algebra, where + is max and the product
+    is +. The stabiliser of exponential gates has this form: it is the logarithm of the
+    largest term of a sum of products.
+
+    **Arguments:** `decay`, $a_t$; `inputs`, $b_t$; `initial`, $m_0$; `reset`, bool
+    `[T]`, where true step t starts from `reset_state`, or zeros.
+
+    **Returns:** $m_1 \dots m_T$, `[T, *state]`.
+
+    **Raises:** `ValueError`, `TypeError` on a reset that does not fit.
+    """
+    check_reset("max_plus_scan", reset, reset_state, inputs.shape[0])
+    if inputs.shape[0] == 0:
+        return inputs
+    terms = inputs.at[0].max(decay[0] + initial)
+    if reset is not None:
+        fresh = jnp.zeros_like(initial) if reset_state is None else reset_state
+        restarts = reset.reshape(-1, *(1,) * initial.ndim)
+        terms = jnp.where(restarts, jnp.maximum(inputs, decay + fresh[None]), terms)
+
+    def combine(earlier, later):
+        (a1, b1, r1), (a2, b2, r2) = earlier, later
+        carried = jnp.maximum(a2 + b1, b2)
+        if r2 is None:
+            return a1 + a2, carried, None
+        return jnp.where(r2, a2, a1 + a2), jnp.where(r2, b2, carried), r1 | r2
+
+    elements = decay, terms, None if reset is None else restarts
+    return prefix(combine, elements)[1]

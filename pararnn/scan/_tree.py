@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._linear_scan import check_reset
-from ._varying import vary
+from ._checks import check_reset
+from ._mesh_axes import vary
 
 Element = TypeVar("Element")
 # Blocks by level, leaves `[levels, ...]`, and how many elements they hold.
@@ -125,13 +125,13 @@ def tree_prefix(
     def at(blocks, slot, where):
         """Blocks `[T, ...]` at indices; the state's own before the first step."""
         return jax.tree.map(
-            lambda b, s: _choose(where >= 0, b[jnp.maximum(where, 0)], s[None]),
+            lambda b, s: _select(where >= 0, b[jnp.maximum(where, 0)], s[None]),
             blocks,
             slot,
         )
 
     def select(condition, a, b):
-        return jax.tree.map(lambda a, b: _choose(condition, a, b), a, b)
+        return jax.tree.map(lambda a, b: _select(condition, a, b), a, b)
 
     def level(carry, at_level):
         blocks, result = carry
@@ -187,7 +187,7 @@ def tree_reduce(
     return jax.tree.map(lambda e: e[0], elements)
 
 
-def _choose(condition: Array, a: Array, b: Array) -> Array:
+def _select(condition: Array, a: Array, b: Array) -> Array:
     shape = condition.shape + (1,) * (a.ndim - 1)
     return jnp.where(condition.reshape(shape), a, b)
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree, Shaped
 
-from ._symbolic import is_symbolic
-from ._varying import vary
+from ._checks import is_symbolic
+from ._mesh_axes import vary
 
 
 def in_windows(

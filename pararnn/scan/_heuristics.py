@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from ._symbolic import is_symbolic, refuse_symbolic
+from ._checks import is_symbolic, refuse_symbolic
 
 Backend = Literal["auto", "sequential", "associative", "chunked"]
 BACKENDS = ("auto", "sequential", "associative", "chunked")
@@ -157,7 +157,7 @@ _SMALL, _MEDIUM = 24 * 24, 32 * 32
 _WINDOW, _STEPPED, _LONG = 64 * 4 * 64 * 64, 32, 4096
 # Entries of all heads' matrices from which on sequences of a batch go one by one: not
 # those of the first row.
-_ALONE = 2 * 32 * 32
+MIN_ENTRIES_TO_UNBATCH = 2 * 32 * 32
 
 
 def choose_form(
@@ -199,7 +199,7 @@ def choose_form(
     # A loop over a batch that lies across devices would move every sequence to all, and
     # JAX refuses one over an axis that a mesh knows of.
     alone = jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
-    in_turn = on_cpu and alone and heads * size >= _ALONE
+    in_turn = on_cpu and alone and heads * size >= MIN_ENTRIES_TO_UNBATCH
     if chunk is None:
         # Of several devices each has fewer steps, and every chunk exchanges a little.
         halved = on_cpu and (each_key or erases or size <= _MEDIUM)

@@ -9,10 +9,10 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, PyTree
 
-from ._linear_scan import tie
+from ._linear_scan import fake_dependency
 
 
-def linear_map(
+def sequential_linear_call(
     apply: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]],
     known: PyTree[Array],
     given: PyTree[Array],
@@ -59,6 +59,6 @@ def linear_map(
 
 
 def _tie_all(tree: PyTree[Array]) -> PyTree[Array]:
-    """Whose tangents are all unknown where one of them is; see `tie`."""
+    """Whose tangents are all unknown where one of them is; see `fake_dependency`."""
     every = jnp.stack([jnp.sum(v) for v in jtu.tree_leaves(tree)])
-    return jtu.tree_map(lambda v: tie(v, jnp.sum(every)), tree)
+    return jtu.tree_map(lambda v: fake_dependency(v, jnp.sum(every)), tree)

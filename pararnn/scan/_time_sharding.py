@@ -18,8 +18,8 @@ from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Shaped
 
 from ._backends import Schedule, identity
+from ._checks import is_symbolic, refuse_symbolic
 from ._scaled import apply, multiply_all
-from ._symbolic import is_symbolic, refuse_symbolic
 
 TIME = "time"
 
