@@ -215,7 +215,7 @@ def _substitute(lower: Array) -> Array:
     return jnp.moveaxis(jnp.stack(inverse), (0, 1), (-2, -1))
 
 
-class Chunk(NamedTuple):
+class AffineMap(NamedTuple):
     """What C steps do to the state that they start from, S of `[K, V]`.
 
     They write W rows of `[W, V]`, u, to it: the values; or what is written in the place
@@ -236,7 +236,7 @@ class Chunk(NamedTuple):
         return self.kept[..., None] * state + matmul(self.written, writes)
 
 
-def summarise(queries, keys, values, decay, read, write, *, before: bool) -> Chunk:
+def summarise(queries, keys, values, decay, read, write, *, before: bool) -> AffineMap:
     r"""The affine map of one chunk.
 
     `decay` is `[..., C]` for one factor a step or `[..., C, K]` for one each key;
@@ -257,7 +257,7 @@ def summarise(queries, keys, values, decay, read, write, *, before: bool) -> Chu
         for rows, every, before in found
     ]
     written = jnp.concatenate([w * decay.until_end for w in writes], -2)
-    return Chunk(
+    return AffineMap(
         jnp.broadcast_to(since[..., -1, :], (*keys.shape[:-2], keys.shape[-1])),
         _transpose(written),
         jnp.concatenate(reach, -2),

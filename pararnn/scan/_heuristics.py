@@ -21,6 +21,7 @@ the parallel forms are taken; `chunked` where the `size**3` products of dense ma
 over log2(T) rounds would outweigh its serial inner loop.
 """
 
+import functools as ft
 import math
 from typing import Literal, NamedTuple
 
@@ -63,22 +64,34 @@ Form = Literal["auto", "recurrent", "chunkwise"]
 FORMS = ("auto", "recurrent", "chunkwise")
 
 
-class Pass(NamedTuple):
-    """How to go over a sequence: by which form, and in windows of how many steps (all
-    at once if `None`)."""
+class MatrixPlan(NamedTuple):
+    """How `matrix_scan` computes its value and its derivative."""
 
-    form: Literal["recurrent", "chunkwise"]
-    window: int | None
-
-
-class FormChoice(NamedTuple):
-    """How to run `matrix_scan`, when its value and when its derivative is wanted."""
-
-    value: Pass
-    derivative: Pass
+    value: Literal["recurrent", "chunkwise"]
+    derivative: Literal["recurrent", "chunkwise"]
+    emit: Literal["after", "before"]
+    steps_per_query: int
+    # Steps of a chunk, a multiple of `steps_per_query`.
     chunk: int
-    # Whether sequences of a batch are gone through one after the other.
-    in_turn: bool
+    # Steps that a derivative takes together; all at once if `None`.
+    window: int | None
+    # Whether the sequences of a batch are taken one after the other.
+    sequential_vmap: bool
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the states are found step by step, for a derivative by chunks too."""
+        return self.value == "recurrent"
+
+    @property
+    def value_is_derivable(self) -> bool:
+        """Whether the value is found in the form that is differentiated."""
+        in_windows = self.stepped and self.window is not None
+        return self.value == self.derivative and not in_windows
+
+    @property
+    def chunks_per_window(self) -> int | None:
+        return None if self.window is None else self.window // self.chunk
 
 
 # `matrix_scan` with its gradient on 2 cores of an Intel Xeon, jax 0.10.2, float32,
@@ -160,25 +173,25 @@ _WINDOW, _STEPPED, _LONG = 64 * 4 * 64 * 64, 32, 4096
 MIN_ENTRIES_TO_UNBATCH = 2 * 32 * 32
 
 
-def choose_form(
+def plan_matrix_scan(
     form: Form,
     chunk: int | None,
     steps: int,
-    every: int,
-    size: int,
+    steps_per_query: int,
+    entries: int,
     *,
+    emit: Literal["after", "before"] = "after",
     heads: int,
     each_key: bool,
     erases: bool,
     shards: int = 1,
-) -> FormChoice:
+) -> MatrixPlan:
     """Settle how `matrix_scan` runs, from what is known while tracing.
 
-    **Arguments:** `every`, how many steps lie between two readings, which divides a
-    chunk; `size`, the entries of one of the `heads`' matrices; `each_key`, whether
-    there is a decay for each key; `erases`, whether what is written depends on the
-    state; `shards`, how many devices share time, each of
-    which has whole chunks.
+    **Arguments:** `steps_per_query` divides a chunk; `entries` of the matrix of each of
+    the `heads`; `each_key`, whether each key has a decay; `erases`, whether what is
+    written depends on the state; `shards`, how many devices share time, each of which
+    has whole chunks.
 
     **Raises:** `ValueError` for the recurrent form where devices share time.
     """
@@ -188,35 +201,45 @@ def choose_form(
             'lies across devices (the mesh in context has an axis "time"), each of '
             "which would wait for the one before. Pass 'chunkwise', or leave it out."
         )
+    plan = ft.partial(MatrixPlan, emit=emit, steps_per_query=steps_per_query)
     if is_symbolic(steps):
         if form == "chunkwise":
             remedy = "Pass 'recurrent', or leave it out"
             refuse_symbolic("matrix_scan", f"`form` {form!r}", remedy, steps)
-        stepped = Pass("recurrent", None)
-        return FormChoice(stepped, stepped, every, False)
+        return plan(
+            "recurrent",
+            "recurrent",
+            chunk=steps_per_query,
+            window=None,
+            sequential_vmap=False,
+        )
     steps = -(-steps // shards)
     on_cpu = shards == 1 and jax.default_backend() == "cpu"
     # A loop over a batch that lies across devices would move every sequence to all, and
     # JAX refuses one over an axis that a mesh knows of.
     alone = jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
-    in_turn = on_cpu and alone and heads * size >= MIN_ENTRIES_TO_UNBATCH
+    large = heads * entries >= MIN_ENTRIES_TO_UNBATCH
+    one_by_one = on_cpu and alone and large
     if chunk is None:
-        # Of several devices each has fewer steps, and every chunk exchanges a little.
-        halved = on_cpu and (each_key or erases or size <= _MEDIUM)
+        # Several devices have fewer steps each, and every chunk exchanges a little.
+        halved = on_cpu and (each_key or erases or entries <= _MEDIUM)
         chunk = _CHUNK // 2 if halved else _CHUNK
-        chunk = every * max(1, chunk // every)
-        chunk = min(chunk, every << max(0, steps // every - 1).bit_length())
-    stepped = Pass("recurrent", None)
-    small = (shards == 1 and steps < _SHORT) or (on_cpu and size <= _SMALL)
+        chunk = steps_per_query * max(1, chunk // steps_per_query)
+        longest = max(0, steps // steps_per_query - 1).bit_length()
+        chunk = min(chunk, steps_per_query << longest)
+    plan = ft.partial(plan, chunk=chunk, sequential_vmap=one_by_one)
+    small = (shards == 1 and steps < _SHORT) or (on_cpu and entries <= _SMALL)
     if form == "recurrent" or (form == "auto" and small):
-        again = Pass("recurrent", choose_window(steps))
-        return FormChoice(stepped, again, chunk, in_turn)
-    # As many steps as together hold so many entries, in whole chunks, of which two.
-    window = max(2, _WINDOW // (heads * size * chunk)) * chunk
+        return plan("recurrent", "recurrent", window=choose_window(steps))
+    # At least two chunks, of as many steps as together hold so many entries.
+    window = max(2, _WINDOW // (heads * entries * chunk)) * chunk
     several = on_cpu and steps >= max(_LONG, 8 * window)
-    chunks = Pass("chunkwise", window if several else None)
-    value = stepped if on_cpu and form == "auto" else chunks
-    return FormChoice(value, chunks, chunk, in_turn)
+    stepped = on_cpu and form == "auto"
+    return plan(
+        "recurrent" if stepped else "chunkwise",
+        "chunkwise",
+        window=window if several else None,
+    )
 
 
 def choose_window(steps: int) -> int | None:

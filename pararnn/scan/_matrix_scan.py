@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from ._arithmetic import promote
 from ._checks import check_floating, check_reset
-from ._heuristics import FORMS, Form, Pass, choose_form
-from ._matrix_chunks import Way, batch_in_front, chunkwise
+from ._heuristics import FORMS, Form, MatrixPlan, plan_matrix_scan
+from ._matrix_chunks import batch_in_front, chunkwise
 from ._matrix_steps import Terms, stepwise
 from ._mesh_axes import vary
 from ._time_sharding import time_shards
@@ -92,7 +92,7 @@ def matrix_scan(
         "initial": initial,
     }
     given = {name: v for name, v in given.items() if v is not None}
-    every = _check(given, reset, emit, form, chunk)
+    steps_per_query = _check(given, reset, emit, form, chunk)
     dtype = promote(*given.values())
     precision = promote(dtype, jnp.float32)
     wide = {name: jnp.asarray(v).astype(precision) for name, v in given.items()}
@@ -107,35 +107,45 @@ def matrix_scan(
     )
     if steps == 0:
         return jnp.zeros((0, *values.shape[1:]), dtype), start.astype(dtype)
-    entries = size * values.shape[-1]
-    choice = choose_form(
+    plan = plan_matrix_scan(
         form,
         chunk,
         steps,
-        every,
-        entries,
+        steps_per_query,
+        size * values.shape[-1],
+        emit=emit,
         heads=heads,
         each_key=decay is not None and decay.ndim == keys.ndim,
         erases=read is not None,
         shards=time_shards(steps),
     )
-
-    def by(way: Pass):
-        if way.form == "recurrent":
-            run = ft.partial(stepwise, every=every, emit=emit, window=way.window)
-            return batch_in_front(run)
-        window = None if way.window is None else way.window // choice.chunk
-        stepped = choice.value.form == "recurrent"
-        chunks = Way(every, emit, choice.chunk, window, stepped, choice.in_turn)
-        return batch_in_front(ft.partial(chunkwise, way=chunks))
-
-    compute = by(choice.value)
-    if choice.value != choice.derivative:
-        compute = sequential_vmap(compute) if choice.in_turn else compute
-        compute = jax.custom_jvp(compute)
-        compute.defjvp(ft.partial(jax.jvp, by(choice.derivative)))
-    outputs, last = compute(queries, terms, start, reset)
+    run = _derivable if plan.value_is_derivable else _by_steps
+    outputs, last = run(plan, queries, terms, start, reset)
     return outputs.astype(dtype), last.astype(dtype)
+
+
+def _derivable(plan: MatrixPlan, queries, terms: Terms, start, reset):
+    """Return the outputs and the last state in the form that is differentiated."""
+    given = queries, terms, start, reset
+    if plan.derivative == "recurrent":
+        return batch_in_front(stepwise(plan, *given, window=plan.window))
+    return batch_in_front(chunkwise(plan, *given))
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_steps(plan: MatrixPlan, queries, terms: Terms, start, reset):
+    """Return the same by single steps, which is fastest where no derivative is taken."""
+
+    def run(*given):
+        return batch_in_front(stepwise(plan, *given, window=None))
+
+    run = sequential_vmap(run) if plan.sequential_vmap else run
+    return run(queries, terms, start, reset)
+
+
+@_by_steps.defjvp
+def _(plan: MatrixPlan, primals, tangents):
+    return jax.jvp(ft.partial(_derivable, plan), primals, tangents)
 
 
 def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
@@ -177,7 +187,7 @@ def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
             "erased. Pass `read` as well, or drop it."
         )
     check_reset("matrix_scan", reset, None, steps)
-    every = steps // queries[0] if steps else 1
+    steps_per_query = steps // queries[0] if steps else 1
     for name, choice, known in (
         ("emit", emit, ("after", "before")),
         ("form", form, FORMS),
@@ -191,10 +201,10 @@ def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
         isinstance(chunk, int | np.integer)
         and not isinstance(chunk, bool)
         and chunk > 0
-        and chunk % every == 0
+        and chunk % steps_per_query == 0
     ):
         raise ValueError(
-            f"matrix_scan: `chunk` must be a positive multiple of T / Q = {every}, got "
+            f"matrix_scan: `chunk` must be a positive multiple of T / Q = {steps_per_query}, got "
             f"{chunk!r}. Leave it out to have it chosen."
         )
-    return every
+    return steps_per_query
