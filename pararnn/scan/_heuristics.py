@@ -1,24 +1,8 @@
-"""`backend="auto"`: which schedule, and the measurements behind the rule.
+"""Every choice by platform and size, beside the measurement it follows.
 
-CPU (2 cores of an AMD EPYC with AVX-512, jax 0.10.2, float32, microseconds for the
-whole scan, median of 7; `python -m benchmarks linear_scan` measures it again):
-
-| T      | channels | sequential | associative | chunked, best of 16..1024 segments |
-|--------|----------|------------|-------------|------------------------------------|
-| 1024   | 1        | 14         | 128         | 49                                 |
-| 1024   | 256      | 126        | 495         | 422                                |
-| 16384  | 1        | 68         | 189         | 168                                |
-| 16384  | 16       | 293        | 500         | 872                                |
-| 16384  | 256      | 2524       | 34249       | 24499                              |
-| 131072 | 1        | 501        | 465         | 946                                |
-| 131072 | 256      | 67120      | 312455      | 231717                             |
-
-XLA compiles a loop this small into straight machine code at 4 to 500 ns a step, while
-the parallel forms stream the sequence through memory several times. So: sequential.
-
-GPU: not measured yet. There each step of a `lax.scan` is several kernel launches, so
-the parallel forms are taken; `chunked` where the `size**3` products of dense matrices
-over log2(T) rounds would outweigh its serial inner loop.
+All of them were measured on CPUs. On a GPU every step of a loop is a kernel launch, so
+parallel forms are taken there; this is reasoned, not measured. The whole tables, and
+the machines, are in `docs/devdocs/scan.md`.
 """
 
 import functools as ft
@@ -29,17 +13,31 @@ import jax
 
 from ._checks import is_symbolic, refuse_symbolic
 
+# Whole scan, float32, microseconds (2 cores of an AMD EPYC with AVX-512, jax 0.10.2,
+# median of 7; `python -m benchmarks linear_scan`):
+#
+# | T      | channels | sequential | associative | chunked, best of 16..1024 chunks |
+# |--------|----------|------------|-------------|----------------------------------|
+# | 1024   | 256      | 126        | 495         | 422                              |
+# | 16384  | 256      | 2524       | 34249       | 24499                            |
+# | 131072 | 1        | 501        | 465         | 946                              |
+#
+# XLA compiles a loop this small into straight machine code at 4 to 500 ns a step, while
+# the parallel forms stream the sequence through memory several times.
+#
+# On a GPU, `chunked` is for dense matrices whose `size**3` products over log2(T) rounds
+# would outweigh its serial inner loop.
 Backend = Literal["auto", "sequential", "associative", "chunked"]
 BACKENDS = ("auto", "sequential", "associative", "chunked")
 
 
 class Choice(NamedTuple):
     backend: Literal["sequential", "associative", "chunked"]
-    segments: int
+    chunks: int
 
 
 def choose_backend(backend: Backend, kind: str, steps: int, size: int) -> Choice:
-    """Settle `"auto"` and the number of segments, from what is known while tracing.
+    """Settle `"auto"` and the number of chunks, from what is known while tracing.
 
     **Arguments:** `kind` is the engine's layout, `steps` the length in time, `size` the
     width of one block (1 for elementwise transitions).
@@ -49,15 +47,15 @@ def choose_backend(backend: Backend, kind: str, steps: int, size: int) -> Choice
             remedy = "Pass 'sequential', or leave it out"
             refuse_symbolic("linear_scan", f"`backend` {backend!r}", remedy, steps)
         return Choice("sequential", 1)
-    # Two levels cost steps / segments + segments serial steps.
-    segments = max(1, math.isqrt(steps))
+    # Two levels cost steps / chunks + chunks serial steps.
+    chunks = max(1, math.isqrt(steps))
     if backend != "auto":
-        return Choice(backend, segments)
+        return Choice(backend, chunks)
     if jax.default_backend() == "cpu" or steps < 32:
-        return Choice("sequential", segments)
+        return Choice("sequential", chunks)
     if kind == "matrix" and size > 16:
-        return Choice("chunked", segments)
-    return Choice("associative", segments)
+        return Choice("chunked", chunks)
+    return Choice("associative", chunks)
 
 
 Form = Literal["auto", "recurrent", "chunkwise"]
@@ -94,82 +92,57 @@ class MatrixPlan(NamedTuple):
         return None if self.window is None else self.window // self.chunk
 
 
-# `matrix_scan` with its gradient on 2 cores of an Intel Xeon, jax 0.10.2, float32,
-# milliseconds, median of 5; B sequences of T steps, heads of K = V:
+# `matrix_scan` with its gradient, float32, milliseconds, median of 5 (2 cores of an
+# Intel Xeon, jax 0.10.2); B sequences of T steps, heads of K = V:
 #
 # | kind                | B, T, heads, K | recurrent | chunks of 16 | 32  | 64  |
 # |---------------------|----------------|-----------|--------------|-----|-----|
 # | delta rule          | 96, 40, 4, 8   | 6         | 27           | 32  | 49  |
-# |                     | 32, 256, 1, 16 | 9         | 14           | 11  | 13  |
-# |                     | 32, 256, 1, 32 | 34        | 22           | 25  | 25  |
 # |                     | 1, 4096, 4, 16 | 27        | 44           | 47  | 48  |
 # |                     | 1, 4096, 4, 32 | 79        | 84           | 48  | 60  |
 # |                     | 1, 4096, 4, 64 | 175       | 129          | 88  | 103 |
 # | decay for each head | 96, 40, 4, 8   | 6         | 12           | 15  | 40  |
-# |                     | 32, 256, 1, 16 | 11        | 8            | 11  | 14  |
-# |                     | 32, 256, 1, 32 | 38        | 20           | 11  | 15  |
 # |                     | 1, 4096, 4, 16 | 17        | 15           | 13  | 17  |
 # |                     | 1, 4096, 4, 32 | 67        | 19           | 18  | 19  |
 # |                     | 1, 4096, 4, 64 | 185       | 69           | 45  | 46  |
-# | decay for each key  | 96, 40, 4, 8   | 5         | 15           | 16  | 47  |
-# |                     | 32, 256, 1, 16 | 12        | 17           | 21  | 23  |
-# |                     | 32, 256, 1, 32 | 42        | 28           | 37  | 49  |
-# |                     | 1, 4096, 4, 16 | 20        | 36           | 26  | 37  |
-# |                     | 1, 4096, 4, 32 | 74        | 39           | 35  | 42  |
-# |                     | 1, 4096, 4, 64 | 169       | 101          | 97  | 74  |
 #
-# The value alone is as fast step by step or faster (`python -m benchmarks layers`): one
-# fused loop over a state that stays in the cache, with a third of the multiplications.
-# A GPU, where a step is a launch, takes the products of matrices; not measured.
-#
-# The chunks above went through the sequence by chunks for the sake of the derivative
-# alone. Since then single steps find the states before them, in 0.72 to 0.89 of the
-# time (T = 4096, 4 heads of K = V = 64, four kinds), and a decay for each key takes a
-# tenth less in chunks of 32 than of 64.
-#
+# A decay for each key takes 10% less time in chunks of 32 than of 64. The value alone
+# is as fast step by step, or faster: one fused loop over a state that stays in the
+# cache, with a third of the multiplications.
+_CHUNK, _SHORT = 64, 32
+# Entries of a head's matrix, on a CPU. Up to `_SMALL`, a derivative steps too. Up to
+# `_MEDIUM`, and always where something is erased, chunks are half as long.
+_SMALL, _MEDIUM = 24 * 24, 32 * 32
 # A derivative takes windows of chunks that fit into the cache. Value and gradient,
-# T = 4096, 4 heads of K = V = 64, on 2 cores of an AMD EPYC without AVX-512 with
-# 512 KiB of cache each, milliseconds, medians of 7, states by steps, chunks of 32:
+# T = 4096, 4 heads of K = V = 64, milliseconds, medians of 7 (2 cores of an AMD EPYC
+# with 512 KiB of cache each), states by steps, chunks of 32:
 #
-# | kind                           | steps | at once | windows of 512 | 128 | 64  |
-# |--------------------------------|-------|---------|----------------|-----|-----|
-# | delta rule                     | 185   | 144     | 111            | 91  | 88  |
-# | gated delta rule               | 180   | 136     | 111            | 107 | 105 |
-# | decay for each head            | 135   | 100     | 62             | 63  | 55  |
-# | decay for each key             | 134   | 146     | 101            | 93  | 93  |
-# | decay for each key, delta rule | 178   | 198     | 174            | 148 | 129 |
+# | kind                           | steps | at once | windows of 128 steps | 64  |
+# |--------------------------------|-------|---------|----------------------|-----|
+# | delta rule                     | 185   | 144     | 91                   | 88  |
+# | decay for each head            | 135   | 100     | 63                   | 55  |
+# | decay for each key, delta rule | 178   | 198     | 148                  | 129 |
 #
-# In windows of a single chunk XLA holds its factors in another order too, at 26 MB for
-# 13 (decay for each head, chunks of 64).
+# A window has at least two chunks: with one, XLA orders its factors differently, and
+# takes 26 MB for 13 (decay for each head, chunks of 64). Stepping takes windows too:
+# delta rule, 231 ms at once (281 MB) and 160 in windows of 32 steps (22 MB).
 #
-# Sequences of a batch go one after the other, or 8 of them would be as large as a
-# window of 8 times the steps, and the states of steps leave the cache. Ratios to all
-# at once (by a `vmap` of loops), value and gradient, medians of 7:
+# `_WINDOW`: entries of a window of chunks, its steps times the entries of all heads.
+# `_STEPPED`: steps of a window that is stepped through. `_LONG`: steps from which on
+# there are windows. A shorter sequence fits the cache (one head of 32 x 64 took 1.3
+# times as long in windows of 512), or is a window already (`linear` takes 2048 steps
+# at a time of very long sequences).
+_WINDOW, _STEPPED, _LONG = 64 * 4 * 64 * 64, 32, 4096
+# Entries of all heads' matrices from which on the sequences of a batch are taken one
+# after the other. As one batch, 8 sequences would be as large as a window of 8 times
+# the steps, and the states of steps would leave the cache. Times relative to a `vmap`
+# of loops, value and gradient:
 #
 # | B, T, heads, K  | delta rule | decay for each head | decay for each key |
 # |-----------------|------------|---------------------|--------------------|
 # | 32, 256, 1, 32  | 1.34       | 1.11                | 1.17               |
-# | 8, 512, 4, 32   | 0.94       | 0.88                | 0.82               |
-# | 96, 40, 4, 32   | 0.79       | 1.05                | 0.77               |
 # | 256, 64, 2, 32  | 0.83       | 0.83                | 0.85               |
 # | 8, 1024, 4, 64  | 0.83       | 0.70                | 0.72               |
-# | 4, 1024, 16, 64 | 0.83       | 0.97                | 0.87               |
-#
-# Values alone, B = 8, T = 4096, 4 heads of 64 x 64: 0.54 to 0.65 over five kinds.
-#
-# Steps with windows, as above, another day: 231 ms at once (281 MB), 160 in windows of
-# 32 steps (22 MB) for the delta rule, 209 and 120 with a decay for each head.
-_CHUNK, _SHORT = 64, 32
-# Entries of a head's matrix: on a CPU, up to so many a derivative steps too, and up to
-# so many chunks are half as long; where something is erased, always.
-_SMALL, _MEDIUM = 24 * 24, 32 * 32
-# Entries, steps times those of all heads' matrices, of a window of chunks; steps of one
-# that is stepped through, and how many there must be. Of fewer all fits (chunks of one
-# head of 32 x 64 took 1.3 of the time in windows of 512), or is a window of something
-# else (`linear` takes 2048 steps at a time of very long sequences).
-_WINDOW, _STEPPED, _LONG = 64 * 4 * 64 * 64, 32, 4096
-# Entries of all heads' matrices from which on sequences of a batch go one by one: not
-# those of the first row.
 MIN_ENTRIES_TO_UNBATCH = 2 * 32 * 32
 
 
@@ -247,19 +220,14 @@ def choose_window(steps: int) -> int | None:
     return None if is_symbolic(steps) or steps < _LONG else _STEPPED
 
 
-# Mamba's recurrence, 16 states for each channel, float32, on 2 cores of an Intel Xeon
-# (jax 0.10.2), milliseconds (and MB of temporaries), median of 7:
+# Mamba's recurrence, 16 states a channel, float32, milliseconds (and MB of temporaries),
+# median of 7 (2 cores of an Intel Xeon, jax 0.10.2):
 #
 # | B, T, channels | value: stored | fused   | with gradient: stored | fused    |
 # |----------------|---------------|---------|-----------------------|----------|
 # | 96, 40, 64     | 36 (60)       | 4 (4)   | 126 (180)             | 22 (21)  |
 # | 1, 4096, 128   | 143 (128)     | 8 (7)   | 1206 (384)            | 61 (41)  |
 # | 8, 1024, 128   | 176 (256)     | 14 (13) | 565 (768)             | 121 (77) |
-#
-# Since then the fused form stores a state for every window only, where there are many:
-# the recurrence of the second row by itself takes 31 for 49 ms, and 5 for 38 MB.
-#
-# On a GPU, where a step is a launch, states are stored; not measured.
 FusedForm = Literal["auto", "fused", "stored"]
 FUSED_FORMS = ("auto", "fused", "stored")
 
@@ -267,15 +235,14 @@ FUSED_FORMS = ("auto", "fused", "stored")
 def choose_fused(form: FusedForm, shards: int, state: int, output: int) -> bool:
     """Whether `fused_scan` makes factors and states one step at a time.
 
-    On a CPU, where states of `state` numbers are larger than the `output` numbers that
-    are read of each. `linear.Mamba`, 64 channels, without its convolution: time of the
-    stored form over that of the fused one, value and value with gradient,
+    It does on a CPU if a state has more numbers, `state`, than are read of it,
+    `output`. `linear.Mamba`, 64 channels, without its convolution: the stored form's
+    time divided by the fused form's, value and value with gradient,
 
     | states of a channel | T = 512 | T = 4096 | T = 1024, 8 sequences |
     |--------------------:|--------:|---------:|----------------------:|
     |                   1 | 1.0 0.7 |  0.8 0.8 |               1.0 1.0 |
     |                   2 | 1.6 1.3 |  1.4 1.3 |               2.3 1.4 |
-    |                   4 | 2.1 2.4 |  2.1 2.9 |               3.9 1.7 |
     |                   8 | 2.6 3.0 |  4.0 4.2 |               5.0 2.3 |
 
     **Raises:** `ValueError` on an unknown form, or the fused one where devices share

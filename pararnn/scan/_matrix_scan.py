@@ -32,21 +32,21 @@ def matrix_scan(
     form: Form = "auto",
     chunk: int | None = None,
 ) -> tuple[Float[Array, "Q heads V"], Float[Array, "heads K V"]]:
-    r"""Outputs $o_t = S_t^\top q_t$ of a state that is a matrix for each head,
+    r"""Return the outputs $o_t = S_t^\top q_t$ of a state that is a matrix per head,
 
     $$S_t = (\mathrm{diag}(d_t) - w_t r_t^\top) S_{t-1} + k_t v_t^\top,$$
 
-    without storing the states; one sequence, without a batch axis: a leading one would
-    be taken for time, so use `jax.vmap`. With neither `decay` nor `read` this is linear
-    attention, with `decay` gated linear attention, and with `read`
-    $r_t = \hat{k}_t$, `keys` $k_t = \beta_t \hat{k}_t$ the delta rule.
+    without storing the states. It takes one sequence, without a batch axis: a leading
+    one would be taken for time, so use `jax.vmap`. With neither `decay` nor `read` this
+    is linear attention. With `decay` it is gated linear attention. With `read`
+    $r_t = \hat{k}_t$ and `keys` $k_t = \beta_t \hat{k}_t$ it is the delta rule.
 
-    The chunkwise form turns every stretch of C steps into matrix products and scans
-    over the stretches; the recurrent form steps. They agree to rounding, gradients too.
-    The derivative stores the state before each chunk, or where steps are taken before
-    each window of time, and computes the rest again. Decays may be zero
-    and negative, and products of them may underflow: nothing is divided by them.
-    On a single CPU device, without a mesh in context, a `vmap` takes sequences of large
+    The chunkwise form turns every chunk of C steps into matrix products and scans over
+    the chunks; the recurrent form steps. They agree to rounding, and so do their
+    gradients. The derivative stores the state before each chunk, or before each window
+    of time where it takes steps, and computes the rest again. Decays may be zero or
+    negative, and products of them may underflow: nothing is divided by them. On a
+    single CPU device, without a mesh in context, a `vmap` takes sequences of large
     states one after the other, in the steps of `"auto"` and in derivatives by chunks.
 
     **Arguments:**
@@ -54,25 +54,25 @@ def matrix_scan(
     - `queries`: $q_t$, `[T, heads, K]`; or `[T / n, heads, K]` to read only after
         every n-th step.
     - `keys`, `values`: $k_t$ and $v_t$, `[T, heads, K]` and `[T, heads, V]`.
-    - `decay`: $d_t$, one factor for each head, or for each head and key; 1 if not
-        given.
+    - `decay`: $d_t$, one factor for each head, or for each head and key. Defaults to
+        1.
     - `read`, `write`: $r_t$ and $w_t$, `[T, heads, K]`. Nothing is erased without
-        `read`; `write` is `keys` if not given, which is cheaper.
-    - `initial`: $S_0$, `[heads, K, V]`; zeros if not given.
+        `read`. `write` defaults to `keys`, which is cheaper.
+    - `initial`: $S_0$, `[heads, K, V]`. Defaults to zeros.
     - `reset`: bool `[T]`. Where true, that step starts from zeros, whatever came
         before.
     - `emit`: `"before"` reads $o_t = S_{t-1}^\top q_t$.
-    - `form`: `"recurrent"`, `"chunkwise"`, or `"auto"`, by platform, length and size,
-        where a derivative may take another form than the value.
-    - `chunk`: steps of a chunk, a multiple of `T / Q`; chosen by measurement if not
-        given.
+    - `form`: `"recurrent"`, `"chunkwise"`, or `"auto"`, which chooses by platform,
+        length and size, and may take another form for the derivative than for the
+        value.
+    - `chunk`: steps of a chunk, a multiple of `T / Q`. Defaults to a measured choice.
 
     **Returns:** outputs `[Q, heads, V]` and $S_T$, in the promoted dtype of all
     arguments; 16-bit arguments are computed in float32. In the chunkwise form, an
-    entry that is not finite makes NaN of all that it reaches in its head: of later
-    outputs up to the next reset, and of no other ones. Products of decays and
-    erasures that overflow within a chunk (decays above 1, or reads and writes much
-    longer than 1) reach the whole chunk there; take `form="recurrent"` for such.
+    entry that is not finite turns everything that it reaches in its head into NaN:
+    later outputs up to the next reset, and no others. Products of decays and erasures
+    that overflow within a chunk (decays above 1, or reads and writes much longer than
+    1) reach the whole chunk there; use `form="recurrent"` for these.
 
     **Raises:** `ValueError`, `TypeError` on shapes, dtypes and options that do not fit,
     while tracing; `ValueError` for the recurrent form where devices share time.
@@ -134,7 +134,7 @@ def _derivable(plan: MatrixPlan, queries, terms: Terms, start, reset):
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _by_steps(plan: MatrixPlan, queries, terms: Terms, start, reset):
-    """Return the same by single steps, which is fastest where no derivative is taken."""
+    """Return the same by single steps, the fastest form without a derivative."""
 
     def run(*given):
         return batch_in_front(stepwise(plan, *given, window=None))
@@ -204,7 +204,7 @@ def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
         and chunk % steps_per_query == 0
     ):
         raise ValueError(
-            f"matrix_scan: `chunk` must be a positive multiple of T / Q = {steps_per_query}, got "
-            f"{chunk!r}. Leave it out to have it chosen."
+            "matrix_scan: `chunk` must be a positive multiple of T / Q = "
+            f"{steps_per_query}, got {chunk!r}. Leave it out to have it chosen."
         )
     return steps_per_query
