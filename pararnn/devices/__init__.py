@@ -1,4 +1,4 @@
-"""Meshes of devices, and where parameters and batches lie on them."""
+"""Meshes of devices, and parameters and batches sharded over them."""
 
 from ._communication import Exchange as Exchange, communication as communication
 from ._sharding import (

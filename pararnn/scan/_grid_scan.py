@@ -150,6 +150,6 @@ def _check(given: dict[str, Array]) -> None:
                 f"grid_scan: `{name}` has shape {v.shape}, expected {shape}, as `keys` "
                 f"has shape {keys}. Likely causes: (a) the axes are in another order; "
                 "rows come first, then columns, then heads, (b) the two gates of "
-                "`source` or `mark` are behind the cells; they come in front, (c) a "
+                "`source` or `mark` come after the cells; they go in front, (c) a "
                 "constant gate; write it out with `jnp.broadcast_to`."
             )

@@ -220,8 +220,8 @@ def choose_window(steps: int) -> int | None:
     return None if is_symbolic(steps) or steps < _LONG else _STEPPED
 
 
-# Mamba's recurrence, 16 states a channel, float32, milliseconds (and MB of temporaries),
-# median of 7 (2 cores of an Intel Xeon, jax 0.10.2):
+# Mamba's recurrence, 16 states a channel, float32, milliseconds (and MB of
+# temporaries), median of 7 (2 cores of an Intel Xeon, jax 0.10.2):
 #
 # | B, T, channels | value: stored | fused   | with gradient: stored | fused    |
 # |----------------|---------------|---------|-----------------------|----------|

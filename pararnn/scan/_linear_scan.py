@@ -49,7 +49,8 @@ def linear_scan(
         in `lax.scan`.
     - `reset_state`: `[*state]`. Defaults to zeros.
     - `backend`: `"sequential"`, `"associative"`, `"chunked"`, or `"auto"`, which
-        chooses by platform, structure and size; where devices share time, within each of them.
+        chooses by platform, structure and size; where devices share time, it does so
+        within each of them.
         All except for `"sequential"` (`"auto"` on a CPU) multiply factors by each other
         before they multiply a state: `"associative"` over all of time, `"chunked"` over
         $\sqrt{T}$ steps. A product that overflows turns a state of zero into NaN and a

@@ -144,7 +144,7 @@ def batch_in_front(tree):
     """Return `tree` with a batch of a `vmap` in front of all arrays.
 
     JAX takes the batch axes of a `custom_jvp` rule to be those of its function. A loop
-    leaves them behind time, and matrix products have them in front. The rule that
+    leaves them after time, and matrix products have them in front. The rule that
     batches a reshape moves them to the front in both.
     """
     return jax.tree.map(lambda v: v.reshape(-1).reshape(v.shape), tree)
