@@ -122,14 +122,12 @@ def _(plan: MatrixPlan, primals, tangents):
     known = (queries, terms, reset), (found.states, found.written)
     # The resets, booleans, have no tangents.
     given = tangents[:3]
-    respond = ft.partial(_tangents, plan)
     if not plan.sequential_vmap:
-        return found, respond(known, given)
-    respond = jax.jit(respond)
+        return found, _tangents(plan, known, given)
 
     def some(*names: str):
         def of(known, given):
-            response = respond(known, given)
+            response = _tangents_traced_once(plan, known, given)
             return tuple(getattr(response, name) for name in names)
 
         return sequential_linear_call(of, known, given)
@@ -194,6 +192,10 @@ def _tangents(plan: MatrixPlan, known, given) -> ChunkOutputs:
     else:
         last, found = in_windows(on_window, dstart, at, window)
     return batch_in_front(found._replace(last=last))
+
+
+# For `sequential_linear_call`, which uses it several times.
+_tangents_traced_once = jax.jit(_tangents, static_argnums=0)
 
 
 def _tangents_of_window(plan: MatrixPlan, known, given) -> ChunkOutputs:

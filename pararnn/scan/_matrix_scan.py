@@ -134,7 +134,10 @@ def _derivable(plan: MatrixPlan, queries, terms: Terms, start, reset):
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _by_steps(plan: MatrixPlan, queries, terms: Terms, start, reset):
-    """Return the same by single steps, the fastest form without a derivative."""
+    """Return the same by single steps, the fastest form without a derivative.
+
+    The derivative is that of `_derivable`.
+    """
 
     def run(*given):
         return batch_in_front(stepwise(plan, *given, window=None))
