@@ -18,7 +18,7 @@ from .scan import (
     linear_scan,
     promote,
 )
-from .scan._choose import BACKENDS
+from .scan._heuristics import BACKENDS
 
 
 class BlockBidiagonalLinearOperator(lx.AbstractLinearOperator):

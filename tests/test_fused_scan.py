@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from pararnn import fused_scan
-from pararnn.scan import _choose as choose
+from pararnn.scan import _heuristics as choose
 from tests.helpers import assert_close, refusal
 
 N, D = 3, 4

@@ -15,7 +15,7 @@ from jax import lax
 import linear
 import tests.numpy_reference as reference
 from linear import _windows as windows
-from pararnn.scan import _choose as choose
+from pararnn.scan import _heuristics as choose
 from tests.helpers import assert_close, decoded, in_two_parts, whole
 from tests.layers import D_MODEL, ROWS, disturbed, make, random_state
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pararnn import matrix_scan
-from pararnn.scan import _choose as choose, _matrix_chunks as implementation
+from pararnn.scan import _heuristics as choose, _matrix_chunks as implementation
 from tests.helpers import assert_close
 
 H, K, V = 2, 5, 3
@@ -219,7 +219,7 @@ def test_batch(form, monkeypatch):
 
 def test_sequences_of_a_batch_one_after_the_other(monkeypatch):
     """Values, derivatives of a batch, batches of derivatives, second derivatives."""
-    for name in ("_SMALL", "_ALONE"):
+    for name in ("_SMALL", "MIN_ENTRIES_TO_UNBATCH"):
         monkeypatch.setattr(choose, name, 0)
     given = problem(40, 1, "head", "keys", True)
     reset, shared = given.pop("reset"), given.pop("initial")
@@ -335,29 +335,32 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     small, large = choose._SMALL, choose._SMALL + 1
     found = [
-        choose.choose_form("auto", None, *sizes, heads=4, each_key=False, erases=False)
+        choose.plan_matrix_scan(
+            "auto", None, *sizes, heads=4, each_key=False, erases=False
+        )
         for sizes in ((4096, 1, small), (4096, 1, large), (31, 1, large))
     ]
-    stepped = ("recurrent", None)
-    again = [("recurrent", choose._STEPPED), ("chunkwise", 448), stepped]
-    assert [choice[0] for choice in found] == [stepped] * 3
-    assert [choice[1] for choice in found] == again
+    assert [plan.value for plan in found] == ["recurrent"] * 3
+    assert [(plan.derivative, plan.window) for plan in found] == [
+        ("recurrent", choose._STEPPED),
+        ("chunkwise", 448),
+        ("recurrent", None),
+    ]
     several = [
-        choose.choose_form(
+        choose.plan_matrix_scan(
             "auto", None, 4096, 1, entries, heads=heads, each_key=False, erases=False
         )
         for heads, entries in ((1, 32 * 32), (1, 64 * 64), (2, 64 * 64), (32, 64 * 64))
     ]
-    windows = [choice.derivative.window for choice in several]
-    assert windows == [None, 256, 128, 128]
+    assert [plan.window for plan in several] == [None, 256, 128, 128]
     # A batch of small states stays an axis, and so do batches across devices.
-    assert [choice.in_turn for choice in several] == [False, True, True, True]
+    assert [plan.sequential_vmap for plan in several] == [False, True, True, True]
     monkeypatch.setattr(jax, "device_count", lambda: 2)
-    assert not choose.choose_form(
+    assert not choose.plan_matrix_scan(
         "auto", None, 4096, 1, 64 * 64, heads=4, each_key=False, erases=False
-    ).in_turn
+    ).sequential_vmap
     chunks = [
-        choose.choose_form(
+        choose.plan_matrix_scan(
             "auto", None, 4096, every, entries, heads=1, each_key=False, erases=erases
         ).chunk
         for every, entries, erases in (
@@ -369,10 +372,10 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
     ]
     assert chunks == [32, 64, 32, 30]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    on_gpu = choose.choose_form(
+    on_gpu = choose.plan_matrix_scan(
         "auto", None, 4096, 1, small, heads=1, each_key=False, erases=False
     )
-    assert on_gpu[:2] == (("chunkwise", None),) * 2
+    assert on_gpu[:2] == ("chunkwise", "chunkwise") and on_gpu.window is None
 
 
 def test_strong_repeated_erasure_does_not_overflow():

@@ -1,9 +1,9 @@
-"""Meshes of devices, and where parameters and batches lie on them."""
+"""Meshes of devices, and parameters and batches sharded over them."""
 
 from ._communication import Exchange as Exchange, communication as communication
-from ._mesh import make_mesh as make_mesh
-from ._place import (
+from ._sharding import (
     gather_parameters as gather_parameters,
+    make_mesh as make_mesh,
     parameter_sharding as parameter_sharding,
     shard_batch as shard_batch,
     shard_parameters as shard_parameters,

@@ -1,4 +1,4 @@
-"""What devices exchange, read from a compiled program."""
+"""What devices exchange, read from the text of a compiled program."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ _OPERATIONS = (
 # (`-done`) repeats the results of the first.
 _LINE = re.compile(rf"= (.+?) ({'|'.join(_OPERATIONS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
-# A computation begins, one is called, and how often a loop runs.
+# The start of a computation, the call of one, and how often a loop runs.
 _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(
     r"(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)"
@@ -32,10 +32,10 @@ _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 class Exchange(NamedTuple):
     """How many instructions of one kind a program runs, and the bytes of their results.
 
-    Within a loop they are counted as often as it runs if that is known to the compiler,
-    as of `jax.lax.scan`, and else once, as of a Newton iteration; those of a branch
+    Instructions within a loop count as often as it runs if the compiler knows this, as
+    for `jax.lax.scan`, and otherwise once, as for a Newton iteration. Those of a branch
     count whether or not it is taken. Bytes are those that one device receives, its own
-    part included; of an asynchronous `all-gather-start` its operand counts too.
+    shard included; for an asynchronous `all-gather-start` the operand counts too.
     """
 
     count: int
@@ -44,7 +44,7 @@ class Exchange(NamedTuple):
 
 
 def communication(compiled: Compiled) -> dict[str, Exchange]:
-    """What the devices exchange in a compiled program, by the kind of instruction.
+    """Return what devices exchange in a compiled program, by the kind of instruction.
 
     **Arguments:** `compiled`, from `jax.jit(f).lower(*arguments).compile()`, within
     `jax.set_mesh(mesh)` where there is a mesh.
@@ -64,23 +64,23 @@ def communication(compiled: Compiled) -> dict[str, Exchange]:
 
 
 def _count(text: str) -> dict[str, Exchange]:
-    """Of the program that a text describes."""
+    """Count the exchanges of the program that a text describes."""
     computations, entry = _computations(text)
 
     @functools.cache
-    def of_computation(name: str) -> dict[str, Exchange]:
+    def count(name: str) -> dict[str, Exchange]:
         found: dict[str, Exchange] = {}
         for line in computations.get(name, ()):
             _add(found, _of_line(line), 1)
             for called, times in _calls(line):
-                _add(found, of_computation(called), times)
+                _add(found, count(called), times)
         return found
 
-    return of_computation(entry)
+    return count(entry)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation, and the name of the one that runs first."""
+    """Return the lines of every computation, and the name of the first to run."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -94,7 +94,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _calls(line: str) -> Iterator[tuple[str, int]]:
-    """Which computations an instruction runs, and how often."""
+    """Yield the computations that an instruction runs, and how often."""
     trips = _TRIPS.search(line)
     for role, name in _CALLED.findall(line):
         yield name, int(trips[1]) if trips and role == "body" else 1

@@ -1,28 +1,39 @@
 """The scan engine: transitions, and the linear recurrences solved with them."""
 
 from ._arithmetic import (
-    check_bits as check_bits,
     invert_matrices as invert_matrices,
     multiply_matrices as multiply_matrices,
+    poison as poison,
     promote as promote,
 )
 from ._backends import Schedule as Schedule
-from ._choose import Backend as Backend
-from ._explicit import refuse_explicit as refuse_explicit
+from ._checks import (
+    check_bits as check_bits,
+    check_reset as check_reset,
+    is_symbolic as is_symbolic,
+    refuse_symbolic as refuse_symbolic,
+)
 from ._fused_scan import fused_scan as fused_scan
 from ._grid_scan import grid_scan as grid_scan
+from ._heuristics import Backend as Backend
 from ._linear_scan import (
-    check_reset as check_reset,
     linear_scan as linear_scan,
     run_scan as run_scan,
     solve_recurrence as solve_recurrence,
 )
 from ._matrix_scan import matrix_scan as matrix_scan
-from ._max_plus import max_plus_scan as max_plus_scan
-from ._poison import poison as poison
-from ._prefix import prefix as prefix, running_max as running_max
-from ._symbolic import is_symbolic as is_symbolic, refuse_symbolic as refuse_symbolic
-from ._time_axis import (
+from ._mesh_axes import (
+    refuse_explicit as refuse_explicit,
+    struct as struct,
+    vary as vary,
+    varying_axes as varying_axes,
+)
+from ._prefix import (
+    max_plus_scan as max_plus_scan,
+    prefix as prefix,
+    running_max as running_max,
+)
+from ._time_sharding import (
     TIME as TIME,
     delays as delays,
     join_time as join_time,
@@ -43,5 +54,4 @@ from ._tree import (
     tree_reduce as tree_reduce,
     tree_state as tree_state,
 )
-from ._varying import struct as struct, vary as vary, varying_axes as varying_axes
 from ._windows import in_windows as in_windows

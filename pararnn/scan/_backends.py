@@ -1,9 +1,9 @@
 """The schedules that solve a linear recurrence, on the engine's own layout.
 
 All take factors `a` `[T or 1, *batch, ...]`, terms `b` `[T, *batch, ...]`, the first
-carry `u` `[*batch, ...]`, and `reset`, bool `[T, *batch, 1...]` or `None`, and return
-`(x, u)`, the emitted states `[T, *batch, ...]` and the last carry. Batch axes stand
-behind time and broadcast, so that a factor shared by a batch is stored once.
+carry `u` `[*batch, ...]`, and `reset`, bool `[T, *batch, 1...]` or `None`. They return
+`(x, u)`, the emitted states `[T, *batch, ...]` and the last carry. Batch axes come
+after time and broadcast, so that a factor shared by a batch is stored once.
 
 Two orders of the same step are needed, and the second is the transpose of the first:
 
@@ -46,7 +46,7 @@ def _forget(reset, kept):
 
 
 def sequential(schedule: Schedule, a, b, u, reset):
-    """One step after the other: `lax.scan`."""
+    """Take one step after the other, by `lax.scan`."""
     constant = a.shape[0] == 1 != b.shape[0]
 
     def step(u, at_t):
@@ -65,31 +65,29 @@ def sequential(schedule: Schedule, a, b, u, reset):
 
 
 def identity(schedule: Schedule, like: Array) -> Array:
-    """The factor that leaves a state as it is, in the shape of `like`."""
+    """Return the factor that leaves a state unchanged, in the shape of `like`."""
     if schedule.kind == "elementwise":
         return jnp.ones_like(like)
     return jnp.broadcast_to(jnp.eye(like.shape[-1], dtype=like.dtype), like.shape)
 
 
-def chunked(schedule: Schedule, a, b, u, reset, *, segments: int):
-    """Two levels: step through `segments` stretches of time side by side.
+def chunked(schedule: Schedule, a, b, u, reset, *, chunks: int):
+    """Step through all of the `chunks` of time side by side, then join them.
 
-    Within a segment the product of the factors is pushed along with the state that
-    starts from zero; the segments' ends then form a recurrence of length `segments`,
-    and its solution is spread back over each segment.
+    Within a chunk, the product of the factors is carried along with a state that starts
+    from zero. The ends of the chunks form a recurrence of length `chunks`, whose
+    solution is then added to all steps of each chunk.
     """
     steps = b.shape[0]
-    length = steps // segments
-    if length < 2 or segments < 2:
+    length = steps // chunks
+    if length < 2 or chunks < 2:
         return sequential(schedule, a, b, u, reset)
     if schedule.reverse:
         a, b, reset = jax.tree.map(lambda v: jnp.flip(v, 0), (a, b, reset))
-        x, u = chunked(
-            schedule._replace(reverse=False), a, b, u, reset, segments=segments
-        )
+        x, u = chunked(schedule._replace(reverse=False), a, b, u, reset, chunks=chunks)
         return jnp.flip(x, 0), u
-    if steps % segments:
-        whole = length * segments
+    if steps % chunks:
+        whole = length * chunks
         head, tail = (
             jax.tree.map(
                 lambda v, part=part: v if v.shape[0] == 1 != steps else v[part],
@@ -97,14 +95,14 @@ def chunked(schedule: Schedule, a, b, u, reset, *, segments: int):
             )
             for part in (slice(None, whole), slice(whole, None))
         )
-        x, u = chunked(schedule, head[0], head[1], u, head[2], segments=segments)
+        x, u = chunked(schedule, head[0], head[1], u, head[2], chunks=chunks)
         rest, u = sequential(schedule, tail[0], tail[1], u, tail[2])
         return jnp.concatenate([x, rest]), u
 
     constant = a.shape[0] == 1
 
     def split(v):
-        return v.reshape(segments, length, *v.shape[1:]).swapaxes(0, 1)
+        return v.reshape(chunks, length, *v.shape[1:]).swapaxes(0, 1)
 
     b, reset = split(b), None if reset is None else split(reset)
     a = a[None] if constant else split(a)
@@ -125,7 +123,7 @@ def chunked(schedule: Schedule, a, b, u, reset, *, segments: int):
     zeros = jnp.zeros_like(b[0])
     # The product needs the reset's batch axes as well as its own.
     unit = a[0] if reset is None else a[0] + jnp.zeros_like(reset[0], a.dtype)
-    unit = jnp.broadcast_to(unit, (segments, *unit.shape[1:]))
+    unit = jnp.broadcast_to(unit, (chunks, *unit.shape[1:]))
     seen = None if reset is None else jnp.zeros_like(reset[0])
     (product, partial, seen), (spread, x, seen_at) = lax.scan(
         step,
@@ -133,8 +131,8 @@ def chunked(schedule: Schedule, a, b, u, reset, *, segments: int):
         (None if constant else a, b, reset),
     )
 
-    def join(u, segment):
-        product, partial, seen = segment
+    def join(u, chunk):
+        product, partial, seen = chunk
         return _forget(seen, schedule.product(product, u)) + partial, u
 
     u, starts = lax.scan(join, u, (product, partial, seen))
@@ -143,7 +141,7 @@ def chunked(schedule: Schedule, a, b, u, reset, *, segments: int):
 
 
 def associative(schedule: Schedule, a, b, u, reset):
-    """`lax.associative_scan` over pairs (factor, term): log2(T) parallel rounds."""
+    """Scan pairs (factor, term) by `lax.associative_scan`, in log2(T) rounds."""
     if schedule.emit == "before":
         # u_{t+1} = a_t u_t + a_t b_t is of the other form; x_t = u_t + b_t.
         term = _forget(reset, schedule.product(a, b))

@@ -1,11 +1,11 @@
-r"""Stretches of a matrix-valued recurrence, each summarised by matrix products.
+r"""Chunks of a matrix-valued recurrence, each summarised by matrix products.
 
 Within a chunk of C steps, $S_t = (D_t - w_t r_t^\top) S_{t-1} + k_t v_t^\top$ is a
 recurrence that only decays, with the writes $k_t v_t^\top$ and $w_t e_t^\top$, where
 $e_t = -S_{t-1}^\top r_t$ is what the erasure takes away. The $e_t$ solve a unit lower
-triangular system with the state $S_0$ that the chunk starts from on its right side, so
-$e = U - W S_0$ (the WY form of a product of Householder-like factors), and all that
-the chunk does is affine in $S_0$.
+triangular system, whose right side contains the state $S_0$ that the chunk starts from.
+So $e = U - W S_0$ (the WY form of a product of Householder-like factors), and the chunk
+is an affine map of $S_0$.
 
 Products of decays are built by doubling, never as quotients of cumulative products
 or differences of their logarithms: they may underflow, be zero or be negative.
@@ -20,13 +20,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Of `[..., C / every, K]`, the steps (the last of every so many), and whether they find
-# what was there before them.
+from ._arithmetic import matmul
+
+# Vectors `[..., C / every, K]` at the last of every so many steps; that number; and
+# whether they find the state before their step.
 Rows = tuple[Float[Array, "*batch rows K"], int, bool]
 
 
 class HeadDecay(NamedTuple):
-    r"""One decay a step, $a_1, \dots, a_C$: products of neighbours, time last.
+    r"""One decay per step, $a_1, \dots, a_C$: products of neighbours, time last.
 
     `between[t, s]` is $a_{s+1} \cdots a_t$ for $s \le t$ and zero above.
     """
@@ -63,9 +65,12 @@ class HeadDecay(NamedTuple):
         return self.to_end[..., None]
 
     def scores(self, found: list[Rows], writes: list[Array]) -> Array:
-        r"""$l_t^\top (a_{s+1} \cdots a_t) r_s$ for $s \le t$, of every row $l_t$ of
-        `found` and $r_s$ of `writes`; where `before`, what step t finds:
-        $l_t^\top (a_{s+1} \cdots a_{t-1}) r_s$ for $s < t$."""
+        r"""Return $l_t^\top (a_{s+1} \cdots a_t) r_s$ for $s \le t$.
+
+        It does so for every row $l_t$ of `found` and $r_s$ of `writes`. Rows that find
+        the state before their step have $l_t^\top (a_{s+1} \cdots a_{t-1}) r_s$ for
+        $s < t$.
+        """
         before = _shift(self.between, 0)
         between = [
             _of_queries(before if early else self.between, every)
@@ -107,7 +112,7 @@ class KeyDecay(NamedTuple):
         return self.levels[-1][1][..., 0, : self.steps, :]
 
     def scores(self, found: list[Rows], writes: list[Array]) -> Array:
-        """As of `HeadDecay`."""
+        """Return the same as `HeadDecay.scores`."""
         rows = []
         for left, every, before in found:
             asked = _spread(left, every)
@@ -134,7 +139,7 @@ class KeyDecay(NamedTuple):
 
 
 def _merge(first, second, axis: int) -> tuple[Array, Array]:
-    """`(since, to)` of two neighbouring blocks as of one."""
+    """Merge `(since, to)` of two neighbouring blocks into that of one."""
     (since1, to1), (since2, to2) = first, second
     last = lax.slice_in_dim(since1, -1, None, axis=since1.ndim + axis)
     whole = lax.slice_in_dim(since2, -1, None, axis=since2.ndim + axis)
@@ -145,7 +150,7 @@ def _merge(first, second, axis: int) -> tuple[Array, Array]:
 
 
 def _pad_steps(v: Array, axis: int, fill: float) -> Array:
-    """Up to a power of two steps."""
+    """Fill up to a power of two steps."""
     steps = v.shape[axis]
     pads = [(0, 0)] * v.ndim
     pads[axis] = (0, (1 << (steps - 1).bit_length()) - steps)
@@ -153,17 +158,17 @@ def _pad_steps(v: Array, axis: int, fill: float) -> Array:
 
 
 def _join(top: Array, lower: Array, bottom: Array) -> Array:
-    """`[[top, 0], [lower, bottom]]`."""
+    """Return `[[top, 0], [lower, bottom]]`."""
     above = jnp.concatenate([top, jnp.zeros_like(top)], -1)
     return jnp.concatenate([above, jnp.concatenate([lower, bottom], -1)], -2)
 
 
 @jax.custom_jvp
 def invert_unit_lower(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
-    """`(I + lower)⁻¹` of strictly lower triangular matrices.
+    """Return `(I + lower)⁻¹` for strictly lower triangular matrices.
 
-    Substitution within small blocks, then blocks of twice the size at a time. The
-    series `I - lower + lower² ...` would do, but its terms can overflow.
+    Small blocks are inverted by substitution, then merged into blocks of twice the
+    size, and so on. The series `I - lower + lower² ...` has terms that can overflow.
     """
     whole = lower.shape[-1]
     lower = _pad_steps(_pad_steps(lower, -1, 0), -2, 0)
@@ -188,7 +193,7 @@ _SUBSTITUTED = 8
 
 
 def _tiles(m: Array, size: int, below: int) -> Array:
-    """The blocks `[..., n, size, size]` on a diagonal of blocks, or one below it."""
+    """Return the blocks `[..., n, size, size]` on the diagonal, or `below` it."""
     ends = range(size, m.shape[-1] + 1, size)
     return jnp.stack(
         [
@@ -200,7 +205,7 @@ def _tiles(m: Array, size: int, below: int) -> Array:
 
 
 def _substitute(lower: Array) -> Array:
-    """`invert_unit_lower` of small blocks: one row at a time, batch axes last."""
+    """Do `invert_unit_lower` for small blocks: one row at a time, batch axes last."""
     size = lower.shape[-1]
     given = jnp.moveaxis(lower, (-2, -1), (0, 1))
     inverse = []
@@ -208,23 +213,18 @@ def _substitute(lower: Array) -> Array:
         row = jnp.zeros_like(given[0]).at[i].set(1)
         for j in range(i):
             row = row - given[i, j][None] * inverse[j]
-        # Fused with the rows after it, XLA would compute it anew for each of them.
+        # XLA would fuse it with the rows after it, and compute it again for each.
         inverse.append(lax.optimization_barrier(row))
     return jnp.moveaxis(jnp.stack(inverse), (0, 1), (-2, -1))
 
 
-def matmul(a: Array, b: Array) -> Array:
-    """At full float32 precision."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+class AffineMap(NamedTuple):
+    """A chunk of C steps, as an affine map of the state S, `[K, V]`, it starts from.
 
-
-class Chunk(NamedTuple):
-    """What C steps do to the state that they start from, S of `[K, V]`.
-
-    They write W rows of `[W, V]`, u, to it: the values; or what is written in the place
-    of what is erased, e; or first the one and then the other. The state at their end is
-    `kept * S + written @ u`. `reach @ S + scores @ u` are, in its first Q rows, the
-    outputs; below, if something is erased, what each step finds of the state.
+    The steps write W rows u, `[W, V]`: the values; or e, what is written in place of
+    what is erased; or first the values and then e. The state at the end is
+    `kept * S + written @ u`. The first Q rows of `reach @ S + scores @ u` are the
+    outputs. If something is erased, what each step finds of the state follows them.
     """
 
     kept: Float[Array, "*batch K"]
@@ -239,13 +239,13 @@ class Chunk(NamedTuple):
         return self.kept[..., None] * state + matmul(self.written, writes)
 
 
-def summarise(queries, keys, values, decay, read, write, *, before: bool) -> Chunk:
-    r"""The affine map of one chunk.
+def summarise(queries, keys, values, decay, read, write, *, before: bool) -> AffineMap:
+    r"""Return the affine map of one chunk.
 
-    `decay` is `[..., C]` for one factor a step or `[..., C, K]` for one each key;
-    `queries` are the last of every `C / Q` steps. `read` is `None` where nothing is
-    erased, `write` is `None` where the erasure writes along `keys`, so that
-    $k_t v_t^\top$ and it are one write.
+    `decay` is `[..., C]` for one factor per step, or `[..., C, K]` for one per key.
+    `queries` belong to the last of every `C / Q` steps. `read` is `None` where nothing
+    is erased. `write` is `None` where the erasure writes along `keys`, so that it and
+    $k_t v_t^\top$ are one write.
     """
     every = keys.shape[-2] // queries.shape[-2]
     decay = HeadDecay.of(decay) if decay.ndim < keys.ndim else KeyDecay.of(decay)
@@ -260,7 +260,7 @@ def summarise(queries, keys, values, decay, read, write, *, before: bool) -> Chu
         for rows, every, before in found
     ]
     written = jnp.concatenate([w * decay.until_end for w in writes], -2)
-    return Chunk(
+    return AffineMap(
         jnp.broadcast_to(since[..., -1, :], (*keys.shape[:-2], keys.shape[-1])),
         _transpose(written),
         jnp.concatenate(reach, -2),
@@ -269,12 +269,12 @@ def summarise(queries, keys, values, decay, read, write, *, before: bool) -> Chu
 
 
 def _of_queries(v: Array, every: int) -> Array:
-    """The steps, last axis but one, after which there is a query."""
+    """Return the steps, last axis but one, after which there is a query."""
     return v[..., every - 1 :: every, :]
 
 
 def _spread(queries: Array, every: int) -> Array:
-    """Queries at every step: zeros where there is none."""
+    """Return queries at every step: zeros where there are none."""
     if every == 1:
         return queries
     *batch, count, size = queries.shape
@@ -284,7 +284,7 @@ def _spread(queries: Array, every: int) -> Array:
 
 
 def _shift(v: Array, fill: float) -> Array:
-    """One step later, over the last axis but one."""
+    """Shift by one step, along the last axis but one."""
     return jnp.concatenate([jnp.full_like(v[..., :1, :], fill), v[..., :-1, :]], -2)
 
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Inexact, PyTree
 
-from ._arithmetic import check_bits, multiply, promote
-from ._choose import FusedForm, choose_fused, choose_window
-from ._linear_scan import check_reset, linear_scan
-from ._time_axis import time_shards
+from ._arithmetic import multiply, promote
+from ._checks import check_bits, check_reset
+from ._heuristics import FusedForm, choose_fused, choose_window
+from ._linear_scan import linear_scan
+from ._mesh_axes import vary
+from ._time_sharding import time_shards
 from ._transitions import Diagonal
-from ._varying import vary
 from ._windows import in_windows
 
 
@@ -26,23 +27,23 @@ def fused_scan(
     reset: Bool[Array, " T"] | None = None,
     form: FusedForm = "auto",
 ) -> tuple[PyTree[Array], Inexact[Array, " *state"]]:
-    r"""Outputs of an elementwise recurrence that is larger than its inputs and outputs,
+    r"""Run an elementwise recurrence that is larger than its inputs and outputs,
 
     $$(a_t, b_t) = \mathrm{terms}(x_t), \qquad h_t = a_t \odot h_{t-1} + b_t, \qquad
     y_t = \mathrm{read}(h_t, x_t),$$
 
     as in selective state spaces, where a few numbers of each channel become 16 states.
-    The fused form makes factors and terms one step at a time and reads each state while
-    it is at hand; its derivative stores the states alone (where there are many, one for
-    each window of time) and makes the rest again. The stored form makes all factors,
-    runs [`pararnn.linear_scan`][] in parallel over time, and reads all states. They
-    agree to rounding, derivatives of any order too.
+    The fused form makes factors and terms one step at a time, and reads each state at
+    once. Its derivative stores only the states (of a long sequence, one for each window
+    of time) and makes the rest again. The stored form makes all factors, runs
+    [`pararnn.linear_scan`][] in parallel over time, and reads all states. They agree to
+    rounding, and so do their derivatives of any order.
 
     **Arguments:**
 
-    - `terms`: from the inputs of one step to $a_t$ and $b_t$, which broadcast to
-        `[*state]`. It may close over arrays, and is differentiated through.
-    - `read`: from $h_t$, `[*state]`, and the inputs of that step to its output.
+    - `terms`: maps the inputs of one step to $a_t$ and $b_t$, which broadcast to
+        `[*state]`. It may close over arrays, and derivatives go through it.
+    - `read`: maps $h_t$, `[*state]`, and the inputs of that step to its output.
     - `inputs`: arrays `[T, ...]`.
     - `initial`: $h_0$, `[*state]`, real or complex.
     - `reset`: bool `[T]`. Where true, that step starts from zeros, whatever came
@@ -79,13 +80,13 @@ def fused_scan(
 
 
 def _fused(whole, read, inputs, initial, reset):
-    # All that the derivative stores is the states.
+    # The derivative stores nothing but the states.
     @ft.partial(jax.checkpoint, prevent_cse=False)
     def step(state, at_t):
         inputs, reset = at_t
         a, b = whole(inputs)
         # Before the product for the derivative in the factor, which is a multiple of
-        # the state; behind it for a factor that is not finite.
+        # the state; after it for a factor that is not finite.
         kept = drop(reset, multiply(a, drop(reset, state)))
         state = (kept + b.astype(initial.dtype)).astype(initial.dtype)
         return state, read(state, inputs)
@@ -126,7 +127,7 @@ def _length(inputs: PyTree[Array]) -> int:
 
 
 def _start(terms, first, initial: Array) -> Array:
-    """The first state in the dtype of all of them, once the terms are known to fit."""
+    """Check the terms, and return the first state in the dtype of all states."""
     made = jax.eval_shape(terms, first)
     pair = isinstance(made, tuple) and len(made) == 2
     if not pair or not all(isinstance(v, jax.ShapeDtypeStruct) for v in made):

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from ._arithmetic import check_bits, promote
+from ._arithmetic import promote
+from ._checks import check_floating
 from ._linear_scan import linear_scan
+from ._mesh_axes import vary
 from ._transitions import Diagonal
-from ._varying import vary
 
 
 def grid_scan(
@@ -25,9 +26,9 @@ def grid_scan(
     T_dl: Float[Array, "H W heads"],
     T_du: Float[Array, "H W heads"],
 ) -> Float[Array, "H W heads V"]:
-    r"""A linear recurrence on a grid, whose states are matrices on its edges.
+    r"""Solve a linear recurrence on a grid, whose states are matrices on its edges.
 
-    A cell, in row i and column j, receives the state $C^r_{i,j-1}$ of the cell to its
+    The cell in row i and column j receives the state $C^r_{i,j-1}$ of the cell to its
     left and $C^d_{i-1,j}$ of the cell above it, and sends one to the right and one
     down:
 
@@ -39,14 +40,14 @@ def grid_scan(
     $$o_{ij} = (M^l_{ij} C^r_{i,j-1} + M^u_{ij} C^d_{i-1,j})^\top q_{ij}
     + D_{ij} (k_{ij} \cdot q_{ij}) v_{ij}$$
 
-    A cell reads what it receives, in which it takes no part itself; the direct term is
-    its own. Nothing comes in from outside of the grid. There is no factor
+    A cell reads what it receives, which does not include its own key and value; the
+    direct term adds these. Nothing comes in from outside the grid. There is no factor
     $K^{-1/2}$: scale the queries.
 
-    The columns of a row are one [`pararnn.linear_scan`][], the rows are a loop. Without
-    a derivative a few rows of states are alive at a time; a derivative stores the
-    states $C^d$, one row of them for each row, and computes all else again. On 32 x 32
-    cells, with 4 heads and K = V = 32 in float32, that is 2 and 25 MiB. States stay
+    The columns of a row are one [`pararnn.linear_scan`][], and the rows are a loop.
+    Without a derivative, a few rows of states are alive at a time. A derivative stores
+    the states $C^d$ of all rows, and computes everything else again. On 32 x 32 cells,
+    with 4 heads and K = V = 32 in float32, that is 2 MiB and 25 MiB. States stay
     bounded where
     $|T^{rl}| + |T^{dl}| \le 1$ and $|T^{ru}| + |T^{du}| \le 1$, or where one of
     $T^{ru}, T^{dl}$ is zero everywhere and the others are at most 1.
@@ -56,7 +57,7 @@ def grid_scan(
     - `queries`, `keys`, `values`: $q$, $k$ and $v$, `[H, W, heads, K]` twice and
         `[H, W, heads, V]`. H and W may be 0.
     - `source`: $S^r$ and $S^d$, `[2, H, W, heads]`.
-    - `mark`: $M^l$, of what comes from the left, and $M^u$, of what comes from above,
+    - `mark`: $M^l$, for what comes from the left, and $M^u$, for what comes from above,
         `[2, H, W, heads]`.
     - `direct`: $D$, `[H, W, heads]`.
     - `T_rl`, `T_ru`, `T_dl`, `T_du`: transitions to the right from the left and from
@@ -96,15 +97,17 @@ def grid_scan(
     for name in ("source", "mark"):
         wide[name] = jnp.moveaxis(wide[name], 0, 1)
     top = vary(jnp.zeros((width, heads, size, values.shape[-1]), precision), wide)
-    # A loop keeps the two passes apart by itself.
+    # A loop keeps the two passes apart without the barriers of `prevent_cse`.
     row = ft.partial(jax.checkpoint, prevent_cse=False)(_row)
     _, outputs = lax.scan(row, top, wide)
     return outputs.astype(dtype)
 
 
 def _row(top, cells):
-    """One row: the states that it receives from above, `[W, heads, K, V]`, to those
-    that it sends down, and its outputs `[W, heads, V]`."""
+    """Return the states that a row sends down, and its outputs `[W, heads, V]`.
+
+    `top` are the states that it receives from above, `[W, heads, K, V]`.
+    """
     query, key, value = (cells[name] for name in ("queries", "keys", "values"))
     written = key[..., :, None] * value[..., None, :]
 
@@ -125,14 +128,7 @@ def _row(top, cells):
 
 
 def _check(given: dict[str, Array]) -> None:
-    for name, v in given.items():
-        if not hasattr(v, "shape") or not jnp.issubdtype(v.dtype, jnp.floating):
-            raise TypeError(
-                f"grid_scan: `{name}` must be an array of real floating point, got "
-                f"{getattr(v, 'dtype', type(v).__name__)}. Cast it, for instance with "
-                "`.astype(jnp.float32)`."
-            )
-        check_bits("grid_scan", name, v)
+    check_floating("grid_scan", given)
     keys, values = given["keys"].shape, given["values"].shape
     if len(keys) != 4 or len(values) != 4:
         raise ValueError(
@@ -154,6 +150,6 @@ def _check(given: dict[str, Array]) -> None:
                 f"grid_scan: `{name}` has shape {v.shape}, expected {shape}, as `keys` "
                 f"has shape {keys}. Likely causes: (a) the axes are in another order; "
                 "rows come first, then columns, then heads, (b) the two gates of "
-                "`source` or `mark` are behind the cells; they come in front, (c) a "
+                "`source` or `mark` come after the cells; they go in front, (c) a "
                 "constant gate; write it out with `jnp.broadcast_to`."
             )

@@ -1,4 +1,4 @@
-"""`linear_scan`: the linear recurrence, its checks and its derivative."""
+"""`linear_scan`: linear recurrences, with checks, batching and derivative."""
 
 import functools as ft
 
@@ -8,13 +8,13 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Inexact
 
-from ._arithmetic import check_bits, promote
+from ._arithmetic import promote
 from ._backends import Schedule, associative, chunked, sequential
-from ._choose import BACKENDS, Backend, choose_backend
-from ._explicit import automatic
-from ._time_axis import scan_stretches, shift, time_shards
+from ._checks import check_bits, check_reset
+from ._heuristics import BACKENDS, Backend, choose_backend
+from ._mesh_axes import leave_to_xla, vary
+from ._time_sharding import scan_shards, shift, time_shards
 from ._transitions import AbstractTransition, Layout
-from ._varying import vary
 
 
 def linear_scan(
@@ -27,11 +27,11 @@ def linear_scan(
     reset_state: Inexact[Array, " *state"] | None = None,
     backend: Backend = "auto",
 ) -> Inexact[Array, "T *state"]:
-    r"""Every state of $h_t = A_t h_{t-1} + b_t$.
+    r"""Return every state of $h_t = A_t h_{t-1} + b_t$.
 
-    Differentiable to any order in the transition, the inputs and both states; `vmap`
-    becomes a batch axis inside the scan. Under a mesh with an axis `"time"` (see
-    [`pararnn.make_mesh`][]) each device scans its own stretch of time.
+    It can be differentiated to any order in the transition, the inputs and both states;
+    `vmap` becomes a batch axis inside the scan. Under a mesh with an axis `"time"` (see
+    [`pararnn.make_mesh`][]) each device scans its own shard of time.
 
     **Arguments:**
 
@@ -39,22 +39,24 @@ def linear_scan(
         [`pararnn.BlockDiagonal`][] or [`pararnn.Dense`][], leaves `[T, ...]`, or
         `[1, ...]` if constant in time.
     - `inputs`: $b_t$, `[T, *state]`, real or complex.
-    - `initial`: $h_0$, `[*state]`; zeros if not given.
+    - `initial`: $h_0$, `[*state]`. Defaults to zeros.
     - `reverse`: run from the last step to the first,
-        $h_t = A_t h_{t+1} + b_t$ with `initial` standing after the last step.
-    - `reset`: bool `[T]`. Where true, the state that step t (in the order of the scan)
-        starts from is `reset_state`, whatever came before, infinities and NaN too.
-        Derivatives behind it are those of these steps alone; before it, and in a
-        transition that is constant, what is not finite makes NaN of them (0 * NaN), as
+        $h_t = A_t h_{t+1} + b_t$, where `initial` stands after the last step.
+    - `reset`: bool `[T]`. Where true, step t (in the order of the scan) starts from
+        `reset_state`, whatever came before, infinities and NaN too. Derivatives after a
+        reset are those of these steps alone. Derivatives before it, and those in a
+        constant transition, become NaN (0 * NaN) if something there is not finite, as
         in `lax.scan`.
-    - `reset_state`: `[*state]`; zeros if not given.
-    - `backend`: `"sequential"`, `"associative"`, `"chunked"`, or `"auto"`, which picks
-        by platform, structure and size; where devices share time, within each of them.
-        All but `"sequential"` (`"auto"` on a CPU) multiply factors by each other before
-        they meet a state: `"associative"` over all of time, `"chunked"` over $\sqrt{T}$
-        steps. A product that overflows makes NaN of a state of zero, and an infinity
-        of a small one, where single steps have the right number; one that underflows
-        loses a large state. From device to device, products have a range of their own.
+    - `reset_state`: `[*state]`. Defaults to zeros.
+    - `backend`: `"sequential"`, `"associative"`, `"chunked"`, or `"auto"`, which
+        chooses by platform, structure and size; where devices share time, it does so
+        within each of them.
+        All except for `"sequential"` (`"auto"` on a CPU) multiply factors by each other
+        before they multiply a state: `"associative"` over all of time, `"chunked"` over
+        $\sqrt{T}$ steps. A product that overflows turns a state of zero into NaN and a
+        small one into an infinity, where single steps give the right number; a product
+        that underflows loses a large state. Products over a device's shard of time have
+        an exponent of their own and do not overflow.
 
     **Returns:** $h_1 \dots h_T$, `[T, *state]`, in the promoted dtype of transition,
     inputs and states. 16-bit inputs are accumulated in float32 and rounded at the end.
@@ -68,7 +70,7 @@ def linear_scan(
     )
     if inputs.shape[0] == 0:
         return inputs.astype(dtype)
-    # Half-precision accumulation loses a long sum; 32 bits are the least.
+    # A long sum in half precision loses its digits: accumulate in 32 bits or more.
     compute = promote(dtype, jnp.float32)
     shape = inputs.shape[1:]
 
@@ -100,10 +102,10 @@ def solve_recurrence(
 ) -> Array:
     r"""`linear_scan` on the engine's own layout; see `_backends.py` for the shapes.
 
-    The recurrence is the linear system $x_0 = h_0$, $x_t - A_t x_{t-1} = b_t$, given
-    to `lax.custom_linear_solve`. Its transpose is
-    $\lambda_t = g_t + A_{t+1}^\top \lambda_{t+1}$: the same kernels run backwards,
-    emitting before they multiply. Derivatives in $A$ come from `matvec`.
+    The recurrence is the linear system $x_0 = h_0$, $x_t - A_t x_{t-1} = b_t$, which
+    `lax.custom_linear_solve` is given. Its transpose is
+    $\lambda_t = g_t + A_{t+1}^\top \lambda_{t+1}$: the same kernels run backwards, and
+    emit before they multiply. Derivatives in $A$ come from `matvec`.
     """
     a, b, h0, reset = vary((a, b, h0, reset), (a, b, h0, reset))
     schedule = Schedule(kind, "after", reverse)
@@ -118,7 +120,7 @@ def solve_recurrence(
         if reset is not None:
             carried = jnp.where(reset, 0, carried)
         rest = x - carried
-        return tie(x0, rest[0]), rest
+        return fake_dependency(x0, rest[0]), rest
 
     def solve(_, terms):
         x0, b = terms
@@ -138,18 +140,18 @@ def solve_recurrence(
         )
         return g0 + u, x
 
-    terms = tie(h0, b[0]), tie(b, h0)
+    terms = fake_dependency(h0, b[0]), fake_dependency(b, h0)
     x0, x = lax.custom_linear_solve(matvec, terms, solve, transpose_solve)
-    # The same for the cotangents, which the jvp rule cannot take in parts either.
-    return tie(x, x0)
+    # The cotangents too must be unknown together.
+    return fake_dependency(x, x0)
 
 
-def tie(x: Array, to: Array) -> Array:
-    """`x`, which differentiation believes to depend on `to`.
+def fake_dependency(x: Array, to: Array) -> Array:
+    """Return `x`, made to depend on `to` as far as differentiation can tell.
 
     `lax.custom_linear_solve` can only be transposed if the tangents of all its terms
-    are unknown together (the assertion in its transpose rule), so none may be a known
-    zero while another is not. XLA removes the selection.
+    are unknown together (its transpose rule asserts this), so none may be a known zero
+    while another is unknown. XLA removes the selection.
     """
     return lax.select(jnp.zeros(x.shape, bool), jnp.broadcast_to(to, x.shape), x)
 
@@ -157,8 +159,8 @@ def tie(x: Array, to: Array) -> Array:
 def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
     """Choose the schedule once the batch is known, and run it.
 
-    Under `vmap` the batch becomes an axis of the arrays behind time, instead of a
-    transformation of the loops: a choice by size then sees the true size.
+    Under `vmap` the batch becomes an axis after time, instead of a transformation of
+    the loops, so that a choice by size sees the true size.
     """
 
     @custom_vmap
@@ -169,15 +171,15 @@ def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
         method = {
             "sequential": sequential,
             "associative": associative,
-            "chunked": ft.partial(chunked, segments=choice.segments),
+            "chunked": ft.partial(chunked, chunks=choice.chunks),
         }[choice.backend]
         if shards == 1:
             return method(schedule, a, b, u, reset)
-        return scan_stretches(
+        return scan_shards(
             ft.partial(method, schedule),
             schedule,
             shards,
-            1 if choice.backend == "sequential" else choice.segments,
+            1 if choice.backend == "sequential" else choice.chunks,
             (a, b, u, reset),
         )
 
@@ -187,14 +189,14 @@ def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
             return over_batch(size, batched, a, b, u, reset)
 
         batch = [x for x, b in zip(arguments, batched, strict=True) if b is True]
-        return automatic(whole_batch, batch)(*arguments), (True, True)
+        return leave_to_xla(whole_batch, batch)(*arguments), (True, True)
 
     def over_batch(size, batched, a, b, u, reset):
-        def behind_time(v, has_batch):
+        def after_time(v, has_batch):
             return jnp.moveaxis(v, 0, 1) if has_batch else v[:, None]
 
-        a, reset = jax.tree.map(behind_time, (a, reset), (batched[0], batched[3]))
-        b = behind_time(b, batched[1])
+        a, reset = jax.tree.map(after_time, (a, reset), (batched[0], batched[3]))
+        b = after_time(b, batched[1])
         u = u if batched[2] else u[None]
         b = jnp.broadcast_to(b, (b.shape[0], size, *b.shape[2:]))
         u = jnp.broadcast_to(u, (size, *u.shape[1:]))
@@ -250,30 +252,3 @@ def _check(transition, inputs, initial, reset, reset_state, backend) -> Layout:
             )
     check_reset("linear_scan", reset, reset_state, steps)
     return transition.layout(shape)
-
-
-def check_reset(where: str, reset, reset_state, steps: int) -> None:
-    """Refuse resets of another length or dtype, and a reset state without resets."""
-    if reset is None:
-        if reset_state is not None:
-            raise ValueError(
-                f"{where}: `reset_state` was given without `reset`, so it would never "
-                "be used. Pass `reset` as well, or drop it."
-            )
-        return
-    if not hasattr(reset, "dtype"):
-        raise TypeError(
-            f"{where}: `reset` is a {type(reset).__name__}, expected a bool array of "
-            "shape [T]. Wrap it: `jnp.asarray(reset)`."
-        )
-    if jnp.shape(reset) != (steps,):
-        raise ValueError(
-            f"{where}: `reset` has shape {jnp.shape(reset)}, expected ({steps},), one "
-            "flag for each step. Under a batch, pass it through the same `jax.vmap`."
-        )
-    if jnp.asarray(reset).dtype != jnp.bool_:
-        raise TypeError(
-            f"{where}: `reset` is {jnp.asarray(reset).dtype}, expected bool: true at "
-            "the steps that start a new sequence. Integers might be positions; write "
-            "`reset = segment_ids != previous_segment_ids` or the like."
-        )

@@ -9,13 +9,13 @@ import numpy as np
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float
 
-from ._arithmetic import check_bits, promote
-from ._choose import FORMS, Form, Pass, choose_form
-from ._linear_scan import check_reset
-from ._matrix_chunks import Way, batch_in_front, chunkwise
+from ._arithmetic import promote
+from ._checks import check_floating, check_reset
+from ._heuristics import FORMS, Form, MatrixPlan, plan_matrix_scan
+from ._matrix_chunks import batch_in_front, chunkwise
 from ._matrix_steps import Terms, stepwise
-from ._time_axis import time_shards
-from ._varying import vary
+from ._mesh_axes import vary
+from ._time_sharding import time_shards
 
 
 def matrix_scan(
@@ -32,21 +32,21 @@ def matrix_scan(
     form: Form = "auto",
     chunk: int | None = None,
 ) -> tuple[Float[Array, "Q heads V"], Float[Array, "heads K V"]]:
-    r"""Outputs $o_t = S_t^\top q_t$ of a state that is a matrix for each head,
+    r"""Return the outputs $o_t = S_t^\top q_t$ of a state that is a matrix per head,
 
     $$S_t = (\mathrm{diag}(d_t) - w_t r_t^\top) S_{t-1} + k_t v_t^\top,$$
 
-    without storing the states; one sequence, without a batch axis: a leading one would
-    be taken for time, so use `jax.vmap`. With neither `decay` nor `read` this is linear
-    attention, with `decay` gated linear attention, and with `read`
-    $r_t = \hat{k}_t$, `keys` $k_t = \beta_t \hat{k}_t$ the delta rule.
+    without storing the states. It takes one sequence, without a batch axis: a leading
+    one would be taken for time, so use `jax.vmap`. With neither `decay` nor `read` this
+    is linear attention. With `decay` it is gated linear attention. With `read`
+    $r_t = \hat{k}_t$ and `keys` $k_t = \beta_t \hat{k}_t$ it is the delta rule.
 
-    The chunkwise form turns every stretch of C steps into matrix products and scans
-    over the stretches; the recurrent form steps. They agree to rounding, gradients too.
-    The derivative stores the state before each chunk, or where steps are taken before
-    each window of time, and computes the rest again. Decays may be zero
-    and negative, and products of them may underflow: nothing is divided by them.
-    On a single CPU device, without a mesh in context, a `vmap` takes sequences of large
+    The chunkwise form turns every chunk of C steps into matrix products and scans over
+    the chunks; the recurrent form steps. They agree to rounding, and so do their
+    gradients. The derivative stores the state before each chunk, or before each window
+    of time where it takes steps, and computes the rest again. Decays may be zero or
+    negative, and products of them may underflow: nothing is divided by them. On a
+    single CPU device, without a mesh in context, a `vmap` takes sequences of large
     states one after the other, in the steps of `"auto"` and in derivatives by chunks.
 
     **Arguments:**
@@ -54,25 +54,25 @@ def matrix_scan(
     - `queries`: $q_t$, `[T, heads, K]`; or `[T / n, heads, K]` to read only after
         every n-th step.
     - `keys`, `values`: $k_t$ and $v_t$, `[T, heads, K]` and `[T, heads, V]`.
-    - `decay`: $d_t$, one factor for each head, or for each head and key; 1 if not
-        given.
+    - `decay`: $d_t$, one factor for each head, or for each head and key. Defaults to
+        1.
     - `read`, `write`: $r_t$ and $w_t$, `[T, heads, K]`. Nothing is erased without
-        `read`; `write` is `keys` if not given, which is cheaper.
-    - `initial`: $S_0$, `[heads, K, V]`; zeros if not given.
+        `read`. `write` defaults to `keys`, which is cheaper.
+    - `initial`: $S_0$, `[heads, K, V]`. Defaults to zeros.
     - `reset`: bool `[T]`. Where true, that step starts from zeros, whatever came
         before.
     - `emit`: `"before"` reads $o_t = S_{t-1}^\top q_t$.
-    - `form`: `"recurrent"`, `"chunkwise"`, or `"auto"`, by platform, length and size,
-        where a derivative may take another form than the value.
-    - `chunk`: steps of a chunk, a multiple of `T / Q`; chosen by measurement if not
-        given.
+    - `form`: `"recurrent"`, `"chunkwise"`, or `"auto"`, which chooses by platform,
+        length and size, and may take another form for the derivative than for the
+        value.
+    - `chunk`: steps of a chunk, a multiple of `T / Q`. Defaults to a measured choice.
 
     **Returns:** outputs `[Q, heads, V]` and $S_T$, in the promoted dtype of all
     arguments; 16-bit arguments are computed in float32. In the chunkwise form, an
-    entry that is not finite makes NaN of all that it reaches in its head: of later
-    outputs up to the next reset, and of no other ones. Products of decays and
-    erasures that overflow within a chunk (decays above 1, or reads and writes much
-    longer than 1) reach the whole chunk there; take `form="recurrent"` for such.
+    entry that is not finite turns everything that it reaches in its head into NaN:
+    later outputs up to the next reset, and no others. Products of decays and erasures
+    that overflow within a chunk (decays above 1, or reads and writes much longer than
+    1) reach the whole chunk there; use `form="recurrent"` for these.
 
     **Raises:** `ValueError`, `TypeError` on shapes, dtypes and options that do not fit,
     while tracing; `ValueError` for the recurrent form where devices share time.
@@ -92,7 +92,7 @@ def matrix_scan(
         "initial": initial,
     }
     given = {name: v for name, v in given.items() if v is not None}
-    every = _check(given, reset, emit, form, chunk)
+    steps_per_query = _check(given, reset, emit, form, chunk)
     dtype = promote(*given.values())
     precision = promote(dtype, jnp.float32)
     wide = {name: jnp.asarray(v).astype(precision) for name, v in given.items()}
@@ -107,46 +107,52 @@ def matrix_scan(
     )
     if steps == 0:
         return jnp.zeros((0, *values.shape[1:]), dtype), start.astype(dtype)
-    entries = size * values.shape[-1]
-    choice = choose_form(
+    plan = plan_matrix_scan(
         form,
         chunk,
         steps,
-        every,
-        entries,
+        steps_per_query,
+        size * values.shape[-1],
+        emit=emit,
         heads=heads,
         each_key=decay is not None and decay.ndim == keys.ndim,
         erases=read is not None,
         shards=time_shards(steps),
     )
-
-    def by(way: Pass):
-        if way.form == "recurrent":
-            run = ft.partial(stepwise, every=every, emit=emit, window=way.window)
-            return batch_in_front(run)
-        window = None if way.window is None else way.window // choice.chunk
-        stepped = choice.value.form == "recurrent"
-        chunks = Way(every, emit, choice.chunk, window, stepped, choice.in_turn)
-        return batch_in_front(ft.partial(chunkwise, way=chunks))
-
-    compute = by(choice.value)
-    if choice.value != choice.derivative:
-        compute = sequential_vmap(compute) if choice.in_turn else compute
-        compute = jax.custom_jvp(compute)
-        compute.defjvp(ft.partial(jax.jvp, by(choice.derivative)))
-    outputs, last = compute(queries, terms, start, reset)
+    run = _derivable if plan.value_is_derivable else _by_steps
+    outputs, last = run(plan, queries, terms, start, reset)
     return outputs.astype(dtype), last.astype(dtype)
 
 
+def _derivable(plan: MatrixPlan, queries, terms: Terms, start, reset):
+    """Return the outputs and the last state in the form that is differentiated."""
+    given = queries, terms, start, reset
+    if plan.derivative == "recurrent":
+        return batch_in_front(stepwise(plan, *given, window=plan.window))
+    return batch_in_front(chunkwise(plan, *given))
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_steps(plan: MatrixPlan, queries, terms: Terms, start, reset):
+    """Return the same by single steps, the fastest form without a derivative.
+
+    The derivative is that of `_derivable`.
+    """
+
+    def run(*given):
+        return batch_in_front(stepwise(plan, *given, window=None))
+
+    run = sequential_vmap(run) if plan.sequential_vmap else run
+    return run(queries, terms, start, reset)
+
+
+@_by_steps.defjvp
+def _(plan: MatrixPlan, primals, tangents):
+    return jax.jvp(ft.partial(_derivable, plan), primals, tangents)
+
+
 def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
-    for name, v in given.items():
-        if not hasattr(v, "shape") or not jnp.issubdtype(v.dtype, jnp.floating):
-            raise TypeError(
-                f"matrix_scan: `{name}` must be an array of real floating point, got "
-                f"{getattr(v, 'dtype', type(v).__name__)}. Cast it, for instance with "
-                "`.astype(jnp.float32)`."
-            )
-        check_bits("matrix_scan", name, v)
+    check_floating("matrix_scan", given)
     keys, values = given["keys"], given["values"]
     if keys.ndim != 3 or values.ndim != 3:
         raise ValueError(
@@ -184,7 +190,7 @@ def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
             "erased. Pass `read` as well, or drop it."
         )
     check_reset("matrix_scan", reset, None, steps)
-    every = steps // queries[0] if steps else 1
+    steps_per_query = steps // queries[0] if steps else 1
     for name, choice, known in (
         ("emit", emit, ("after", "before")),
         ("form", form, FORMS),
@@ -198,10 +204,10 @@ def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
         isinstance(chunk, int | np.integer)
         and not isinstance(chunk, bool)
         and chunk > 0
-        and chunk % every == 0
+        and chunk % steps_per_query == 0
     ):
         raise ValueError(
-            f"matrix_scan: `chunk` must be a positive multiple of T / Q = {every}, got "
-            f"{chunk!r}. Leave it out to have it chosen."
+            "matrix_scan: `chunk` must be a positive multiple of T / Q = "
+            f"{steps_per_query}, got {chunk!r}. Leave it out to have it chosen."
         )
-    return every
+    return steps_per_query

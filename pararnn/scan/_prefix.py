@@ -1,4 +1,4 @@
-"""Prefixes under any associative operation, by the same two schedules as a scan."""
+"""Prefixes under any associative operation, sequential or in parallel."""
 
 import functools as ft
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
-from ._symbolic import is_symbolic, refuse_symbolic
-from ._time_axis import join_time, on_each_device, split_time, time_shards
-from ._varying import vary
+from ._checks import check_reset, is_symbolic, refuse_symbolic
+from ._mesh_axes import vary
+from ._time_sharding import join_time, on_each_device, split_time, time_shards
 
 Element = TypeVar("Element")
 
@@ -21,20 +21,20 @@ def prefix(
     elements: Element,
     backend: Literal["auto", "sequential", "associative"] = "auto",
 ) -> Element:
-    """All prefixes `e_1`, `e_1 * e_2`, ... of elements `[T, ...]`, a pytree.
+    """Return all prefixes `e_1`, `e_1 * e_2`, ... of elements `[T, ...]`, a pytree.
 
     `combine(earlier, later)` acts on leaves `[n, ...]`, n pairs at once, and must be
-    associative. `auto` is sequential on a CPU, where `linear_scan` is (see
-    `_choose.py`), and associative elsewhere. Over a time axis that lies across devices
-    that is the schedule of each device.
+    associative. `auto` is sequential on a CPU, as for `linear_scan` (see
+    `_heuristics.py`), and associative elsewhere. Where devices share time, this is the
+    schedule within each device.
     """
     steps = jax.tree.leaves(elements)[0].shape[0]
     elements = vary(elements, elements)
     shards = time_shards(steps)
-    alone = ft.partial(_prefix, combine, backend)
+    on_one_device = ft.partial(_prefix, combine, backend)
     if shards > 1:
-        return _over_stretches(combine, alone, elements, steps, shards)
-    return alone(elements)
+        return _over_shards(combine, on_one_device, elements, steps, shards)
+    return on_one_device(elements)
 
 
 def _prefix(combine, backend, elements):
@@ -60,7 +60,7 @@ def _prefix(combine, backend, elements):
 
 
 def _from_the_first(combine, elements, steps):
-    """The loop of a length that is not known, where no first element can be cut off."""
+    """Loop over a symbolic number of steps, where no first element can be cut off."""
 
     def step(before, at):
         number, element = at
@@ -74,22 +74,23 @@ def _from_the_first(combine, elements, steps):
     return lax.scan(step, first, (jnp.arange(steps), elements))[1]
 
 
-def _over_stretches(combine, alone, elements, steps: int, shards: int):
-    """Each device the prefixes of its own stretch, behind all of those before it."""
-    stretches = jax.tree.map(lambda e: split_time(e, shards), elements)
-    own = jax.vmap(alone, in_axes=1, out_axes=1)(stretches)
+def _over_shards(combine, on_one_device, elements, steps: int, shards: int):
+    """Find the prefixes within each shard, and combine them with what came before."""
+    split = jax.tree.map(lambda e: split_time(e, shards), elements)
+    own = jax.vmap(on_one_device, in_axes=1, out_axes=1)(split)
 
     def before_own(at, totals):
         at = jnp.maximum(at - 1, 0)
-        return jax.tree.map(lambda t: lax.dynamic_slice_in_dim(t, at, 1), alone(totals))
+        before = on_one_device(totals)
+        return jax.tree.map(lambda t: lax.dynamic_slice_in_dim(t, at, 1), before)
 
-    def behind(before, own):
+    def prepend(before, own):
         before = jax.tree.map(lambda b, o: jnp.broadcast_to(b, o.shape), before, own)
         return combine(before, own)
 
     exchange = on_each_device(before_own, shards)
     before = exchange(jax.tree.map(lambda e: e[-1], own))
-    whole = jax.vmap(behind, in_axes=(0, 1), out_axes=1)(before, own)
+    whole = jax.vmap(prepend, in_axes=(0, 1), out_axes=1)(before, own)
 
     def choose(own, whole):
         first = jnp.arange(shards, dtype=jnp.int32) == 0
@@ -100,7 +101,48 @@ def _over_stretches(combine, alone, elements, steps: int, shards: int):
 
 
 def running_max(x: Shaped[Array, "T ..."]) -> Shaped[Array, "T ..."]:
-    """The largest entry so far, along time."""
+    """Return the largest entry so far, along time."""
     if time_shards(x.shape[0]) == 1:
         return lax.cummax(x)
     return prefix(jnp.maximum, x)
+
+
+def max_plus_scan(
+    decay: Float[Array, "T *state"],
+    inputs: Float[Array, "T *state"],
+    initial: Float[Array, " *state"],
+    *,
+    reset: Bool[Array, " T"] | None = None,
+    reset_state: Float[Array, " *state"] | None = None,
+) -> Float[Array, "T *state"]:
+    r"""Return every state of $m_t = \max(a_t + m_{t-1}, b_t)$.
+
+    This is a linear recurrence in the max-plus algebra, where + is max and the product
+    is +. The stabiliser of exponential gates has this form: it is the logarithm of the
+    largest term of a sum of products.
+
+    **Arguments:** `decay`, $a_t$; `inputs`, $b_t$; `initial`, $m_0$; `reset`, bool
+    `[T]`, where true step t starts from `reset_state`, or zeros.
+
+    **Returns:** $m_1 \dots m_T$, `[T, *state]`.
+
+    **Raises:** `ValueError`, `TypeError` on a reset that does not fit.
+    """
+    check_reset("max_plus_scan", reset, reset_state, inputs.shape[0])
+    if inputs.shape[0] == 0:
+        return inputs
+    terms = inputs.at[0].max(decay[0] + initial)
+    if reset is not None:
+        fresh = jnp.zeros_like(initial) if reset_state is None else reset_state
+        restarts = reset.reshape(-1, *(1,) * initial.ndim)
+        terms = jnp.where(restarts, jnp.maximum(inputs, decay + fresh[None]), terms)
+
+    def combine(earlier, later):
+        (a1, b1, r1), (a2, b2, r2) = earlier, later
+        carried = jnp.maximum(a2 + b1, b2)
+        if r2 is None:
+            return a1 + a2, carried, None
+        return jnp.where(r2, a2, a1 + a2), jnp.where(r2, b2, carried), r1 | r2
+
+    elements = decay, terms, None if reset is None else restarts
+    return prefix(combine, elements)[1]

@@ -1,10 +1,10 @@
 r"""Products of factors that no floating-point number can hold.
 
 A thousand factors of 1.5 multiply to $10^{176}$. As a float32 that is infinite, and
-infinite or NaN would be whatever it is multiplied with, also a state of zero, which
-all these factors leave at zero, and a state of $10^{-170}$, which they lead to one. So
-the product has an exponent of its own: $v \cdot 2^e$ with a largest entry of v of about
-one. It is finite if the factors are, and NaN if one of them is.
+anything multiplied by it becomes infinite or NaN. But the factors leave a state of zero
+at zero, and grow a state of $10^{-170}$ to about $10^6$. So the product has an exponent
+of its own: $v \cdot 2^e$, where the largest entry of v is about one. It is finite if
+the factors are, and NaN if one of them is.
 """
 
 from typing import NamedTuple
@@ -21,17 +21,21 @@ _BOUND = 2**29
 
 
 class Scaled(NamedTuple):
-    """`values * 2**exponent`. Exponents `[...]` as the values have entries, or one for
-    each column, `[..., 1, n]`, of a matrix: what becomes of each entry of a state."""
+    """`values * 2**exponent`.
+
+    There is an exponent for each entry, or for each column of a matrix, `[..., 1, n]`,
+    that is, for what each entry of a state is mapped to.
+    """
 
     values: Array
     exponent: Int[Array, "..."]
 
 
 def multiply_all(schedule: Schedule, a: Array, steps: int, lanes: int) -> Scaled:
-    """The product of factors `[T or 1, ...]` in the order of the scan, `T = steps`.
+    """Return the product of factors `[T or 1, ...]` in scan order, `T = steps`.
 
-    In so many `lanes` of time side by side, and these one after the other.
+    Time is cut into `lanes`, which are multiplied side by side and then joined one
+    after the other.
     """
     if a.shape[0] == 1 != steps:
         return _power(schedule, a[0], steps)
@@ -59,12 +63,12 @@ def multiply_all(schedule: Schedule, a: Array, steps: int, lanes: int) -> Scaled
 
 
 def apply(schedule: Schedule, product: Scaled, state: Array) -> Array:
-    """What the product makes of a state."""
+    """Apply the product to a state."""
     return _times_power(*_compose(schedule, product, _scaled(schedule, state)))
 
 
 def _power(schedule: Schedule, factor: Array, count: int) -> Scaled:
-    """By squaring, bit by bit."""
+    """Return the power of a factor, by squaring, bit by bit."""
 
     def step(carry, bit):
         power, factor = carry
@@ -78,12 +82,12 @@ def _power(schedule: Schedule, factor: Array, count: int) -> Scaled:
 
 
 def _compose(schedule: Schedule, later: Scaled, earlier: Scaled) -> Scaled:
-    """First the earlier, then the later."""
+    """Return the product that applies `earlier`, then `later`."""
     (a, p), (b, q) = later, earlier
     if schedule.kind == "elementwise":
         return _normalise(schedule, schedule.product(a, b), p + q)
-    # The exponent of a column of the later belongs to a row of the earlier. Of each
-    # column of that, the largest entry is taken out.
+    # The exponent of a column of `later` belongs to a row of `earlier`. From each
+    # column of that, the largest entry is factored out.
     p = jnp.swapaxes(p, -1, -2)
     reached = jnp.where(b == 0, -_BOUND, p + _exponent(b))
     largest = jnp.max(reached, axis=-2, keepdims=True)
@@ -102,7 +106,7 @@ def _normalise(schedule: Schedule, v: Array, exponent: Int[Array, "..."]) -> Sca
     size = _exponent(v)
     if schedule.kind == "matrix":
         size = jnp.max(size, axis=-2, keepdims=True)
-    # Of what is zero or not finite, any exponent does.
+    # For entries that are zero or not finite, any exponent will do.
     info = jnp.finfo(v.dtype)
     shift = jnp.clip(-size, info.minexp, info.maxexp - 1)
     exponent = jnp.clip(exponent - shift, -_BOUND, _BOUND)
@@ -110,9 +114,9 @@ def _normalise(schedule: Schedule, v: Array, exponent: Int[Array, "..."]) -> Sca
 
 
 def _exponent(v: Array) -> Int[Array, "..."]:
-    """The e of $v = m 2^e$ with a size of m from 1 to 2, from the bits.
+    """Return the e of $v = m 2^e$ with $1 \\le |m| < 2$, from the bits.
 
-    (`jnp.frexp` takes ten operations more for what is zero, denormal or not finite.)
+    (`jnp.frexp` takes ten more operations, for zeros, denormals, infinities and NaN.)
     """
     if jnp.iscomplexobj(v):
         v = jnp.maximum(jnp.abs(v.real), jnp.abs(v.imag))
@@ -122,8 +126,8 @@ def _exponent(v: Array) -> Int[Array, "..."]:
 
 
 def _times_power(v: Array, exponent: Int[Array, "..."]) -> Array:
-    """`v * 2**exponent`, exact unless that is too large or too small."""
-    # In three parts, each a power of two that is a normal number.
+    """Return `v * 2**exponent`, exact unless that is too large or too small."""
+    # In three factors, each a power of two that is a normal number.
     info = jnp.finfo(v.dtype)
     exponent = jnp.clip(exponent, 3 * info.minexp, -3 * info.minexp)
     for parts in (3, 2, 1):
@@ -133,7 +137,7 @@ def _times_power(v: Array, exponent: Int[Array, "..."]) -> Array:
 
 
 def _shift(v: Array, exponent: Int[Array, "..."]) -> Array:
-    """`v * 2**exponent`, for what is the exponent of a normal number."""
+    """Return `v * 2**exponent`, for the exponent of a normal number."""
     if jnp.iscomplexobj(v):
         return lax.complex(_shift(v.real, exponent), _shift(v.imag, exponent))
     info, integer = jnp.finfo(v.dtype), _integers(v.dtype)

@@ -7,8 +7,8 @@ three laws, which `tests/test_transitions.py` checks for every class:
 - composition is associative;
 - `A.transpose().transpose() == A`, and `as_matrix` of the transpose is transposed.
 
-The engine itself works on one of two layouts, which every transition maps onto: an
-elementwise factor, or a batch of square matrices. A new structure is a class here.
+The engine works on one of two layouts, to which every transition maps: an elementwise
+factor, or a batch of square matrices. A new structure is a class here.
 """
 
 import abc
@@ -25,9 +25,9 @@ from ._arithmetic import multiply, multiply_matrices
 class Layout(NamedTuple):
     """How the engine stores one step of a state: `rows` blocks of `size` by `columns`.
 
-    Elementwise transitions store `[rows, 1]` factors against `[rows, columns]` states,
-    or `[rows]` against `[rows]` if there is one column; matrices store
-    `[rows, size, size]` against `[rows, size, columns]`.
+    Elementwise transitions store `[rows, 1]` factors for `[rows, columns]` states, or
+    `[rows]` for `[rows]` if there is one column. Matrices store `[rows, size, size]`
+    for `[rows, size, columns]`.
     """
 
     kind: Literal["elementwise", "matrix"]
@@ -44,30 +44,30 @@ class AbstractTransition(eqx.Module):
 
     @abc.abstractmethod
     def mv(self, x: Shaped[Array, "T ..."]) -> Shaped[Array, "T ..."]:
-        """`A_t x_t` for every t. `x` has the shape of the states, time first."""
+        """Return `A_t x_t` for every t. `x` has the shape of the states, time first."""
 
     @abc.abstractmethod
     def compose(self, later: "AbstractTransition") -> "AbstractTransition":
-        """The transition that applies `self` and then `later`."""
+        """Return the transition that applies `self` and then `later`."""
 
     @abc.abstractmethod
     def transpose(self) -> "AbstractTransition":
-        """`A_t` transposed, without conjugation."""
+        """Return `A_t` transposed, without conjugation."""
 
     @abc.abstractmethod
     def as_matrix(self, state_shape: tuple[int, ...]) -> Inexact[Array, "T n n"]:
-        """`A_t` as dense matrices that act on the flattened state: slow, for tests."""
+        """Return dense matrices that act on the flattened state: slow, for tests."""
 
     @abc.abstractmethod
     def layout(self, state_shape: tuple[int, ...]) -> Layout:
-        """How the engine stores this transition against states of `state_shape`.
+        """Return how the engine stores this transition for states of `state_shape`.
 
         **Raises:** `ValueError` if the transition cannot act on such a state.
         """
 
     @abc.abstractmethod
     def factors(self) -> Inexact[Array, "T ..."]:
-        """The transition in the engine's layout, time first."""
+        """Return the transition in the engine's layout, time first."""
 
 
 def _same_class(first: AbstractTransition, later: AbstractTransition) -> None:
@@ -156,7 +156,7 @@ class Diagonal(AbstractTransition):
 
 
 class Scalar(AbstractTransition):
-    r"""$A_t = a_t I$: one factor a step, for states of any shape.
+    r"""$A_t = a_t I$: one factor per step, for states of any shape.
 
     **Arguments:** `values` of shape `[T]` (or `[1]`: constant in time).
     """
@@ -245,7 +245,7 @@ class BlockDiagonal(AbstractTransition):
 
 
 class Dense(AbstractTransition):
-    """One full matrix a step.
+    """One full matrix per step.
 
     **Arguments:** `values` of shape `[T, n, n]` (or `[1, n, n]`: constant in time). It
     acts on states of shape `[n, *further]`.

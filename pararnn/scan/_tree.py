@@ -1,12 +1,12 @@
-"""Reductions and prefixes by balanced binary trees, for any operation at all.
+"""Reductions and prefixes by balanced binary trees, for any operation.
 
-`prefix` may bracket as it likes, because its operation is associative. Here the shape
-of the tree is part of the result: neighbours are paired level by level, and an odd
-leftover passes up one level. The tree of n elements is then that of a binary counter:
-one full block of $2^l$ elements for every bit $l$ that is set in n, the largest first
-in time, and the blocks are joined from the smallest, and newest, to the largest.
+`prefix` may bracket in any way, because its operation is associative. Here the shape of
+the tree is part of the result: neighbours are paired level by level, and an odd
+leftover passes up one level. The tree of n elements is then that of a binary counter.
+It has one full block of $2^l$ elements for every bit $l$ that is set in n, the largest
+first in time, and the blocks are joined from the smallest, and newest, to the largest.
 
-So the prefixes of a stream need one block a level and a count, at most
+So the prefixes of a stream need one block for each level and a count, at most
 $\\log_2 n + 1$ elements. Euan Ong and Petar Veličković, "Learnable Commutative Monoids
 for Graph Neural Networks" (2212.08541), reduce by such a tree.
 """
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._linear_scan import check_reset
-from ._varying import vary
+from ._checks import check_reset
+from ._mesh_axes import vary
 
 Element = TypeVar("Element")
 # Blocks by level, leaves `[levels, ...]`, and how many elements they hold.
@@ -31,9 +31,9 @@ State = tuple[Any, Int[Array, ""]]
 def tree_state(
     element: PyTree[Array, "Element"], max_length: int
 ) -> tuple[PyTree[Array, "Element"], Int[Array, ""]]:
-    """The fresh state of `tree_prefix`: empty blocks, and a count of zero.
+    """Return a fresh state of `tree_prefix`: empty blocks, and a count of zero.
 
-    **Arguments:** `element`, a pytree like one element, of which only shapes and dtypes
+    **Arguments:** `element`, a pytree like one element, whose shapes and dtypes alone
     are used; `max_length`, how many elements the state must be able to count.
 
     **Returns:** blocks, leaves `[levels, ...]` of zeros with `levels` the bits of
@@ -59,16 +59,16 @@ def tree_prefix(
     reset: Bool[Array, " T"] | None = None,
     max_length: int | None = None,
 ) -> tuple[Element, State]:
-    r"""The reduction of every prefix by its own balanced tree, all prefixes at once.
+    r"""Reduce every prefix by its own balanced tree, all prefixes at once.
 
     With $B_l[t]$ the reduction of the $2^l$ elements that end at t,
 
     $$B_0 = e, \qquad B_l[t] = \mathrm{op}(B_{l-1}[t - 2^{l-1}], B_{l-1}[t]),$$
 
-    and the prefix of n elements joins those blocks that the bits of n choose, smallest
+    and the prefix of n elements joins the blocks that the bits of n select, smallest
     first, $r \leftarrow \mathrm{op}(B_l, r)$. A left half that ended before this call
-    is the block of its level in `state`. Two operations a level on all T steps side by
-    side: $2 T \log_2 n$ of them at a depth of $2 \log_2 n$.
+    is the block of its level in `state`. Each level has two operations on all T steps
+    side by side: $2 T \log_2 n$ operations at a depth of $2 \log_2 n$.
 
     **Arguments:**
 
@@ -76,15 +76,15 @@ def tree_prefix(
         neither associative nor commutative, and is only ever called on elements and
         what it returned for them.
     - `elements`: a pytree of leaves `[T, ...]`, `T` at least 1.
-    - `state`: what came before, as of `tree_state` or an earlier call; nothing if not
-        given.
+    - `state`: what came before, from `tree_state` or an earlier call. Defaults to
+        nothing.
     - `reset`: bool `[T]`. Where true, a new prefix starts with that element.
-    - `max_length`: how many elements may follow one another without a reset; what the
-        levels of `state` hold, or `T`, if not given.
+    - `max_length`: how many elements may follow one another without a reset. Defaults
+        to what the levels of `state` hold, or `T`.
 
     **Returns:** the reductions of the prefixes that end at each step, leaves
-    `[T, ...]`, and the state after the last. Blocks that the count does not use are
-    zeros in it.
+    `[T, ...]`, and the state after the last. Its blocks that the count does not use
+    are zeros.
 
     **Raises:** `ValueError` on an empty sequence, or a `max_length` that the state has
     no levels for; `TypeError` or `ValueError` on a `reset` that does not fit; an error
@@ -107,7 +107,7 @@ def tree_prefix(
         )
 
     index = jnp.arange(steps, dtype=jnp.int32)
-    # How many elements each prefix has.
+    # The number of elements of each prefix.
     length = count.astype(jnp.int32) + index + 1
     if reset is not None:
         start = lax.cummax(jnp.where(reset, index, -1))
@@ -123,21 +123,21 @@ def tree_prefix(
     )
 
     def at(blocks, slot, where):
-        """Blocks `[T, ...]` at indices; the state's own before the first step."""
+        """Return blocks `[T, ...]` at indices; before the first step, the state's."""
         return jax.tree.map(
-            lambda b, s: _choose(where >= 0, b[jnp.maximum(where, 0)], s[None]),
+            lambda b, s: _select(where >= 0, b[jnp.maximum(where, 0)], s[None]),
             blocks,
             slot,
         )
 
     def select(condition, a, b):
-        return jax.tree.map(lambda a, b: _choose(condition, a, b), a, b)
+        return jax.tree.map(lambda a, b: _select(condition, a, b), a, b)
 
     def level(carry, at_level):
         blocks, result = carry
         bit, below, slot = at_level
-        # Operations whose result is not used get arguments of the same prefix all the
-        # same: a derivative that is infinite there would be NaN, not zero.
+        # Operations whose result is not used still get arguments of the same prefix: an
+        # infinite derivative there would become NaN, not zero.
         half, low = bit >> 1, length & (bit - 1)
         left = select(low == 0, at(blocks, below, index - half), blocks)
         blocks = op(left, blocks)
@@ -160,10 +160,10 @@ def tree_prefix(
 def tree_reduce(
     op: Callable[[Element, Element], Element], elements: Element
 ) -> Element:
-    """All elements reduced to one, by the balanced tree.
+    """Reduce all elements to one, by the balanced tree.
 
     Neighbours are paired level by level, and an odd leftover passes up one level:
-    `T - 1` operations in `log2(T)` rounds. It is the last of `tree_prefix`.
+    `T - 1` operations in `log2(T)` rounds. The result is the last of `tree_prefix`.
 
     **Arguments:** `op` as in `tree_prefix`; `elements`, a pytree of leaves `[T, ...]`,
     `T` at least 1.
@@ -187,7 +187,7 @@ def tree_reduce(
     return jax.tree.map(lambda e: e[0], elements)
 
 
-def _choose(condition: Array, a: Array, b: Array) -> Array:
+def _select(condition: Array, a: Array, b: Array) -> Array:
     shape = condition.shape + (1,) * (a.ndim - 1)
     return jnp.where(condition.reshape(shape), a, b)
 

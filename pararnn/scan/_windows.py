@@ -1,4 +1,4 @@
-"""Long sequences, one window of time after the other, for the sake of memory."""
+"""Long sequences in windows of time, to save memory."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PyTree, Shaped
 
-from ._symbolic import is_symbolic
-from ._varying import vary
+from ._checks import is_symbolic
+from ._mesh_axes import vary
 
 
 def in_windows(
@@ -17,12 +17,12 @@ def in_windows(
     xs: PyTree[Shaped[Array, "T ..."]],
     length: int,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
-    """`run(carry, xs)`, as the same on windows of about `length` steps.
+    """Return `run(carry, xs)`, computed on windows of about `length` steps.
 
     `run` returns the next carry and arrays with the time axis of `xs`. The carry is
-    handed from window to window, and what a window computes is computed again for its
-    derivative. So a gradient stores the carry before each window, and of the rest what
-    a single window takes. A sequence of unknown length is one window.
+    handed from window to window, and a derivative computes each window again. So a
+    gradient stores the carry before each window, and everything else for one window
+    only. A sequence of symbolic length is one window.
     """
     steps, carry = jax.tree.leaves(xs)[0].shape[0], vary(carry, xs)
     if is_symbolic(steps):
@@ -34,7 +34,7 @@ def in_windows(
     def whole(x):
         return x[: count * size].reshape(count, size, *x.shape[1:])
 
-    # A loop keeps the two passes apart by itself.
+    # A loop keeps the two passes apart without the barriers of `prevent_cse`.
     again = jax.checkpoint(run, prevent_cse=False)
     carry, ys = lax.scan(again, carry, jax.tree.map(whole, xs))
     ys = jax.tree.map(lambda y: y.reshape(count * size, *y.shape[2:]), ys)
@@ -46,10 +46,10 @@ def in_windows(
 
 
 def _divide(steps: int, length: int) -> tuple[int, int]:
-    """How many windows, and how many steps each.
+    """Return how many windows there are, and how many steps each has.
 
-    All of the same size where there are such of `length / 2` to `2 length` steps: what
-    is left over is a program of its own to compile.
+    All have the same size if one of `length / 2` to `2 length` steps divides the
+    sequence: a remainder is another program to compile.
     """
     near = steps // length
     if near < 2:

@@ -1,6 +1,7 @@
-"""Parameters and batches, laid out over a mesh."""
+"""Meshes of devices, and parameters and batches sharded over them."""
 
 import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import equinox as eqx
@@ -19,31 +20,86 @@ from jax.sharding import (
 from jaxtyping import PyTree
 
 from ..scan import TIME
-from ._mesh import AXES
 
+AXES = ("data", "fsdp", TIME)
 Tree = TypeVar("Tree")
 
-# Entries of an array below which gathering it costs more than keeping it whole.
+# Arrays with fewer entries are replicated: gathering them would cost more.
 MIN_SIZE = 2**12
 
 
-def shard_parameters(module: Tree, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Tree:
-    """The module with its parameters divided over the axis `"fsdp"` of the mesh.
+def make_mesh(
+    *,
+    data: int | None = None,
+    fsdp: int = 1,
+    time: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Make a mesh with the axes `"data"`, `"fsdp"` and `"time"`.
 
-    Fully sharded data parallelism: each array lies in pieces on the devices, until
-    [`pararnn.gather_parameters`][] makes it whole where it is used. Also within `jit`,
-    where it keeps new parameters, or the state of an optimiser, in the same pieces.
+    While a mesh is in context, `with jax.set_mesh(mesh):`, every recurrence with at
+    least as many steps as there are devices along `"time"` is solved on all of these:
+    each takes its own shard of time, and one entry of each is exchanged. On several
+    hosts, call `jax.distributed.initialize` first; the mesh then has the devices of all
+    hosts.
 
     **Arguments:**
 
-    - `module`: a pytree. Arrays are divided along the largest of their axes whose
-        length the axis of the mesh divides, whatever their dtype; what is no array
-        stays as it is.
-    - `mesh`: as from [`pararnn.make_mesh`][].
-    - `min_size`: arrays with fewer entries, and those that no axis of which can be
-        divided, are whole on every device.
+    - `data`: over how many devices the batch is divided. Defaults to all that are
+        left.
+    - `fsdp`: over how many devices the parameters are divided, and the batch once
+        more.
+    - `time`: over how many devices time is divided.
+    - `devices`: defaults to all of them, of all hosts.
 
-    **Returns:** the module, of arrays of the same shapes, dtypes and values.
+    **Returns:** a `jax.sharding.Mesh` of these axes, all of type `Auto`.
+
+    **Raises:** `ValueError` if a size is not a positive integer, or the product of the
+    sizes is not the number of devices.
+    """
+    count = len(jax.devices() if devices is None else devices)
+    _check_size("fsdp", fsdp)
+    _check_size(TIME, time)
+    if data is None:
+        data = max(1, count // (fsdp * time))
+    _check_size("data", data)
+    shape = (data, fsdp, time)
+    if math.prod(shape) != count:
+        raise ValueError(
+            f"make_mesh: data = {data}, fsdp = {fsdp} and time = {time} need "
+            f"{math.prod(shape)} devices, and there are {count}. Likely causes: (a) "
+            f"`fsdp` * `time` = {fsdp * time} does not divide their number, (b) on "
+            "several hosts, `jax.distributed.initialize` was not called, (c) fewer "
+            "devices are meant; pass them as `devices`."
+        )
+    types = (AxisType.Auto,) * len(shape)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def _check_size(name: str, size) -> None:
+    integer = isinstance(size, int | np.integer) and not isinstance(size, bool)
+    if not integer or size < 1:
+        raise ValueError(
+            f"make_mesh: `{name}` is {size!r}, expected a positive integer: how many "
+            "devices share it. 1 means that it is not divided."
+        )
+
+
+def shard_parameters(module: Tree, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Tree:
+    """Divide the parameters of a module over the axis `"fsdp"` of the mesh.
+
+    This is fully sharded data parallelism: the devices hold pieces of each array, until
+    [`pararnn.gather_parameters`][] makes it whole where it is used. Within `jit`, it
+    keeps new parameters, or the state of an optimiser, in the same pieces.
+
+    **Arguments:**
+
+    - `module`: a pytree. Arrays of any dtype are divided along the largest of their
+        axes whose length the axis of the mesh divides. Other leaves are unchanged.
+    - `mesh`: as from [`pararnn.make_mesh`][].
+    - `min_size`: arrays smaller than this, or with no divisible axis, are replicated.
+
+    **Returns:** the module, with arrays of the same shapes, dtypes and values.
 
     **Raises:** `ValueError` for a mesh without the axes of `pararnn.make_mesh`.
     """
@@ -59,7 +115,7 @@ def shard_parameters(module: Tree, mesh: Mesh, *, min_size: int = MIN_SIZE) -> T
 def parameter_sharding(
     shape: tuple[int, ...], mesh: Mesh, *, min_size: int = MIN_SIZE
 ) -> NamedSharding:
-    """Where [`pararnn.shard_parameters`][] puts an array of a shape.
+    """Return how [`pararnn.shard_parameters`][] shards an array of a shape.
 
     **Arguments:** as there.
 
@@ -78,19 +134,19 @@ def _pieces(shape: tuple[int, ...], count: int, min_size: int) -> PartitionSpec:
 
 
 def gather_parameters(module: Tree, *, min_size: int = MIN_SIZE) -> Tree:
-    """The module with its parameters whole, where it is about to be used.
+    """Make the parameters of a module whole, just before it is used.
 
-    Call it in what is differentiated, and on no more than is used at once: on the
-    block that is next, within the loop over blocks and within `jax.checkpoint`, so
-    that no device ever holds all of them. Their gradient is summed over the devices
-    and left in pieces. Without this, XLA may leave the weights where they are and move
-    the batch instead, every sequence to every device.
+    Call it inside the function that is differentiated, and only on what is used next:
+    on one block, within the loop over blocks and within `jax.checkpoint`, so that no
+    device ever holds all parameters. Their gradient is summed over the devices and left
+    in pieces. Without this, XLA may leave the weights where they are and move the batch
+    instead, every sequence to every device.
 
-    [`pararnn.LanguageModel`][] does so with each of its blocks. Does nothing without a
-    mesh in context that has an axis `"fsdp"` of more than one device.
+    [`pararnn.LanguageModel`][] calls it on each of its blocks. It does nothing unless
+    the mesh in context has an axis `"fsdp"` of more than one device.
 
-    **Arguments:** `module`, a pytree; its floating-point arrays are gathered;
-    `min_size`, as of [`pararnn.shard_parameters`][].
+    **Arguments:** `module`, a pytree, whose floating-point arrays are gathered;
+    `min_size`, as for [`pararnn.shard_parameters`][].
 
     **Returns:** the module, with the same values.
     """
@@ -98,7 +154,7 @@ def gather_parameters(module: Tree, *, min_size: int = MIN_SIZE) -> Tree:
     if "fsdp" not in mesh.axis_names or mesh.shape["fsdp"] == 1:
         return module
     kind = mesh.axis_types[mesh.axis_names.index("fsdp")]
-    # Inside of a `shard_map` over it, an array is one device's own.
+    # Inside a `shard_map` over it, an array belongs to one device.
     if kind == AxisType.Manual:
         return module
     count = mesh.shape["fsdp"]
@@ -107,7 +163,7 @@ def gather_parameters(module: Tree, *, min_size: int = MIN_SIZE) -> Tree:
         pieces = _pieces(leaf.shape, count, min_size)
         if not any(pieces):
             return leaf
-        # The transpose of a constraint is the same constraint; this one's is not.
+        # A constraint's transpose is the same constraint; here it leaves pieces.
         return linear_call(
             lambda _, x: lax.with_sharding_constraint(x, PartitionSpec()),
             lambda _, ct: lax.with_sharding_constraint(ct, pieces),
@@ -122,19 +178,18 @@ def gather_parameters(module: Tree, *, min_size: int = MIN_SIZE) -> Tree:
 def shard_batch(
     batch: PyTree, mesh: Mesh, *, batch_axis: int = 0, time_axis: int | None = 1
 ) -> PyTree[jax.Array]:
-    """The batch, with its sequences over `"data"` and `"fsdp"`, and time over `"time"`.
+    """Divide the sequences over `"data"` and `"fsdp"`, and their time over `"time"`.
 
     **Arguments:**
 
     - `batch`: a pytree of arrays, `[B, T, ...]` or, without time, `[B]`; of any dtype.
-        On several hosts every one passes the same whole batch, of which its devices
-        take their parts.
+        Every host passes the same whole batch, and its devices keep their shards.
     - `mesh`: as from [`pararnn.make_mesh`][].
     - `batch_axis`: which axis counts sequences: 1 where microbatches come first.
     - `time_axis`: which axis is time, in all leaves that have it; `None` for leaves
         without time.
 
-    **Returns:** the same pytree, of `jax.Array`s on the mesh.
+    **Returns:** the same pytree, with `jax.Array`s on the mesh.
 
     **Raises:** `ValueError` for a mesh without the axes of `pararnn.make_mesh`, a leaf
     without a batch axis, and lengths that do not divide.
@@ -199,6 +254,6 @@ def _place(leaf, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    # Across hosts: each has the whole, and gives its devices their parts.
+    # Across hosts: each has the whole array, and gives its devices their shards.
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda at: host[at])

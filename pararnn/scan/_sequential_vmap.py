@@ -1,4 +1,4 @@
-"""A batch one sequence after the other, also where derivatives are transposed."""
+"""A batch, one sequence after the other, also where derivatives are transposed."""
 
 from collections.abc import Callable
 
@@ -9,27 +9,27 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, PyTree
 
-from ._linear_scan import tie
+from ._linear_scan import fake_dependency
 
 
-def linear_map(
+def sequential_linear_call(
     apply: Callable[[PyTree[Array], PyTree[Array]], PyTree[Array]],
     known: PyTree[Array],
     given: PyTree[Array],
 ) -> PyTree[Array]:
-    r"""`apply(known, given)`, linear in `given`: of a batch one sequence at a time,
-    and so its transpose.
+    r"""Return `apply(known, given)`, which is linear in `given`.
 
-    With T for `apply`, it is y in the linear system
+    It takes a batch one sequence at a time, and so does its transpose. Writing T for
+    `apply`, it is y in the linear system
 
     $$\begin{pmatrix} 1 & 0 \\ -T & 1 \end{pmatrix}
     \begin{pmatrix} x \\ y \end{pmatrix} = \begin{pmatrix} x \\ 0 \end{pmatrix},$$
 
-    as `lax.custom_linear_solve` takes the solvers of a system and of its transpose as
-    they are, where JAX cannot transpose a loop of `sequential_vmap`. Derivatives
-    in `known` are those of the matrix, that is, of `apply` as it is written.
+    because `lax.custom_linear_solve` is given the solvers of a system and of its
+    transpose, whereas JAX cannot transpose a loop of `sequential_vmap`. Derivatives in
+    `known` are those of the matrix, that is, of `apply` as it is written.
 
-    `apply` is traced by all of them: have it compiled (`jax.jit`), so that it is once.
+    `apply` is used by all three; wrap it in `jax.jit`, so that it is traced only once.
     """
     out = jax.eval_shape(apply, known, given)
     nothing = jtu.tree_map(lambda v: jnp.zeros(v.shape, v.dtype), out)
@@ -53,12 +53,12 @@ def linear_map(
         given, out = both
         return jtu.tree_map(jnp.add, given, transposed(known, out)), out
 
-    terms = _tie_all((given, nothing))
+    terms = _depend_on_all((given, nothing))
     _, out = lax.custom_linear_solve(matrix, terms, solve, transpose_solve)
-    return _tie_all(out)
+    return _depend_on_all(out)
 
 
-def _tie_all(tree: PyTree[Array]) -> PyTree[Array]:
-    """Whose tangents are all unknown where one of them is; see `tie`."""
+def _depend_on_all(tree: PyTree[Array]) -> PyTree[Array]:
+    """Make all tangents unknown if one of them is; see `fake_dependency`."""
     every = jnp.stack([jnp.sum(v) for v in jtu.tree_leaves(tree)])
-    return jtu.tree_map(lambda v: tie(v, jnp.sum(every)), tree)
+    return jtu.tree_map(lambda v: fake_dependency(v, jnp.sum(every)), tree)
