@@ -23,8 +23,8 @@ from .._parameters import (
     widen,
     zeros,
 )
+from ..scan import Diagonal, linear_scan, max_plus_scan
 from ._base import AbstractCell
-from ._slstm_scan import decay_of, scan_gates
 
 # c, n, m and h.
 State = tuple[
@@ -55,6 +55,11 @@ State = tuple[
 # heads, three times R). A sweep took 1 ms on the CPU; a step of Newton's method 2 to 40
 # ms with blocks of 4 x 4, and 20 to 300 ms with blocks of 32 x 32.
 SWEEPS = 5
+
+# The stabiliser of a state that holds nothing: below any other, and finite.
+NOTHING = -1e30
+# An exponential up to here, and its product with another, are finite in float32.
+LARGEST = 80.0
 
 
 class SLSTMCell(AbstractCell):
@@ -198,7 +203,7 @@ class SLSTMCell(AbstractCell):
         i, log_f, z, o = self._with_memory(values, h)
         fresh = n == 0
         before, m = m, jnp.where(fresh, i, jnp.maximum(log_f + m, i))
-        decay, added = decay_of(log_f, before, m), jnp.exp(i - m)
+        decay, added = _stabilised_forget(log_f, before, m), jnp.exp(i - m)
         c, n = decay * c + added * z, decay * n + added
         return _cast((c, n, m, o * c / n), state)
 
@@ -234,7 +239,7 @@ class SLSTMCell(AbstractCell):
             if reset is not None:
                 before = jnp.where(reset[:, None], 0, before)
             i, log_f, z, o = self._with_memory(values, before)
-            c, n, m = scan_gates(i, log_f, z, (c0, n0, m0), reset)
+            c, n, m = _scan_gates(i, log_f, z, (c0, n0, m0), reset)
             return c, n, m, o * c / n
 
         steps = values[0].shape[0]
@@ -254,3 +259,47 @@ class SLSTMCell(AbstractCell):
 def _cast(values: State, like: State) -> State:
     c, n, m, h = (v.astype(s.dtype) for v, s in zip(values, like, strict=True))
     return c, n, m, h
+
+
+def _stabilised_forget(
+    log_f: Float[Array, "*time d_state"],
+    before: Float[Array, "*time d_state"],
+    m: Float[Array, "*time d_state"],
+) -> Float[Array, "*time d_state"]:
+    """The stabilised forget gate, from the stabilisers before and after the step.
+
+    At most 1, except where the state held nothing: there it multiplies zeros, and must
+    not be infinite.
+    """
+    return jnp.exp(jnp.minimum(log_f + before - m, LARGEST))
+
+
+def _scan_gates(
+    i: Float[Array, "T d_state"],
+    log_f: Float[Array, "T d_state"],
+    z: Float[Array, "T d_state"],
+    initial: tuple[
+        Float[Array, " d_state"], Float[Array, " d_state"], Float[Array, " d_state"]
+    ],
+    reset: Bool[Array, " T"] | None,
+) -> tuple[
+    Float[Array, "T d_state"], Float[Array, "T d_state"], Float[Array, "T d_state"]
+]:
+    """All $(c, n, m)$ from all gates: $m$ is a max-plus recurrence, and once it is
+    known $c$ and $n$ are linear ones. A reset starts from zeros."""
+    c0, n0, m0 = initial
+    m = max_plus_scan(
+        log_f,
+        i,
+        jnp.where(n0 == 0, NOTHING, m0),
+        reset=reset,
+        reset_state=None if reset is None else jnp.full_like(m0, NOTHING),
+    )
+    before = jnp.concatenate([m0[None], m[:-1]])
+    if reset is not None:
+        before = jnp.where(reset[:, None], 0, before)
+    transition = Diagonal(_stabilised_forget(log_f, before, m))
+    added = jnp.exp(i - m)
+    c = linear_scan(transition, added * z, c0, reset=reset)
+    n = linear_scan(transition, added, n0, reset=reset)
+    return c, n, m

@@ -1,12 +1,18 @@
 """How alike two trajectories on an attractor are: in place, and in time."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-from jaxtyping import Float
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from .._parameters import check_number, check_size
+from ..cells import ALRNNCell
 
 
 def state_space_divergence(
@@ -152,3 +158,99 @@ def _check(where: str, true, generated) -> tuple[np.ndarray, np.ndarray]:
             f"their lengths are {len(true)} and {len(generated)}."
         )
     return true, generated
+
+
+def largest_exponent(
+    step: Callable[[Float[Array, " d"]], Float[Array, " d"]],
+    start: Float[Array, " d"],
+    steps: int,
+    *,
+    settle: int = 1_000,
+) -> float:
+    r"""The largest Lyapunov exponent of $u_t = g(u_{t-1})$, in nats per step.
+
+    The mean growth of a tangent that is pushed along the trajectory and brought back to
+    length one after every step. The tangent starts in a random direction, the same in
+    every call. Divide by the time between steps for a rate.
+
+    **Arguments:** `step`, $g$; `start`, `[d]`; `steps`, to average over; `settle`,
+    steps before those, in which the tangent turns to the direction that grows most.
+
+    **Returns:** a number; -inf if all tangents vanish, as those of a map onto one
+    point; NaN if the trajectory does not stay finite.
+
+    **Raises:** `ValueError` for numbers of steps that are not whole, or negative.
+    """
+    steps = check_size("largest_exponent", "steps", steps)
+    settle = check_size("largest_exponent", "settle", settle, least=0)
+
+    def body(carry, _):
+        state, tangent = carry
+        state, pushed = jax.jvp(step, (state,), (tangent,))
+        # The largest entry first: squares may leave the range.
+        largest = jnp.max(jnp.abs(pushed))
+        scaled = pushed / jnp.where(largest == 0, 1, largest)
+        norm = jnp.linalg.norm(scaled)
+        tangent = scaled / jnp.where(norm == 0, 1, norm)
+        return (state, tangent), jnp.log(largest) + jnp.log(norm)
+
+    @jax.jit
+    def run(start):
+        # With any chosen direction, some map would turn just that one to zero.
+        tangent = jr.normal(jr.key(0), start.shape, start.dtype)
+        tangent = tangent / jnp.linalg.norm(tangent)
+        (last, _), growth = lax.scan(body, (start, tangent), length=settle + steps)
+        finite = jnp.all(jnp.isfinite(last))
+        return jnp.where(finite, jnp.mean(growth[settle:]), jnp.nan)
+
+    return float(run(jnp.asarray(start)))
+
+
+class Symbols(NamedTuple):
+    """A trajectory of an AL-RNN as a path between linear regions.
+
+    **Attributes:**
+
+    - `code`: `[T]`, for each state the place of its region in the lists below.
+    - `regions`: bool `[symbols, rectified]`, the regions that were visited, the most
+        visited first: which of the rectified units are positive there.
+    - `transitions`: `[symbols, symbols]`, from row to column, the part of the steps
+        from a region that lead to another, or to itself.
+    """
+
+    code: Int[np.ndarray, " T"]
+    regions: Bool[np.ndarray, "symbols rectified"]
+    transitions: Float[np.ndarray, "symbols symbols"]
+
+
+def find_symbols(cell: ALRNNCell, states: Float[np.ndarray, "T d_state"]) -> Symbols:
+    """The symbolic code of a trajectory of a cell.
+
+    ??? cite "Source"
+
+        Brenner et al. (2410.14240): the graph of the symbols' transitions.
+
+    **Arguments:** `cell`, a [`pararnn.ALRNNCell`][]; `states`, `[T, d_state]`.
+
+    **Raises:** `TypeError` for another cell; `ValueError` for states that do not fit.
+    """
+    if not isinstance(cell, ALRNNCell):
+        raise TypeError(
+            f"find_symbols: the cell is a {type(cell).__name__}, expected an "
+            "ALRNNCell: its few rectified units are what makes few regions."
+        )
+    if np.ndim(states) != 2 or len(states) < 2:
+        raise ValueError(
+            f"find_symbols: `states` has shape {np.shape(states)}, expected "
+            "[T, d_state] with at least two states."
+        )
+    regions = np.asarray(cell.region(jnp.asarray(states)))
+    visited, code, counts = np.unique(
+        regions, axis=0, return_inverse=True, return_counts=True
+    )
+    order = np.argsort(-counts, kind="stable")
+    code = np.argsort(order)[code.reshape(-1)]
+    pairs = np.zeros((len(visited), len(visited)))
+    np.add.at(pairs, (code[:-1], code[1:]), 1)
+    left = pairs.sum(1, keepdims=True)
+    return Symbols(code, visited[order], pairs / np.where(left > 0, left, 1))

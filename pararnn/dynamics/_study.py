@@ -23,15 +23,16 @@ from .._registry import make_by_name
 from .._specs import parse_spec
 from ..cells import ALRNNCell, make_cell
 from ..solver import AbstractSolver, Auto, check_solver
-from ._draw import draw_reconstruction
-from ._exponent import flow_map, largest_exponent
-from ._fit import Recipe, fit
-from ._forcing import Forcing, GeneralisedForcing, SparseForcing
-from ._measures import spectrum_distance, state_space_divergence
+from ._fit import Forcing, GeneralisedForcing, Recipe, SparseForcing, fit
+from ._measures import (
+    find_symbols,
+    largest_exponent,
+    spectrum_distance,
+    state_space_divergence,
+)
 from ._model import Reconstruction
-from ._symbols import find_symbols
-from ._systems import SYSTEMS, Series, System, simulate
-from ._table import write_table
+from ._report import draw_reconstruction, write_table
+from ._systems import SYSTEMS, Series, System, flow_map, simulate
 
 RESULTS_FILE, TABLE_FILE = "results.jsonl", "results.md"
 FORCINGS = {"sparse": SparseForcing, "generalised": GeneralisedForcing}

@@ -149,3 +149,20 @@ def _integrate(system: System, steps: int, start: Array) -> Array:
         ).ys
 
     return run(start)
+
+
+def flow_map(system: System, *, substeps: int = 4) -> Callable[[Array], Array]:
+    """One interval of a system as a step: Tsit5 with so many equal substeps."""
+    term = diffrax.ODETerm(lambda t, u, _: system.field(u))
+    # The default loop over stages has no forward-mode derivative.
+    solver = diffrax.Tsit5(scan_kind="lax")
+    length = system.interval / substeps
+
+    def step(u: Float[Array, " N"]) -> Float[Array, " N"]:
+        t = jnp.zeros((), u.dtype)
+        for _ in range(substeps):
+            slope = solver.init(term, t, t + length, u, None)
+            u, *_ = solver.step(term, t, t + length, u, None, slope, made_jump=False)
+        return u
+
+    return step

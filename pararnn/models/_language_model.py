@@ -255,3 +255,19 @@ def _check_tokens(tokens, rank: int) -> Array:
             "token given to `model(tokens)`, or a sequence to `model.step`."
         )
     return tokens
+
+
+def cast(module: PyTree, dtype: DTypeLike) -> PyTree:
+    """The real floating-point leaves of a pytree in another dtype.
+
+    **Arguments:** `module`, any pytree, such as a model; `dtype`, real floating point.
+
+    **Raises:** `ValueError` on a dtype that is not.
+    """
+    dtype = check_dtype("cast", dtype)
+
+    def convert(leaf):
+        real = eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if real else leaf
+
+    return jax.tree.map(convert, module)
