@@ -24,12 +24,12 @@ GATES = 4
 class _ReuploadingMap(eqx.Module):
     r"""$y_{gj} = \sum_i \varphi_{gji}(x_i)$, each $\varphi$ a circuit of one qubit.
 
-    One map for all gates: one program for each would compile four times as long.
+    One map serves all gates: one for each would take four times as long to compile.
 
-    A state of one qubit is a point on the sphere, and a rotation of the qubit a
+    A state of one qubit is a point on the sphere, and a rotation of the qubit is a
     rotation of the sphere. The circuit starts at $|+\rangle$, the point (1, 0, 0), and
-    $\langle Z \rangle$ is the third coordinate in the end: the same numbers as by
-    $2 \times 2$ complex matrices, from real ones.
+    $\langle Z \rangle$ is the third coordinate at the end. This needs real numbers
+    only, and equals what $2 \times 2$ complex matrices give.
     """
 
     theta_z: Float[Array, "layers+1 gates out in"]
@@ -47,8 +47,8 @@ class _ReuploadingMap(eqx.Module):
         dtype: DTypeLike,
         key: PRNGKeyArray,
     ):
-        # Glorot's normal law on an array [out, in, layers + 1, 2] for each gate, as in
-        # the authors' package: the trainable rotations start small, frequencies at 1.
+        # Glorot's normal initialisation of an array [out, in, layers + 1, 2] for each
+        # gate, as in the authors' package: rotations start small, frequencies at 1.
         spread = math.sqrt(1 / ((layers + 1) * (d_input + d_output)))
         shape = (2, layers + 1, gates, d_output, d_input)
         angles = spread * jr.normal(key, shape, wide_dtype(dtype))
@@ -59,7 +59,7 @@ class _ReuploadingMap(eqx.Module):
     def __call__(
         self, x: Float[Array, "*time in"]
     ) -> tuple[Float[Array, "*time out"], ...]:
-        """The sums for each gate."""
+        """Return the sums for each gate."""
         x, theta_z, theta_y, w, b = widen(x, self.theta_z, self.theta_y, self.w, self.b)
         x = x[..., None, None, :]
 
@@ -103,18 +103,18 @@ class QKANLSTMCell(AbstractCell):
     $(c, h)$, each `[d_state]`, a layer emits $h$, and the Jacobian is dense.
 
     **Chosen here**: the rotations and $|+\rangle$ are those of the authors' package
-    `qkan`; every pair of an input and a unit has a circuit of its own; there is no
-    affine bias, no weight behind a circuit and no ordinary activation beside it, all
-    of which that package offers. $b_l$ and $\theta^z_l$ are one angle written twice,
+    `qkan`; every pair of an input and a unit has its own circuit; there is no affine
+    bias, no weight after a circuit and no ordinary activation beside it, all of which
+    that package offers. $b_l$ and $\theta^z_l$ are one angle written twice,
     as published.
 
     A step takes `4 * d_state * (d_input + d_state) * layers` sines and cosines, far
-    more work than an LSTM of that width: meant for narrow states.
+    more work than an LSTM of that width, so it is meant for narrow states.
 
     ??? cite "Source"
 
         Hsu et al., "QKAN-LSTM: Quantum-inspired Kolmogorov-Arnold Long Short-term
-        Memory" (2512.05049); the circuit is of Jiang et al., "Quantum Variational
+        Memory" (2512.05049); the circuit is from Jiang et al., "Quantum Variational
         Activation Functions Empower Kolmogorov-Arnold Networks" (2509.14026).
     """
 
@@ -136,16 +136,16 @@ class QKANLSTMCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of $c$ and of $h$; `d_input` if not given.
+        - `d_state`: size of $c$ and of $h$. Defaults to `d_input`.
         - `layers`: $L$, how often each circuit reads its number.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. The angles $\theta$ are normal with variance
             $1 / ((L + 1)(n + d_{state}))$, where $n$ is `d_input` or `d_state`,
             whichever the circuit reads; $w_l = 1$, $b_l = 0$.
 
         **Raises:** `ValueError` on a size or a number of layers that is not a positive
-        integer, a key that is not one, or a dtype that is not floating point.
+        integer, an invalid key, or a dtype that is not floating point.
         """
         self.d_input, self.d_state = check_sizes("QKANLSTMCell", d_input, d_state)
         self.layers = check_size("QKANLSTMCell", "layers", layers)
@@ -178,7 +178,7 @@ class QKANLSTMCell(AbstractCell):
 
     def init_state(self) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
         """Zeros $(c, h)$, each `[d_state]`, at least float32."""
-        # Two buffers: one given twice could not be donated.
+        # Two buffers, since one that appears twice could not be donated.
         dtype = self.of_h.w.dtype
         return zeros(self.d_state, dtype), zeros(self.d_state, dtype)
 
