@@ -1,4 +1,4 @@
-"""Models: layers of either package in residual blocks, and text from them."""
+"""Language models: recurrent layers in residual blocks, and text generation."""
 
 from ._generate import generate as generate
 from ._language_model import LanguageModel as LanguageModel, cast as cast
