@@ -22,7 +22,7 @@ class Layout(NamedTuple):
     bias_hh: tuple[str, ...]  # Empty if the cell holds the sum of both in `bias_ih`.
 
     def groups(self) -> tuple[tuple[str, ...], ...]:
-        """The fields that each of torch's parameters is cut into."""
+        """Return the fields that each of torch's parameters is split into."""
         return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
 
@@ -48,12 +48,12 @@ LAYOUTS = (
 
 
 def suffix(layer: int, backward: bool) -> str:
-    """What torch appends to the name of a parameter."""
+    """Return what torch appends to the name of a parameter."""
     return f"_l{layer}_reverse" if backward else f"_l{layer}"
 
 
 def names(layer: int, backward: bool, bias: bool) -> tuple[str, ...]:
-    """The parameters of one layer in one direction, in torch's order."""
+    """Name the parameters of one layer in one direction, in torch's order."""
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     return tuple(kind + suffix(layer, backward) for kind in kinds[: 4 if bias else 2])
 
@@ -65,13 +65,13 @@ TorchState = (
 
 
 def state_to_torch(layer: Stack, state: PyTree[Array]) -> TorchState:
-    """A state of [`pararnn.interop.from_torch`][]'s layers in torch's arrangement.
+    """Convert a state of [`pararnn.interop.from_torch`][]'s layers to torch's order.
 
     **Arguments:** `layer`, what `from_torch` returned; `state`, of the structure of
     `layer.init_state()`, unbatched.
 
     **Returns:** torch's `h_n`, `[layers * directions, d_state]`, the directions side by
-    side within each layer; of an LSTM the pair `(h_n, c_n)`.
+    side within each layer; for an LSTM the pair `(h_n, c_n)`.
 
     **Raises:** `ValueError` if the structure or a shape is not that of
     `layer.init_state()`.
@@ -93,10 +93,10 @@ def state_to_torch(layer: Stack, state: PyTree[Array]) -> TorchState:
 
 
 def state_from_torch(layer: Stack, state: TorchState) -> PyTree[Array]:
-    """The reverse of [`pararnn.interop.state_to_torch`][]: a state to continue from.
+    """Convert torch's state; the inverse of [`pararnn.interop.state_to_torch`][].
 
     **Arguments:** `layer`, what `from_torch` returned; `state`, torch's `h_0`,
-    `[layers * directions, d_state]`, or of an LSTM `(h_0, c_0)`, arrays, unbatched.
+    `[layers * directions, d_state]`, or `(h_0, c_0)` for an LSTM, as unbatched arrays.
 
     **Returns:** a state of the structure of `layer.init_state()`.
 
@@ -111,7 +111,7 @@ def state_from_torch(layer: Stack, state: TorchState) -> PyTree[Array]:
         given = [jnp.shape(part) for part in parts]
         raise ValueError(
             f"state_from_torch: `state` has shapes {given}, expected {wanted}. Likely "
-            "causes: (a) a batch axis in the middle, as torch has it; use "
+            "causes: (a) a batch axis in the middle, as in torch; use "
             "`jax.vmap` over axis 1, (b) c without h or h without c."
         )
     arrays = [jnp.asarray(part) for part in parts]
