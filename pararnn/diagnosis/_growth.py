@@ -48,7 +48,7 @@ class Growth:
         return self.exponent * steps > 1
 
 
-class _Pushes(NamedTuple):
+class _GrowthState(NamedTuple):
     """The state of the pass; axes: the two kinds of Jacobians, the tangents."""
 
     tangents: Float[Array, "2 tangents width"]
@@ -64,7 +64,7 @@ def measure_growth(problem: CheckedProblem) -> tuple[Growth, Growth]:
     """Return the growth along the solution, and with every Jacobian at `h0`."""
 
     def program(constants, fresh, inputs, h0):
-        return _push(problem.recurrence, (constants, fresh), inputs, h0)
+        return _push_tangents(problem.recurrence, (constants, fresh), inputs, h0)
 
     trees = problem.fresh, problem.xs, problem.h0
     fresh, x_leaves, h0 = (tuple(jtu.tree_leaves(tree)) for tree in trees)
@@ -85,7 +85,7 @@ def measure_growth(problem: CheckedProblem) -> tuple[Growth, Growth]:
     return summary(0), summary(1)
 
 
-def _push(recurrence: Recurrence, parameters, inputs, h0_leaves):
+def _push_tangents(recurrence: Recurrence, parameters, inputs, h0_leaves):
     """Push tangents through the linearised steps, and keep only sums."""
     h0 = recurrence.ravel(h0_leaves)
     shape = (2, 2 * TANGENTS)
@@ -104,15 +104,15 @@ def _push(recurrence: Recurrence, parameters, inputs, h0_leaves):
         return ahead, jax.vmap(push)(tangents)
 
     def body(carry, at_t):
-        h, pushes = carry
+        h, growth = carry
         number, x = at_t
         states = jnp.stack([h, h0])
-        ahead, pushed = jax.vmap(linearised, (0, 0, None))(states, pushes.tangents, x)
-        # `h0` is known, so a perturbation of it is not one of the solution.
+        ahead, pushed = jax.vmap(linearised, (0, 0, None))(states, growth.tangents, x)
+        # `h0` is fixed, so there is no perturbation of it to push.
         stopped = x[1] | (number == 0)
-        return (ahead[0], _follow(pushes, pushed, draw(number), stopped, number)), None
+        return (ahead[0], _update(growth, pushed, draw(number), stopped, number)), None
 
-    start = _Pushes(pool[-1], zero, zero, nowhere, zero, nowhere, nowhere)
+    start = _GrowthState(pool[-1], zero, zero, nowhere, zero, nowhere, nowhere)
     numbers = jnp.arange(inputs[1].shape[0], dtype=jnp.int32)
     (_, end), _ = lax.scan(body, (h0, start), (numbers, inputs))
     # A redrawn tangent does not show the growth since the first state.
@@ -129,7 +129,7 @@ def _directions(shape: tuple[int, ...]) -> np.ndarray:
     return drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
 
 
-def _follow(pushes: _Pushes, pushed, drawn, stopped, number) -> _Pushes:
+def _update(growth: _GrowthState, pushed, drawn, stopped, number) -> _GrowthState:
     """Advance the tangents by one step, and update their growth.
 
     The largest growth between any two states is the largest rise of the summed
@@ -139,19 +139,19 @@ def _follow(pushes: _Pushes, pushed, drawn, stopped, number) -> _Pushes:
     """
     norms = jnp.linalg.norm(pushed, axis=-1)
     log_factor = jnp.where(stopped, 0, jnp.log(norms))
-    rise = jnp.where(stopped, 0, jnp.maximum(pushes.rise + log_factor, 0))
+    rise = jnp.where(stopped, 0, jnp.maximum(growth.rise + log_factor, 0))
     lowest = rise == 0
-    start = jnp.where(lowest, number, pushes.start)
-    higher = rise > pushes.best
+    start = jnp.where(lowest, number, growth.start)
+    higher = rise > growth.best
     redrawn_half = jnp.arange(2 * TANGENTS, dtype=jnp.int32) >= TANGENTS
     lost = stopped | ~((norms > 0) & jnp.isfinite(norms))
     redraw = lost | (lowest & redrawn_half[None])
-    return _Pushes(
+    return _GrowthState(
         tangents=jnp.where(redraw[..., None], drawn, pushed / norms[..., None]),
-        total=pushes.total + log_factor,
+        total=growth.total + log_factor,
         rise=rise,
         start=start,
-        best=jnp.where(higher, rise, pushes.best),
-        first=jnp.where(higher, start, pushes.first),
-        last=jnp.where(higher, number, pushes.last),
+        best=jnp.where(higher, rise, growth.best),
+        first=jnp.where(higher, start, growth.first),
+        last=jnp.where(higher, number, growth.last),
     )

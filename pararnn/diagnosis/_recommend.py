@@ -9,7 +9,7 @@ from ._report import format_duration, format_power, format_steps, plural
 
 # The loop is recommended unless a method needs fewer serial steps by this factor. This
 # is a judgement: a method's step also pushes tangents, and a method takes more memory.
-GAIN = 4
+MIN_SPEEDUP = 4
 
 STRENGTH = {
     Newton: "It converges quadratically, with the exact Jacobian.",
@@ -35,7 +35,7 @@ def recommend(
     converged = {n: m for n, m in methods.items() if m.converged[-1]}
     best = min(converged, key=lambda n: converged[n].serial_steps, default=None)
     steps = sequential.serial_steps
-    if best is None or GAIN * converged[best].serial_steps > steps:
+    if best is None or MIN_SPEEDUP * converged[best].serial_steps > steps:
         solver = Sequential()
         reasons = [
             _why_no_method(best, methods, steps),
