@@ -275,7 +275,7 @@ BAD_ARGUMENTS = {
     "depth": (("slstm",), {"depth": 3}, "`depth` must be a number from 0 to 1, got 3"),
     "no sweeps": (("slstm",), {"sweeps": 0}, "`sweeps` must be a positive integer"),
     "no backbone": (("cfc",), {"d_backbone": 0}, "`d_backbone` must be"),
-    "time alone": (("cfc",), {"d_input": 1, "dt": "input"}, "leaves none besides"),
+    "time alone": (("cfc",), {"d_input": 1, "dt": "input"}, "leaves no other"),
     "zero dt": (TIMED, {"dt": 0}, "`dt` must be a positive finite number, got 0"),
     "infinite dt": (TIMED, {"dt": float("inf")}, "positive finite number, got inf"),
     "dt by step": (TIMED, {"dt": jnp.ones(3)}, "a constant of the cell"),

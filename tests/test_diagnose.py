@@ -19,9 +19,8 @@ from pararnn import (
     diagnose,
     solve,
 )
-from pararnn.diagnosis._methods import default_methods
-from pararnn.diagnosis._options import name_of
-from pararnn.diagnosis._progress import Progress
+from pararnn.diagnosis._diagnose import default_methods
+from pararnn.diagnosis._measure import Progress, name_of
 from tests.problems import CELLS, instance
 
 WEIGHTS = np.array(jr.normal(jr.key(0), (8, 8), "float64")) / 8**0.5

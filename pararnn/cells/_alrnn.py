@@ -30,7 +30,7 @@ class ALRNNCell(AbstractCell):
     $\mathrm{diag}(A) + W \, \mathrm{diag}(1, \dots, 1, [z > 0])$ is dense.
 
     **Without inputs** (`d_input=0`, as in dynamics reconstruction) $C$ is empty, and a
-    layer takes `xs=jnp.zeros((T, 0))`, which has a length and no numbers.
+    layer takes `xs=jnp.zeros((T, 0))`, which has a length but no numbers.
 
     ??? cite "Source"
 
@@ -58,18 +58,18 @@ class ALRNNCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input; 0 for a system without inputs.
-        - `d_state`: size of the state; `d_input` if not given.
+        - `d_state`: size of the state. Defaults to `d_input`.
         - `rectified`: how many units, the last ones, are rectified: 0 (a linear
-            recurrence) to `d_state` (the [`pararnn.PLRNNCell`][]). A tenth of the
-            units, at least one, if not given: the paper takes 2 of 20 for the Lorenz
-            attractor.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
-        - `key`: a key of `jax.random`. The parameters are drawn as those of
+            recurrence) to `d_state` (the [`pararnn.PLRNNCell`][]). Defaults to a
+            tenth of the units, but at least one. The paper takes 2 of 20 for the
+            Lorenz attractor.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
+        - `key`: a key of `jax.random`. The parameters are drawn like those of
             [`pararnn.PLRNNCell`][].
 
         **Raises:** `ValueError` on a size that is not an integer or too small,
-        `rectified` above `d_state`, a key that is not one, or a dtype that is not
+        `rectified` above `d_state`, an invalid key, or a dtype that is not
         floating point.
         """
         self.d_input, self.d_state = check_autonomous_sizes(
@@ -80,9 +80,9 @@ class ALRNNCell(AbstractCell):
         self.rectified = check_size("ALRNNCell", "rectified", rectified, least=0)
         if self.rectified > self.d_state:
             raise ValueError(
-                f"ALRNNCell: `rectified` = {rectified} units of `d_state` = "
-                f"{self.d_state} cannot be rectified. Likely cause: the two are "
-                "swapped. Choose `rectified` from 0 to `d_state`."
+                f"ALRNNCell: `rectified` = {rectified} is more than `d_state` = "
+                f"{self.d_state}. Likely cause: the two are swapped. Choose "
+                "`rectified` from 0 to `d_state`."
             )
         dtype = check_dtype("ALRNNCell", dtype)
         check_key("ALRNNCell", key)
@@ -111,7 +111,7 @@ class ALRNNCell(AbstractCell):
     def region(
         self, state: Float[Array, "*time d_state"]
     ) -> Bool[Array, "*time rectified"]:
-        """Which linear map the step from a state is: the symbol of that state.
+        """Return which linear map steps from a state: the symbol of that state.
 
         **Arguments:** `state`, `[..., d_state]`, floating point, for instance all
         states of a sequence.

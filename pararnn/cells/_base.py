@@ -1,4 +1,4 @@
-"""What a cell of this library is: one step of a recurrence, in two parts."""
+"""The interface of cells: one step of a recurrence, in two parts."""
 
 import abc
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, Bool, Float, PyTree
 
-# One array for each gate. A single array that `update` slices measured five times
-# slower on CPU: XLA does not vectorise the slices inside a loop.
+# One array for each gate. Slicing a single array in `update` is five times slower on
+# CPU, where XLA does not vectorise slices inside a loop.
 Gates = tuple[Float[Array, "*time _"], ...]
 
 
 class AbstractCell(eqx.Module):
     r"""One step $h_t = f(h_{t-1}, x_t)$, unbatched, called as `cell(state, x)`.
 
-    The step is cut in two, `update(state, gates(x))`, because the matrix products with
-    the input need no state: a layer does them for the whole sequence at once, and only
-    the rest is stepped, or solved for. A subclass of this is a convenience, not a
-    requirement: any callable `f(h, x) -> h` is a cell to the solvers.
+    The step is split in two, `update(state, gates(x))`, because the matrix products
+    with the input need no state: a layer computes them for the whole sequence at once,
+    and only the rest is stepped or solved for. Subclassing is a convenience, not a
+    requirement: the solvers take any callable `f(h, x) -> h`.
 
     **Attributes:** `d_input` and `d_state`, the sizes of the input and of each array of
     the state.
@@ -28,11 +28,11 @@ class AbstractCell(eqx.Module):
 
     @abc.abstractmethod
     def gates(self, x: Float[Array, "*time d_input"]) -> Gates:
-        """The part of the step that depends on the input only.
+        """Compute the part of the step that depends only on the input.
 
         Law: it acts on the last axis alone, so `gates(xs)[t] == gates(xs[t])`.
 
-        **Arguments:** `x`, `[..., d_input]`, floating point; leading axes are free.
+        **Arguments:** `x`, `[..., d_input]`, floating point, with any leading axes.
 
         **Returns:** a tuple with an array for each gate, `[..., d_state]` unless the
         cell says otherwise, in the promoted dtype of `x` and the parameters, and at
@@ -45,24 +45,24 @@ class AbstractCell(eqx.Module):
     def update(
         self, state: PyTree[Float[Array, " d_state"]], gates: Gates
     ) -> PyTree[Float[Array, " d_state"]]:
-        """The next state, from the state and what `gates` made of one input.
+        """Return the next state, from the state and the gates of one input.
 
         **Arguments:** `state`, of the structure of `init_state()`; `gates`, of one
         input.
 
-        **Returns:** the next state, in the dtype of `state`. The arithmetic between is
-        in the promoted dtype of everything involved, and at least float32.
+        **Returns:** the next state, in the dtype of `state`. The arithmetic is in the
+        promoted dtype of everything involved, and at least float32.
         """
 
     @abc.abstractmethod
     def init_state(self) -> PyTree[Float[Array, " d_state"]]:
-        """The fresh state: zeros, in the parameters' dtype, and at least float32."""
+        """Return the fresh state: zeros in the parameters' dtype, at least float32."""
 
     @abc.abstractmethod
     def output(
         self, state: PyTree[Float[Array, " d_state"]]
     ) -> Float[Array, " d_state"]:
-        """What a layer emits of a state, `[d_state]`."""
+        """Return what a layer emits for a state, `[d_state]`."""
 
     def guess(
         self,
@@ -70,18 +70,17 @@ class AbstractCell(eqx.Module):
         state: PyTree[Float[Array, " d_state"]],
         reset: Bool[Array, " T"] | None = None,
     ) -> PyTree[Float[Array, "T d_state"]] | None:
-        """A trajectory for a parallel solve to start from, if the cell knows one.
+        """Return a trajectory for a parallel solve to start from, or `None`.
 
-        Only speed depends on it, and [`pararnn.RNN`][] calls it. A cell whose state has
-        parts that are linear, or otherwise solved by a scan, once the rest is known
-        overrides it.
+        [`pararnn.RNN`][] calls it, and only speed depends on it. Override it if parts
+        of the state are linear, or can be solved by a scan, once the rest is known.
 
         **Arguments:** `gates`, of all inputs, arrays `[T, ...]`; `state`, before
-        the first step; `reset`, bool `[T]`, where true a step starts from
+        the first step; `reset`, bool `[T]`: where true, a step starts from
         `init_state()`.
 
         **Returns:** states `[T, d_state]` of the structure and dtypes of `state`; or
-        `None`, the default, with which a solver starts as it likes.
+        `None`, the default, with which the solver makes its own guess.
         """
         del gates, state, reset
         return None

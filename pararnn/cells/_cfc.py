@@ -42,8 +42,8 @@ class CfCCell(AbstractCell):
     ??? cite "Source"
 
         Hasani et al., "Closed-form continuous-time neural networks", Nature Machine
-        Intelligence 4 (2022; 2106.13898). Of the variants, the one with the gate; the
-        backbone is a layer of the released code, `mlech26l/ncps`, whose $f \Delta t$
+        Intelligence 4 (2022; 2106.13898). This is the variant with the gate. The
+        backbone is a layer of the released code, `mlech26l/ncps`. There $f \Delta t$
         has a second network for an offset, which is part of $f$ where $\Delta t$ = 1.
     """
 
@@ -73,21 +73,21 @@ class CfCCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of the state; `d_input` if not given.
-        - `d_backbone`: size of $u$; `d_state` if not given (128 in the released code).
+        - `d_state`: size of the state. Defaults to `d_input`.
+        - `d_backbone`: size of $u$. Defaults to `d_state` (128 in the released code).
         - `dt`: $\Delta t$, the time between two steps; or `"input"`, for steps at any
-            times: the last feature of each input is then the time since the step
-            before, and the networks see the other `d_input - 1`.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+            times: the last feature of each input is then the time since the previous
+            step, and the networks see the other `d_input - 1`.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. Matrices are drawn uniformly from
-            $\pm \sqrt{6 / (\text{fan-in} + \text{fan-out})}$, with `features + d_state`
-            the fan-in of both $B$, and biases from one over the root of their fan-in,
+            $\pm \sqrt{6 / (\text{fan-in} + \text{fan-out})}$, where the fan-in of both
+            $B$ is `features + d_state`, and biases from $\pm 1 / \sqrt{\text{fan-in}}$,
             as in the released code.
 
         **Raises:** `ValueError` on a size that is not a positive integer, a `dt` that
-        is neither a positive number nor `"input"`, an input that is the time alone, a
-        key that is not one, or a dtype that is not floating point.
+        is neither a positive number nor `"input"`, an input that is only the time,
+        an invalid key, or a dtype that is not floating point.
         """
         where = "CfCCell"
         self.d_input, self.d_state = check_sizes(where, d_input, d_state)
@@ -99,8 +99,8 @@ class CfCCell(AbstractCell):
         if not features:
             raise ValueError(
                 f"{where}: with `dt='input'` the last feature of an input is the time, "
-                "and `d_input` = 1 leaves none besides. Pass the number of features "
-                "with the time among them for `d_input`, or a constant for `dt`."
+                "so `d_input` = 1 leaves no other. Count the time in `d_input`, or "
+                "pass a constant for `dt`."
             )
         dtype = check_dtype(where, dtype)
         check_key(where, key)

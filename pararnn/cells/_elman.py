@@ -28,12 +28,12 @@ class ElmanCell(AbstractCell):
 
     $$h_t = \tanh(W x_t + U h_{t-1} + b)$$
 
-    or with $\max(\cdot, 0)$ for $\tanh$. The state is $h$, `[d_state]`.
+    or with $\max(\cdot, 0)$ instead of $\tanh$. The state is $h$, `[d_state]`.
 
     ??? cite "Source"
 
-        Elman, "Finding structure in time", Cognitive Science 14 (1990); initialised as
-        `torch.nn.RNN`.
+        Elman, "Finding structure in time", Cognitive Science 14 (1990); initialised
+        like `torch.nn.RNN`.
     """
 
     W: Float[Array, "d_state d_input"]
@@ -55,15 +55,15 @@ class ElmanCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of the state; `d_input` if not given.
+        - `d_state`: size of the state. Defaults to `d_input`.
         - `activation`: `"tanh"` or `"relu"`.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. All parameters are drawn uniformly from
             $\pm 1 / \sqrt{d_{state}}$.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, another
-        activation, a key that is not one, or a dtype that is not floating point.
+        **Raises:** `ValueError` on a size that is not a positive integer, an unknown
+        activation, an invalid key, or a dtype that is not floating point.
         """
         self.d_input, self.d_state = check_sizes("ElmanCell", d_input, d_state)
         if activation not in ACTIVATIONS:

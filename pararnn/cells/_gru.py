@@ -31,8 +31,8 @@ class GRUCell(AbstractCell):
     h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
     \end{aligned}$$
 
-    The state is $h$, `[d_state]`, and the Jacobian dense, or one block for each head
-    where there are several. The parameters of one head are the row blocks of torch's
+    The state is $h$, `[d_state]`. The Jacobian is dense, or has one block for each head
+    if there are several. With one head, the parameters are the row blocks of torch's
     `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0` and `bias_hh_l0`, in the order r, z, n.
 
     ??? cite "Source"
@@ -71,17 +71,17 @@ class GRUCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of the state; `d_input` if not given.
+        - `d_state`: size of the state. Defaults to `d_input`.
         - `heads`: the recurrent matrices are block-diagonal with this many blocks, each
             `[d_state // heads, d_state // heads]`; it must divide `d_state`.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. All parameters are drawn uniformly from
-            $\pm 1 / \sqrt{d_{state}}$, as in torch, and blocks from $\pm 1$ over the
-            root of their own width.
+            $\pm 1 / \sqrt{d_{state}}$, as in torch; those of several heads from
+            $\pm 1$ over the root of a block's width.
 
         **Raises:** `ValueError` on a size that is not a positive integer, heads that
-        do not divide `d_state`, a key that is not one, or a dtype that is not floating
+        do not divide `d_state`, an invalid key, or a dtype that is not floating
         point.
         """
         self.d_input, self.d_state = check_sizes("GRUCell", d_input, d_state)

@@ -19,26 +19,26 @@ from .._parameters import (
 )
 from ._base import AbstractCell
 
-# Ten squarings of a matrix that holds squares of singular values, and a norm of it that
-# squares them once more: the order of the norm below, 2^12. It exceeds the largest
+# A matrix of squared singular values is squared ten times, and its norm squares them
+# once more, so the order of the norm below is 2^12. The norm exceeds the largest
 # singular value of a 1024 x 1024 matrix by less than 0.2%. At 256 x 256 in float32 it
-# took 2.6 ms on two CPU cores, a singular value decomposition 17.5 ms.
+# took 2.6 ms on two CPU cores, and a singular value decomposition took 17.5 ms.
 SQUARINGS = 10
 
 
 def spectral_norm(weight: Float[Array, "out in"]) -> Float[Array, ""]:
-    r"""The largest singular value, from above, by power iteration.
+    r"""Bound the largest singular value from above, by power iteration.
 
     $$\sigma_{max}(W) \le \Big(\sum_i \sigma_i^p\Big)^{1/p}
         = \lVert (W W^T)^{p / 4} \rVert_F^{2 / p} \le n^{1 / p} \sigma_{max}(W)$$
 
-    Squaring the matrix iterates all vectors at once. The iterates of one vector
-    approach the norm from below, and a weight divided by them could still expand;
-    unlike that of a decomposition, this derivative exists where singular values
+    Squaring the matrix iterates all vectors at once. The iterates of one vector would
+    approach the norm from below, and a weight divided by them could still expand.
+    Unlike the derivative of a decomposition, this one exists where singular values
     coincide.
     """
     largest = lax.stop_gradient(jnp.max(jnp.abs(weight)))
-    # What zeros are divided by does not matter, as long as it is not 0.
+    # A matrix of zeros may be divided by anything except 0.
     scale = jnp.where(largest > 0, largest, 1)
     weight = jnp.where(largest > 0, weight / scale, 1)
     rows, columns = weight.shape
@@ -59,13 +59,13 @@ def _product(a: Array, b: Array) -> Array:
 
 
 class ICLRNNCell(AbstractCell):
-    r"""The input convex Lipschitz recurrent cell: each step is convex, none expands.
+    r"""The input convex Lipschitz recurrent cell: every step is convex, none expands.
 
     $$h_t = \max\left(\frac{W}{\sigma(W)} x_t + \frac{|U|}{\sigma(|U|)} h_{t-1} + b,
         \, 0\right)$$
 
-    with $\sigma$ the largest singular value, less than 0.2% too large for up to 1024
-    of them. The state is $h$, `[d_state]`, and the Jacobian dense.
+    where $\sigma$ exceeds the largest singular value by less than 0.2%, for up to 1024
+    of these. The state is $h$, `[d_state]`, and the Jacobian dense.
 
     - **Convex**: every unit is a convex function of $(x_t, h_{t-1})$, and of all
         inputs so far and the first state, since $|U| \ge 0$ and the rectifier is
@@ -73,10 +73,10 @@ class ICLRNNCell(AbstractCell):
     - **Lipschitz**: $\lVert \Delta h_t \rVert_2 \le \lVert \Delta x_t \rVert_2 + \lVert
         \Delta h_{t-1} \rVert_2$, so a perturbation of the state never grows.
 
-    The published model makes $W$ nonnegative too and gives it $(x, -x)$, which can
+    The published model also makes $W$ nonnegative and gives it $(x, -x)$, which can
     express no more than a $W$ of any sign. It clips and divides after each training
-    step, where the modulus and the division here are part of the cell: any parameters
-    will do, and a weight that reached 0 can leave it.
+    step. Here the modulus and the division are part of the cell: any parameters are
+    valid, and a weight that reached 0 can leave it.
 
     ??? cite "Source"
 
@@ -101,14 +101,14 @@ class ICLRNNCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of the state; `d_input` if not given.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `d_state`: size of the state. Defaults to `d_input`.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. All parameters are drawn uniformly from
             $\pm 1 / \sqrt{d_{state}}$; the scale of the matrices is divided out.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, a key that is
-        not one, or a dtype that is not floating point.
+        **Raises:** `ValueError` on a size that is not a positive integer, an invalid
+        key, or a dtype that is not floating point.
         """
         self.d_input, self.d_state = check_sizes("ICLRNNCell", d_input, d_state)
         dtype = check_dtype("ICLRNNCell", dtype)
@@ -127,8 +127,8 @@ class ICLRNNCell(AbstractCell):
         x = check_input("ICLRNNCell", x, self.d_input)
         W, U = widen(self.W, self.U)
         g = affine(W / spectral_norm(W), x, self.b)
-        # A norm is as much work as some `10 * d_state` steps. Among the gates it is
-        # found once for a whole sequence.
+        # A norm costs as much as about `10 * d_state` steps. As a gate, it is computed
+        # once for a whole sequence.
         divisor = spectral_norm(jnp.abs(U)).astype(g.dtype)
         return g, jnp.broadcast_to(divisor, g.shape)
 

@@ -22,7 +22,7 @@ from ._base import AbstractCell
 
 
 class LEMCell(AbstractCell):
-    r"""Long Expressive Memory: two states, each with step sizes that it learns.
+    r"""Long Expressive Memory: two states with learned step sizes.
 
     $$\begin{aligned}
     \Delta_{1,t} &= \Delta t \, \sigma(W_1 y_{t-1} + V_1 x_t + b_1), \quad
@@ -69,16 +69,16 @@ class LEMCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of $z$ and of $y$; `d_input` if not given.
-        - `dt`: $\Delta t$, the largest step size, a constant. Up to 1 both states stay
-            in [-1, 1]; the smaller, the longer they last.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `d_state`: size of $z$ and of $y$. Defaults to `d_input`.
+        - `dt`: $\Delta t$, the largest step size, a constant. Up to 1, both states stay
+            in [-1, 1]. The smaller it is, the longer the states last.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. All parameters are drawn uniformly from
             $\pm 1 / \sqrt{d_{state}}$, as in the released code, `tk-rusch/LEM`.
 
         **Raises:** `ValueError` on a size that is not a positive integer, a `dt` that
-        is not a positive number, a key that is not one, or a dtype that is not floating
+        is not a positive number, an invalid key, or a dtype that is not floating
         point.
         """
         self.d_input, self.d_state = check_sizes("LEMCell", d_input, d_state)
@@ -98,7 +98,7 @@ class LEMCell(AbstractCell):
     def gates(
         self, x: Float[Array, "*time d_input"]
     ) -> tuple[Float[Array, "*time d_state"], ...]:
-        """`V x + b` of both step sizes, z and y; see
+        """`V x + b` for both step sizes, z and y; see
         [`pararnn.AbstractCell.gates`][]."""
         x = check_input("LEMCell", x, self.d_input)
         return (
@@ -125,7 +125,7 @@ class LEMCell(AbstractCell):
 
     def init_state(self) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
         """Zeros $(z, y)$, each `[d_state]`, at least float32."""
-        # Two buffers: one given twice could not be donated.
+        # Two buffers, since one that appears twice could not be donated.
         return zeros(self.d_state, self.W_1.dtype), zeros(self.d_state, self.W_1.dtype)
 
     def output(

@@ -34,15 +34,15 @@ class LSTMCell(AbstractCell):
     \end{aligned}$$
 
     The state is the tuple $(c, h)$, each `[d_state]` (torch and Equinox order it
-    $(h, c)$), and a layer emits $h$. The Jacobian is dense, or one block for each head
-    where there are several. The parameters of one head are the row blocks of torch's
-    `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0` and `bias_hh_l0`, in the order i, f, g,
-    o.
+    $(h, c)$), and a layer emits $h$. The Jacobian is dense, or has one block for each
+    head if there are several. With one head, the parameters are the row blocks of
+    torch's `weight_ih_l0`, `weight_hh_l0`, `bias_ih_l0` and `bias_hh_l0`, in the order
+    i, f, g, o.
 
     ??? cite "Source"
 
         Hochreiter & Schmidhuber, "Long short-term memory", Neural Computation 9 (1997);
-        the forget gate is of Gers et al., Neural Computation 12 (2000). Heads: Pöppel
+        the forget gate is from Gers et al., Neural Computation 12 (2000). Heads: Pöppel
         et al., "FlashRNN: I/O-Aware Optimization of Traditional RNNs on modern
         hardware" (2412.07752).
     """
@@ -79,17 +79,17 @@ class LSTMCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of $c$ and of $h$; `d_input` if not given.
+        - `d_state`: size of $c$ and of $h$. Defaults to `d_input`.
         - `heads`: the recurrent matrices are block-diagonal with this many blocks, each
             `[d_state // heads, d_state // heads]`; it must divide `d_state`.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. All parameters are drawn uniformly from
-            $\pm 1 / \sqrt{d_{state}}$, as in torch, and blocks from $\pm 1$ over the
-            root of their own width.
+            $\pm 1 / \sqrt{d_{state}}$, as in torch; those of several heads from
+            $\pm 1$ over the root of a block's width.
 
         **Raises:** `ValueError` on a size that is not a positive integer, heads that
-        do not divide `d_state`, a key that is not one, or a dtype that is not floating
+        do not divide `d_state`, an invalid key, or a dtype that is not floating
         point.
         """
         self.d_input, self.d_state = check_sizes("LSTMCell", d_input, d_state)
@@ -145,7 +145,7 @@ class LSTMCell(AbstractCell):
 
     def init_state(self) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
         """Zeros $(c, h)$, each `[d_state]`, at least float32."""
-        # Two buffers: one given twice could not be donated.
+        # Two buffers, since one that appears twice could not be donated.
         return zeros(self.d_state, self.W_hi.dtype), zeros(
             self.d_state, self.W_hi.dtype
         )

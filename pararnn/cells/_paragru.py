@@ -63,17 +63,17 @@ class ParaGRUCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of the state; `d_input` if not given.
+        - `d_state`: size of the state. Defaults to `d_input`.
         - `heads`: the input matrices $B$ are block-diagonal with this many blocks; it
             must divide both sizes.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. Each group of parameters is drawn uniformly from
             $\pm 1 / \sqrt{\text{fan-in}}$: the fan-in of $B$ and $b$ is
             `d_input // heads`, and that of $a$ is 1, so that $|a| \le 1$.
 
         **Raises:** `ValueError` on a size that is not a positive integer, heads that
-        do not divide the sizes, a key that is not one, or a dtype that is not floating
+        do not divide the sizes, an invalid key, or a dtype that is not floating
         point.
         """
         self.d_input, self.d_state = check_sizes("ParaGRUCell", d_input, d_state)
@@ -96,7 +96,7 @@ class ParaGRUCell(AbstractCell):
     def gates(
         self, x: Float[Array, "*time d_input"]
     ) -> tuple[Float[Array, "*time d_state"], ...]:
-        """`B x + b` of z, r and n; see [`pararnn.AbstractCell.gates`][]."""
+        """`B x + b` for z, r and n; see [`pararnn.AbstractCell.gates`][]."""
         x = check_input("ParaGRUCell", x, self.d_input)
         return (
             affine(self.B_z, x, self.b_z),

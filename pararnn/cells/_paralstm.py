@@ -66,18 +66,18 @@ class ParaLSTMCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of $c$ and of $h$; `d_input` if not given.
+        - `d_state`: size of $c$ and of $h$. Defaults to `d_input`.
         - `heads`: the input matrices $B$ are block-diagonal with this many blocks; it
             must divide both sizes.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. Each group of parameters is drawn uniformly from
             $\pm 1 / \sqrt{\text{fan-in}}$: the fan-in of $B$ and $b$ is
             `d_input // heads`, that of $a_c$ is 1 and that of the gates' $a$ and $p$ is
             2 ($h$ and $c$), so that all $|a|, |p| \le 1$.
 
         **Raises:** `ValueError` on a size that is not a positive integer, heads that
-        do not divide the sizes, a key that is not one, or a dtype that is not floating
+        do not divide the sizes, an invalid key, or a dtype that is not floating
         point.
         """
         self.d_input, self.d_state = check_sizes("ParaLSTMCell", d_input, d_state)
@@ -103,7 +103,7 @@ class ParaLSTMCell(AbstractCell):
     def gates(
         self, x: Float[Array, "*time d_input"]
     ) -> tuple[Float[Array, "*time d_state"], ...]:
-        """`B x + b` of f, c and o; see [`pararnn.AbstractCell.gates`][]."""
+        """`B x + b` for f, c and o; see [`pararnn.AbstractCell.gates`][]."""
         x = check_input("ParaLSTMCell", x, self.d_input)
         return (
             affine(self.B_f, x, self.b_f),
@@ -122,14 +122,14 @@ class ParaLSTMCell(AbstractCell):
         )
         f = sigmoid(a_f * h + p_f * c + g_f)
         c = f * c + (1 - f) * jnp.tanh(a_c * h + g_c)
-        # The peephole of the output gate looks at the new c.
+        # The peephole of the output gate sees the new c.
         o = sigmoid(a_o * h + p_o * c + g_o)
         h = o * jnp.tanh(c)
         return c.astype(state[0].dtype), h.astype(state[1].dtype)
 
     def init_state(self) -> tuple[Float[Array, " d_state"], Float[Array, " d_state"]]:
         """Zeros $(c, h)$, each `[d_state]`, at least float32."""
-        # Two buffers: one given twice could not be donated.
+        # Two buffers, since one that appears twice could not be donated.
         return zeros(self.d_state, self.a_f.dtype), zeros(self.d_state, self.a_f.dtype)
 
     def output(

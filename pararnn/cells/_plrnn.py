@@ -21,7 +21,7 @@ from ._base import AbstractCell
 
 
 def check_autonomous_sizes(where: str, d_input, d_state) -> tuple[int, int]:
-    """Both sizes, of which that of the input may be 0."""
+    """Check both sizes; that of the input may be 0."""
     d_input = check_size(where, "d_input", d_input, least=0)
     if d_state is None and d_input == 0:
         raise ValueError(
@@ -35,7 +35,7 @@ def check_autonomous_sizes(where: str, d_input, d_state) -> tuple[int, int]:
 def draw_piecewise_linear(
     key: PRNGKeyArray, d_input: int, d_state: int, dtype: DTypeLike
 ) -> tuple[Array, Array, Array, Array]:
-    """`A`, `W`, `h` and `C` as the published code of both cells draws them."""
+    """Draw `A`, `W`, `h` and `C` as the published code of both cells does."""
     decays, weights, inputs = jr.split(key, 3)
     wide = wide_dtype(dtype)
     R = jr.normal(decays, (d_state, d_state), wide)
@@ -57,7 +57,7 @@ class PLRNNCell(AbstractCell):
     where the spectral radius of that matrix stays above 1, $z$ grows without limit.
 
     **Without inputs** (`d_input=0`, as in dynamics reconstruction) $C$ is empty, and a
-    layer takes `xs=jnp.zeros((T, 0))`, which has a length and no numbers.
+    layer takes `xs=jnp.zeros((T, 0))`, which has a length but no numbers.
 
     ??? cite "Source"
 
@@ -85,16 +85,16 @@ class PLRNNCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input; 0 for a system without inputs.
-        - `d_state`: size of the state; `d_input` if not given.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `d_state`: size of the state. Defaults to `d_input`.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. $A$ is the diagonal of $K / \lambda_{max}(K)$
             with $K = R^T R / d_{state} + I$ and $R \sim N(0, 1)$, so that
             $0 < A \le 1$; $W \sim 0.01\, N(0, 1)$; $h = 0$; $C$ is uniform in
             $\pm\sqrt{6 / (d_{state} + d_{input})}$.
 
-        **Raises:** `ValueError` on a size that is not an integer or too small, a key
-        that is not one, or a dtype that is not floating point.
+        **Raises:** `ValueError` on a size that is not an integer or too small, an
+        invalid key, or a dtype that is not floating point.
         """
         self.d_input, self.d_state = check_autonomous_sizes(
             "PLRNNCell", d_input, d_state

@@ -46,10 +46,10 @@ def make_cell(
     key: PRNGKeyArray,
     **options: Any,
 ) -> AbstractCell:
-    """The cell of a name in `pararnn.CELLS`.
+    """Make a cell by its name in `pararnn.CELLS`.
 
     **Arguments:** `name`; `d_input`, the size of an input; `d_state`, the size of each
-    array of the state, `d_input` if not given; `key`, a key of `jax.random`; `options`,
+    array of the state, by default `d_input`; `key`, a key of `jax.random`; `options`,
     further arguments of the cell's constructor.
 
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and

@@ -23,8 +23,8 @@ from .._parameters import (
     widen,
     zeros,
 )
+from ..scan import Diagonal, linear_scan, max_plus_scan
 from ._base import AbstractCell
-from ._slstm_scan import decay_of, scan_gates
 
 # c, n, m and h.
 State = tuple[
@@ -35,9 +35,9 @@ State = tuple[
 ]
 
 
-# Newton's steps by the number of sweeps that they start from, none being a start from a
-# few steps of the cell ("-": not in 60). T = 2048, 32 units of float32, R uniform, and
-# three times that; by segments:
+# Newton's steps, by the number of sweeps that made the initial guess. Without sweeps it
+# is a few steps of the cell; "-" is more than 60. T = 2048, 32 units of float32, R
+# uniform or three times that:
 #
 # | heads, R     | segments | 0  | 1  | 2  | 3 | 5 | 8 |
 # |--------------|----------|----|----|----|---|---|---|
@@ -50,11 +50,16 @@ State = tuple[
 # | 32, 3 times  | 2048     | -  | -  | -  | - | - | - |
 # | 32, 3 times  | 64       | 26 | 9  | 9  | 8 | 8 | 7 |
 #
-# Started from the cell's own steps, m is wrong by what hundreds of steps would add up
-# to, and stands in the exponents: iterates overflow (3 million entries in the row of 4
-# heads, three times R). A sweep took 1 ms on the CPU; a step of Newton's method 2 to 40
-# ms with blocks of 4 x 4, and 20 to 300 ms with blocks of 32 x 32.
+# Without sweeps, m misses what hundreds of steps add up to. As m stands in exponents,
+# iterates overflow (3 million entries in the row of 4 heads, three times R). A sweep
+# took 1 ms on the CPU; a step of Newton's method took 2 to 40 ms with blocks of 4 x 4,
+# and 20 to 300 ms with blocks of 32 x 32.
 SWEEPS = 5
+
+# The stabiliser of a state that holds nothing: below any other, and finite.
+NOTHING = -1e30
+# An exponential up to here, and its product with another, are finite in float32.
+LARGEST = 80.0
 
 
 class SLSTMCell(AbstractCell):
@@ -79,15 +84,16 @@ class SLSTMCell(AbstractCell):
     each head.
 
     The normaliser is the paper's $c/n$, neither $c/\max(n, 1)$ nor $c/(n + \epsilon)$.
-    Where $n_{t-1} = 0$, nothing is stored that $m$ could be the scale of, and
-    $m_t = \tilde\imath_t$, as in the released code. From a fresh state $n_t \ge 1$ and
-    $|h_t| < 1$ follow, whatever the gates. There $b_i$ scales $c$ and $n$ alike, and
-    only matters for a state that was given.
+    Where $n_{t-1} = 0$, the state holds nothing for $m$ to scale, and
+    $m_t = \tilde\imath_t$, as in the released code. From a fresh state, $n_t \ge 1$ and
+    $|h_t| < 1$ for any gates. There $b_i$ scales $c$ and $n$ alike: it only matters
+    for a state that is passed in.
 
     ??? cite "Source"
 
         Beck et al., "xLSTM: Extended Long Short-Term Memory" (2405.04517); initialised
-        as its released code, `NX-AI/xlstm`, with `bias_init="powerlaw_blockdependent"`.
+        like its released code, `NX-AI/xlstm`, with
+        `bias_init="powerlaw_blockdependent"`.
     """
 
     W_i: Float[Array, "d_state d_input"]
@@ -124,27 +130,27 @@ class SLSTMCell(AbstractCell):
         r"""**Arguments:**
 
         - `d_input`: size of the input.
-        - `d_state`: size of each array of the state; `d_input` if not given.
+        - `d_state`: size of each array of the state. Defaults to `d_input`.
         - `heads`: the recurrent matrices $R$ are block-diagonal with this many blocks;
             it must divide `d_state`. With `heads=d_state` they are diagonal.
-        - `forget`: `"sigmoid"`, or `"exponential"`, with which $m$ may grow with time
-            without bound, and lose its digits to it.
-        - `recurrence`: what $R$ starts from: `"zeros"`, as released, or `"uniform"`
-            within one over the root of a block's width.
-        - `depth`: where the cell stands in a stack of layers, from 0, the first, to 1,
-            the last; only the initial forget biases depend on it.
+        - `forget`: `"sigmoid"`, or `"exponential"`, with which $m$ may grow without
+            bound over time, and lose precision.
+        - `recurrence`: the initial $R$: `"zeros"`, as in the released code, or
+            `"uniform"`, within one over the root of a block's width.
+        - `depth`: the position of the layer in a stack, from 0 for the first to 1 for
+            the last. Only the initial forget biases depend on it.
         - `sweeps`: how often `guess` goes over the sequence.
-        - `dtype`: of the parameters; JAX's default floating point if not given. 16-bit
-            parameters have a float32 state.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype. 16-bit parameters have a float32 state.
         - `key`: a key of `jax.random`. $W$ is normal with variance
             $2 / (5 d_{input})$. The forget biases of a head of $s$ units are
             $5 - 12 (j / (s - 1))^{0.3 + 1.3\,depth}$, $j = 0 \dots s - 1$ (all units
-            count as one head where each is a head of its own), or their
+            count as one head if `heads=d_state`), or their
             $\log \sigma$ for the exponential gate; the other biases are zero.
 
         **Raises:** `ValueError` on a size that is not a positive integer, heads that
-        do not divide `d_state`, an unknown choice, a depth outside of [0, 1], a key
-        that is not one, or a dtype that is not floating point.
+        do not divide `d_state`, an unknown choice, a depth outside of [0, 1], an
+        invalid key, or a dtype that is not floating point.
         """
         where = "SLSTMCell"
         self.d_input, self.d_state = check_sizes(where, d_input, d_state)
@@ -154,7 +160,7 @@ class SLSTMCell(AbstractCell):
         if not is_number(depth) or not 0 <= depth <= 1:
             raise ValueError(
                 f"{where}: `depth` must be a number from 0 to 1, got {depth!r}. Likely "
-                "cause: the index of a layer; divide it by the number of layers less 1."
+                "cause: a layer's index; divide it by the number of layers minus 1."
             )
         self.forget, self.sweeps = forget, check_size(where, "sweeps", sweeps)
         dtype = check_dtype(where, dtype)
@@ -198,12 +204,12 @@ class SLSTMCell(AbstractCell):
         i, log_f, z, o = self._with_memory(values, h)
         fresh = n == 0
         before, m = m, jnp.where(fresh, i, jnp.maximum(log_f + m, i))
-        decay, added = decay_of(log_f, before, m), jnp.exp(i - m)
+        decay, added = _stabilised_forget(log_f, before, m), jnp.exp(i - m)
         c, n = decay * c + added * z, decay * n + added
         return _cast((c, n, m, o * c / n), state)
 
     def _with_memory(self, gates, h):
-        """The gates' values, `h` being the output of the step before."""
+        """Return the gates' values, given the output `h` of the previous step."""
         g_i, g_f, g_z, g_o, h, R_i, R_f, R_z, R_o = widen(
             *gates, h, self.R_i, self.R_f, self.R_z, self.R_o
         )
@@ -221,11 +227,11 @@ class SLSTMCell(AbstractCell):
         state: State,
         reset: Bool[Array, " T"] | None = None,
     ) -> State:
-        """All states by scans, `sweeps` times, each with the $h$ of the time before.
+        """Compute all states by scans, `sweeps` times, each with the last sweep's $h$.
 
-        See [`pararnn.AbstractCell.guess`][]. The first time $h$ is that of `state`. The
-        gates depend on the step before only through $R h$: each sweep makes one more
-        step exact, and the first makes all of them so where $R$ is zero.
+        See [`pararnn.AbstractCell.guess`][]. The first sweep uses the $h$ of `state`.
+        The gates depend on the previous step only through $R h$, so each sweep makes
+        one more step exact. Where $R$ is zero, the first makes all of them exact.
         """
         c0, n0, m0, h0, *values = widen(*state, *gates)
 
@@ -234,7 +240,7 @@ class SLSTMCell(AbstractCell):
             if reset is not None:
                 before = jnp.where(reset[:, None], 0, before)
             i, log_f, z, o = self._with_memory(values, before)
-            c, n, m = scan_gates(i, log_f, z, (c0, n0, m0), reset)
+            c, n, m = _scan_gates(i, log_f, z, (c0, n0, m0), reset)
             return c, n, m, o * c / n
 
         steps = values[0].shape[0]
@@ -254,3 +260,50 @@ class SLSTMCell(AbstractCell):
 def _cast(values: State, like: State) -> State:
     c, n, m, h = (v.astype(s.dtype) for v, s in zip(values, like, strict=True))
     return c, n, m, h
+
+
+def _stabilised_forget(
+    log_f: Float[Array, "*time d_state"],
+    before: Float[Array, "*time d_state"],
+    m: Float[Array, "*time d_state"],
+) -> Float[Array, "*time d_state"]:
+    """Return the stabilised forget gate, from the stabilisers before and after a step.
+
+    It is at most 1, except where the state held nothing: there it multiplies zeros, and
+    must not be infinite.
+    """
+    return jnp.exp(jnp.minimum(log_f + before - m, LARGEST))
+
+
+def _scan_gates(
+    i: Float[Array, "T d_state"],
+    log_f: Float[Array, "T d_state"],
+    z: Float[Array, "T d_state"],
+    initial: tuple[
+        Float[Array, " d_state"], Float[Array, " d_state"], Float[Array, " d_state"]
+    ],
+    reset: Bool[Array, " T"] | None,
+) -> tuple[
+    Float[Array, "T d_state"], Float[Array, "T d_state"], Float[Array, "T d_state"]
+]:
+    """Return all $(c, n, m)$, given all gates.
+
+    $m$ is a max-plus recurrence. Once it is known, $c$ and $n$ are linear ones. A reset
+    starts from zeros.
+    """
+    c0, n0, m0 = initial
+    m = max_plus_scan(
+        log_f,
+        i,
+        jnp.where(n0 == 0, NOTHING, m0),
+        reset=reset,
+        reset_state=None if reset is None else jnp.full_like(m0, NOTHING),
+    )
+    before = jnp.concatenate([m0[None], m[:-1]])
+    if reset is not None:
+        before = jnp.where(reset[:, None], 0, before)
+    transition = Diagonal(_stabilised_forget(log_f, before, m))
+    added = jnp.exp(i - m)
+    c = linear_scan(transition, added * z, c0, reset=reset)
+    n = linear_scan(transition, added, n0, reset=reset)
+    return c, n, m

@@ -1,4 +1,4 @@
-"""Will a parallel method converge on a recurrence, how fast, and which."""
+"""Which parallel methods converge on a recurrence, and how fast."""
 
 from ._diagnose import diagnose as diagnose
-from ._diagnosis import Diagnosis as Diagnosis
+from ._report import Diagnosis as Diagnosis

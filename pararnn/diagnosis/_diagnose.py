@@ -1,22 +1,43 @@
-"""`diagnose`: the entry point, and the checks of what it measures."""
+"""`diagnose`: the entry point, and the choice of methods and lengths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
-from ..solver import AbstractMethod, Sequential
+from ..solver import (
+    ELK,
+    AbstractMethod,
+    Jacobi,
+    Newton,
+    Picard,
+    QuasiNewton,
+    Sequential,
+    Structure,
+)
 from ..solver._methods import is_count
 from ..solver._structure import find_structure
-from ._diagnosis import Diagnosis
 from ._growth import measure_growth
-from ._measure import measure
-from ._methods import choose_methods
-from ._problem import WHERE, pose, refuse_tracers
-from ._programs import compile_solves
-from ._progress import Progress
+from ._measure import (
+    WHERE,
+    CheckedProblem,
+    Progress,
+    check_problem,
+    compile_solves,
+    measure,
+    name_of,
+    refuse_tracers,
+)
 from ._recommend import recommend
+from ._report import Diagnosis
+
+# The bytes of Jacobians, of all steps together, from which the default methods are
+# cheaper ones, and from which they leave out `Newton()`. Beside 256 KiB of Jacobians,
+# ELK took 5.4 MiB and `Newton()` 0.9 MiB. For a GRU of width 64 over 2048 steps (32
+# MiB), the diagonal took 1.6 s a step on two cores, and 4 probes 0.1 s.
+LARGE, VERY_LARGE = 2**24, 2**28
 
 
 def diagnose(
@@ -31,12 +52,13 @@ def diagnose(
     max_steps: int = 100,
     progress: bool = True,
 ) -> Diagnosis:
-    r"""Will parallel methods converge on $h_t = f(h_{t-1}, x_t)$, and how fast?
+    r"""Test which parallel methods converge on $h_t = f(h_{t-1}, x_t)$, and how fast.
 
     Runs the loop and a few methods on the recurrence, for several lengths, and measures
     how perturbations grow. Use it on a cell and data that are typical of a training
-    run, before and after training: what parallelises may change with the parameters.
-    Takes seconds, most of it compilation, for narrow cells. `print` the result.
+    run, before and after training: whether a method converges may change with the
+    parameters. It takes seconds for narrow cells, mostly for compilation. `print` the
+    result.
 
     ```python
     diagnosis = pararnn.diagnose(cell, xs, h0)
@@ -47,68 +69,69 @@ def diagnose(
 
     **Growth of perturbations.** With $J_t = \partial f / \partial h$ at $h_{t-1}$,
     random unit tangents $v$ are pushed along, $v_t = J_t v_{t-1} / \|J_t v_{t-1}\|$, in
-    one pass that keeps only them. The largest Lyapunov exponent is taken to be
+    one pass that keeps only them. The largest Lyapunov exponent is estimated as
 
     $$\lambda = \max_v \frac{1}{T - 1} \sum_{t=2}^{T} \log \|J_t v_{t-1}\| \le
         \frac{1}{T - 1} \log \|J_T \cdots J_2\|,$$
 
     over the steps that no reset interrupts. The largest growth is the largest factor by
-    which one of the tangents grew between any two states, hence a lower bound of
-    $\max_{s \le t} \|J_t \cdots J_s\|$, and at least 1; half of the tangents are drawn
-    anew wherever they have shrunk. Both are also computed with every Jacobian at
-    $h_{t-1} = h_0$: methods start from states that are not on the solution.
+    which one of the tangents grew between any two states. It is at least 1, and a lower
+    bound of $\max_{s \le t} \|J_t \cdots J_s\|$. Half of the tangents are redrawn
+    wherever they have shrunk. Both are also computed with every Jacobian at
+    $h_{t-1} = h_0$, since methods start from states that are not on the solution.
 
     **What they imply.** In the terms of Gonzalez et al. 2025, methods minimise
     $\tfrac12 \|r\|^2$ for the residual $r_t = f(h_{t-1}, x_t) - h_t$. With
     $R = \partial r / \partial h$ it satisfies the Polyak-Łojasiewicz condition with the
-    constant $\mu = \inf_h \sigma_{\min}(R)^2$, the larger the better. $-R$ has the
+    constant $\mu = \inf_h \sigma_{\min}(R)^2$; a larger one is better. $-R$ has the
     identity on its block diagonal and $-J_t$ below, so the blocks of its inverse are
-    the identity and all $J_t \cdots J_s$. A block's norm is at most that of the whole,
-    hence, at any trajectory $h$,
+    the identity and all $J_t \cdots J_s$. The norm of a block is at most that of the
+    whole. Hence, at any trajectory $h$,
 
     $$\sqrt\mu \le \sigma_{\min}(R) = \|R^{-1}\|^{-1} \le
         \min(1, \|J_t \cdots J_s\|^{-1}),$$
 
-    which is what the report bounds $\sqrt\mu$ by (`log_pl_bound`), from the two
-    trajectories above. Where perturbations grow at the rate $\lambda > 0$, that
-    is exponentially small in T: the recurrence is not predictable, and unless it is
-    nearly linear, about as many steps are needed as there are segments. Conversely,
-    *if* $\|J_{t+k-1} \cdots J_t\| \le a e^{\lambda k}$ for all $t$, $k$ and at all
-    trajectories, then the $k$-th diagonal of blocks of $R^{-1}$ is at most that large,
-    and summing them,
+    and the report bounds $\sqrt\mu$ by this (`log_pl_bound`), from the two trajectories
+    above. Where perturbations grow at the rate $\lambda > 0$, the bound is
+    exponentially small in T: the recurrence is not predictable, and unless it is nearly
+    linear, about as many steps are needed as there are segments. Conversely, *if*
+    $\|J_{t+k-1} \cdots J_t\| \le a e^{\lambda k}$ for all $t$, $k$ and at all
+    trajectories, then the $k$-th diagonal of blocks of $R^{-1}$ is at most that large.
+    Summing these,
 
     $$\sqrt\mu \ge \frac{1}{a} \Big(\sum_{k=0}^{T-1} e^{\lambda k}\Big)^{-1}
         = \frac{1}{a} \cdot \frac{1 - e^\lambda}{1 - e^{\lambda T}},$$
 
-    which for $\lambda < 0$ does not fall with T. It is not computed here: neither $a$
-    nor "at all trajectories" can be had from a few of them.
+    which for $\lambda < 0$ does not fall with T. It is not computed here, since a few
+    trajectories show neither $a$ nor what holds at all of them.
 
     **A negative exponent alone does not promise few steps.** Measured for
     $\tanh(g W h + x)$ with normal $W$ of variance 1/8, width 8, T = 512, g = 4 in
     float64: for four $W$, exponents of -0.20 to -0.09 along the solution, and 359 to
-    432 steps of `Newton()`. At $h_0 = 0$ the exponents are 0.85 to 1.16, which tells
-    the difference: for g = 1 they are -0.54 to -0.23, and 5 to 9 steps suffice.
+    432 steps of `Newton()`. The exponents at $h_0 = 0$ tell the difference: they are
+    0.85 to 1.16 there, but -0.54 to -0.23 for g = 1, where 5 to 9 steps suffice.
 
     **Steps.** Each method is given up to `max_steps` steps, and has converged once the
-    residual is certified as in [`pararnn.solve`][]. To measure a shorter length the
-    recurrence is reset everywhere behind it, which costs those states one step, so that
-    one compiled program serves all lengths.
+    residual is certified as in [`pararnn.solve`][]. One compiled program serves all
+    lengths: to measure a shorter one, the recurrence is reset at every later step,
+    which costs those states one step.
 
-    **The recommendation** counts the evaluations that follow one after the other, as
-    they do on hardware that takes all of time at once: the least wins, the loop unless
-    another needs at most a quarter of T. It is for the forward pass. The times beside
-    it are those of the machine that it runs on, once: on a CPU the loop mostly wins.
+    **The recommendation** counts the evaluations that follow one after the other on
+    hardware that takes all of time at once. The method with the fewest is recommended
+    if it needs at most a quarter of T, and the loop otherwise. This is about the
+    forward pass. The times in the report were measured once, on this machine: on a CPU
+    the loop mostly wins.
 
     **Arguments:**
 
     - `f`, `xs`, `h0`, `reset`, `reset_state`: as for [`pararnn.solve`][], with T of at
         least 16. Concrete arrays: this runs programs, and cannot be part of one.
-    - `methods`: the methods to try, each an [`pararnn.AbstractMethod`][]. Default:
+    - `methods`: the methods to try, each an [`pararnn.AbstractMethod`][]. Defaults to
         `Newton()`, `Newton(segments=T // 16)`, `QuasiNewton()`, `ELK()`, `Jacobi()`
-        and `Picard()`. Where the Jacobians of all steps together are large (16 MiB),
-        `QuasiNewton(probes=4)` and no `ELK()`, and from 256 MiB on no `Newton()`. `[]`
-        leaves the loop and the growth of perturbations.
-    - `lengths`: how many steps to cut the recurrence to, besides T itself. Default:
+        and `Picard()`. If the Jacobians of all steps together take 16 MiB or more,
+        these become `QuasiNewton(probes=4)` and no `ELK()`; from 256 MiB on, also no
+        `Newton()`. `[]` measures only the loop and the growth of perturbations.
+    - `lengths`: how many steps to cut the recurrence to, besides T itself. Defaults to
         T/16 and T/4.
     - `max_steps`: limit on the steps of each method. A recurrence of T steps never
         needs more than T.
@@ -117,9 +140,9 @@ def diagnose(
 
     **Returns:** a [`pararnn.Diagnosis`][].
 
-    **Raises:** `TypeError` under `jax.jit`, `vmap` or `grad`, and for anything but
-    methods; `ValueError` for T below 16, lengths or limits that do not fit, and states
-    that are not finite; otherwise as [`pararnn.solve`][].
+    **Raises:** `TypeError` under `jax.jit`, `vmap` or `grad`, and if `methods` holds
+    anything else; `ValueError` for T below 16, lengths or limits that do not fit, and
+    states that are not finite; otherwise as [`pararnn.solve`][].
 
     ??? cite "Source"
 
@@ -127,14 +150,14 @@ def diagnose(
         parallelization of nonlinear state space models" (2025), 2508.16817: $\mu$ and
         the smallest singular value, and the bounds by the Lyapunov exponent (Theorem
         2, under the condition (10) on products of Jacobians). The published text was
-        not at hand: its numbering is that of summaries, the lower bound agrees with
-        the authors' code (`log_mu_numerically_stable`), and both bounds are derived
-        above. Upper bounds from two trajectories, and the exponent at `h0`, are this
-        library's own.
+        not available: the numbering is taken from summaries, the lower bound agrees
+        with the authors' code (`log_mu_numerically_stable`), and both bounds are
+        derived above. Upper bounds from two trajectories, and the exponent at `h0`,
+        are this library's own.
     """
     refuse_tracers((f, xs, h0, reset, reset_state))
-    problem = pose(f, xs, h0, reset, reset_state)
-    chosen = choose_methods(methods, problem)
+    problem = check_problem(f, xs, h0, reset, reset_state)
+    chosen = _choose_methods(methods, problem)
     lengths = _choose_lengths(lengths, problem.length)
     _check_max_steps(max_steps)
     solvers = {"Sequential()": Sequential(), **chosen}
@@ -163,6 +186,46 @@ def diagnose(
         recommended=recommended,
         reasons=reasons,
     )
+
+
+def default_methods(
+    structure: Structure, steps: int, itemsize: int
+) -> list[AbstractMethod]:
+    jacobians = steps * len(structure.blocks) * structure.size**2 * itemsize
+    large = jacobians >= LARGE
+    return [
+        *([Newton()] if jacobians < VERY_LARGE else []),
+        Newton(max(2, steps // 16)),
+        QuasiNewton(probes=4 if large else None),
+        *([] if large else [ELK()]),
+        Jacobi(),
+        Picard(),
+    ]
+
+
+def _choose_methods(methods: Any, problem: CheckedProblem) -> dict[str, AbstractMethod]:
+    if methods is None:
+        recurrence = problem.recurrence
+        itemsize = np.dtype(recurrence.dtype).itemsize
+        structure = find_structure(recurrence)
+        methods = default_methods(structure, problem.length, itemsize)
+    if not isinstance(methods, Iterable) or isinstance(methods, str):
+        methods = [methods]
+    chosen = {}
+    for method in methods:
+        if not isinstance(method, AbstractMethod):
+            raise TypeError(
+                f"{WHERE}: `methods` holds {method!r:.80}; expected methods such as "
+                "pararnn.Newton(segments=...) or pararnn.Jacobi(). The sequential loop "
+                "is always measured; `Auto`, `Ladder` and `Windows` are made of methods"
+                " and loops: diagnose those one by one."
+                + (" Did you forget to call the class?" * isinstance(method, type))
+            )
+        name = name_of(method)
+        if name in chosen:
+            raise ValueError(f"{WHERE}: `methods` holds {name} twice.")
+        chosen[name] = method
+    return chosen
 
 
 def _choose_lengths(lengths: Sequence[int] | None, steps: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
-"""How perturbations grow: tangents, pushed along the solution and at `h0`."""
+"""How perturbations grow along the solution, and with every Jacobian at `h0`."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -11,18 +12,44 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ..solver._problem import Recurrence
-from ._problem import Posed
-from ._results import Growth
+from ._measure import CheckedProblem
 
-# Tangents that are pushed along: as many from the first state on, and as many that
-# start anew wherever they have shrunk. The exact maximum over all pairs of steps is 1.1
-# to 5.6 times what these find, at the median 1.7 times (32 tanh cells of width 8, T =
-# 512, growth 2 to 5e8).
+# This many tangents are pushed from the first state on, and as many are redrawn
+# wherever they have shrunk. The exact maximum over all pairs of steps is 1.1 to 5.6
+# times what these find, with a median of 1.7 (32 tanh cells of width 8, T = 512,
+# growth 2 to 5e8).
 TANGENTS = 8
 
 
-class _Pushes(NamedTuple):
-    """Tangents on their way; axes: the two kinds of Jacobians, the tangents."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Growth:
+    """How perturbations of the state grow under a sequence of Jacobians.
+
+    **Attributes:**
+
+    - `exponent`: the largest Lyapunov exponent, natural logarithm per step; minus
+        infinity if every perturbation vanishes.
+    - `log_growth`: natural logarithm of the largest factor by which a tangent grew
+        between any two states: a lower bound of $\\max \\log \\|J_t \\cdots J_s\\|$,
+        at least 0.
+    - `first`, `last`: the indices, from 0, of the states between which it did.
+    """
+
+    exponent: float
+    log_growth: float
+    first: int
+    last: int
+
+    def is_positive(self, steps: int) -> bool:
+        """Return whether the exponent is above zero by more than its uncertainty.
+
+        Over `steps` steps the sign of one below `1 / steps` depends on the tangents.
+        """
+        return self.exponent * steps > 1
+
+
+class _GrowthState(NamedTuple):
+    """The state of the pass; axes: the two kinds of Jacobians, the tangents."""
 
     tangents: Float[Array, "2 tangents width"]
     total: Float[Array, "2 tangents"]  # log of the growth since the first state
@@ -33,11 +60,11 @@ class _Pushes(NamedTuple):
     last: Array
 
 
-def measure_growth(problem: Posed) -> tuple[Growth, Growth]:
-    """Along the solution, and with every Jacobian at `h0`."""
+def measure_growth(problem: CheckedProblem) -> tuple[Growth, Growth]:
+    """Return the growth along the solution, and with every Jacobian at `h0`."""
 
     def program(constants, fresh, inputs, h0):
-        return _push(problem.recurrence, (constants, fresh), inputs, h0)
+        return _push_tangents(problem.recurrence, (constants, fresh), inputs, h0)
 
     trees = problem.fresh, problem.xs, problem.h0
     fresh, x_leaves, h0 = (tuple(jtu.tree_leaves(tree)) for tree in trees)
@@ -58,8 +85,8 @@ def measure_growth(problem: Posed) -> tuple[Growth, Growth]:
     return summary(0), summary(1)
 
 
-def _push(recurrence: Recurrence, parameters, inputs, h0_leaves):
-    """Push tangents through the linearised steps; nothing is kept of them but sums."""
+def _push_tangents(recurrence: Recurrence, parameters, inputs, h0_leaves):
+    """Push tangents through the linearised steps, and keep only sums."""
     h0 = recurrence.ravel(h0_leaves)
     shape = (2, 2 * TANGENTS)
     zero = jnp.zeros(shape, recurrence.dtype)
@@ -77,53 +104,54 @@ def _push(recurrence: Recurrence, parameters, inputs, h0_leaves):
         return ahead, jax.vmap(push)(tangents)
 
     def body(carry, at_t):
-        h, pushes = carry
+        h, growth = carry
         number, x = at_t
         states = jnp.stack([h, h0])
-        ahead, pushed = jax.vmap(linearised, (0, 0, None))(states, pushes.tangents, x)
-        # A perturbation of h0, which is known, is none of the solution's.
+        ahead, pushed = jax.vmap(linearised, (0, 0, None))(states, growth.tangents, x)
+        # `h0` is fixed, so there is no perturbation of it to push.
         stopped = x[1] | (number == 0)
-        return (ahead[0], _follow(pushes, pushed, draw(number), stopped, number)), None
+        return (ahead[0], _update(growth, pushed, draw(number), stopped, number)), None
 
-    start = _Pushes(pool[-1], zero, zero, nowhere, zero, nowhere, nowhere)
+    start = _GrowthState(pool[-1], zero, zero, nowhere, zero, nowhere, nowhere)
     numbers = jnp.arange(inputs[1].shape[0], dtype=jnp.int32)
     (_, end), _ = lax.scan(body, (h0, start), (numbers, inputs))
-    # Where a tangent is drawn anew, its growth is none since the first state.
+    # A redrawn tangent does not show the growth since the first state.
     return end.total[:, :TANGENTS], end.best, end.first, end.last
 
 
 def _directions(shape: tuple[int, ...]) -> np.ndarray:
-    """Random unit vectors.
+    """Draw random unit vectors.
 
-    A few do, over and over: drawn in the loop they would triple the time that it takes
-    to compile (0.5 s).
+    A small pool is reused: drawing inside the loop would triple its compilation time
+    (0.5 s).
     """
     drawn = np.random.default_rng(0).standard_normal(shape)
     return drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)
 
 
-def _follow(pushes: _Pushes, pushed, drawn, stopped, number) -> _Pushes:
-    """The tangents one step further, and what they have grown by.
+def _update(growth: _GrowthState, pushed, drawn, stopped, number) -> _GrowthState:
+    """Advance the tangents by one step, and update their growth.
 
-    The largest growth between any two states is that of a path above its lowest point
-    so far. From a new lowest point, half of the tangents are drawn anew: what has
-    shrunk until here need not be what grows most from here on.
+    The largest growth between any two states is the largest rise of the summed
+    logarithms above their lowest point so far. At a new lowest point, half of the
+    tangents are redrawn: a direction that has shrunk until here is not necessarily the
+    one that grows most from here on.
     """
     norms = jnp.linalg.norm(pushed, axis=-1)
-    rate = jnp.where(stopped, 0, jnp.log(norms))
-    rise = jnp.where(stopped, 0, jnp.maximum(pushes.rise + rate, 0))
+    log_factor = jnp.where(stopped, 0, jnp.log(norms))
+    rise = jnp.where(stopped, 0, jnp.maximum(growth.rise + log_factor, 0))
     lowest = rise == 0
-    start = jnp.where(lowest, number, pushes.start)
-    higher = rise > pushes.best
-    renewed = jnp.arange(2 * TANGENTS, dtype=jnp.int32) >= TANGENTS
+    start = jnp.where(lowest, number, growth.start)
+    higher = rise > growth.best
+    redrawn_half = jnp.arange(2 * TANGENTS, dtype=jnp.int32) >= TANGENTS
     lost = stopped | ~((norms > 0) & jnp.isfinite(norms))
-    anew = lost | (lowest & renewed[None])
-    return _Pushes(
-        tangents=jnp.where(anew[..., None], drawn, pushed / norms[..., None]),
-        total=pushes.total + rate,
+    redraw = lost | (lowest & redrawn_half[None])
+    return _GrowthState(
+        tangents=jnp.where(redraw[..., None], drawn, pushed / norms[..., None]),
+        total=growth.total + log_factor,
         rise=rise,
         start=start,
-        best=jnp.where(higher, rise, pushes.best),
-        first=jnp.where(higher, start, pushes.first),
-        last=jnp.where(higher, number, pushes.last),
+        best=jnp.where(higher, rise, growth.best),
+        first=jnp.where(higher, start, growth.first),
+        last=jnp.where(higher, number, growth.last),
     )

@@ -3,13 +3,13 @@
 import jax
 
 from ..solver import ELK, Jacobi, Newton, Picard, QuasiNewton, Sequential
-from ._format import format_duration, format_power, format_steps, plural
-from ._results import Growth, MethodReport
+from ._growth import Growth
+from ._measure import MethodReport
+from ._report import format_duration, format_power, format_steps, plural
 
-# The loop is recommended unless a method needs fewer serial steps by this factor. A
-# judgement: a step of a sweep evaluates the cell and pushes tangents besides, so a
-# method that saves less than this has nothing to show for its memory.
-GAIN = 4
+# The loop is recommended unless a method needs fewer serial steps by this factor. This
+# is a judgement: a method's step also pushes tangents, and a method takes more memory.
+MIN_SPEEDUP = 4
 
 STRENGTH = {
     Newton: "It converges quadratically, with the exact Jacobian.",
@@ -18,10 +18,10 @@ STRENGTH = {
     ),
     ELK: "Its damping keeps corrections bounded where Newton's overshoot.",
     Jacobi: (
-        "Evaluating the cell everywhere at once, without Jacobian and scan, is enough "
-        "here."
+        "Evaluating the cell everywhere at once, without a Jacobian or a scan, is "
+        "enough here."
     ),
-    Picard: "Sums of residuals, without Jacobian, are enough here.",
+    Picard: "Sums of residuals, without a Jacobian, are enough here.",
 }
 
 
@@ -31,11 +31,11 @@ def recommend(
     trajectory: Growth,
     at_h0: Growth,
 ):
-    """The solver with the fewest serial steps, if far fewer than T; and why."""
+    """Return the solver with the fewest serial steps, if far fewer than T, and why."""
     converged = {n: m for n, m in methods.items() if m.converged[-1]}
     best = min(converged, key=lambda n: converged[n].serial_steps, default=None)
     steps = sequential.serial_steps
-    if best is None or GAIN * converged[best].serial_steps > steps:
+    if best is None or MIN_SPEEDUP * converged[best].serial_steps > steps:
         solver = Sequential()
         reasons = [
             _why_no_method(best, methods, steps),
@@ -47,8 +47,8 @@ def recommend(
         solver = report.solver
         reasons = [
             f"{best} takes {plural(report.steps[-1])} at T = {steps}: about "
-            f"{report.serial_steps} evaluations one after the other, where the loop "
-            f"takes {steps}.",
+            f"{report.serial_steps} evaluations one after the other; the loop takes "
+            f"{steps}.",
             _strength(best, methods),
             _trend(report, trajectory),
         ]
@@ -66,7 +66,7 @@ def _why_no_method(
     return (
         f"No method is much shorter than the loop: the best, {best}, needs "
         f"{plural(methods[best].steps[-1])}, about {methods[best].serial_steps} "
-        f"evaluations one after the other, and the loop {steps}."
+        f"evaluations one after the other; the loop needs {steps}."
     )
 
 
@@ -74,13 +74,13 @@ def _why_unpredictable(trajectory: Growth, at_h0: Growth, steps: int) -> str:
     if trajectory.is_positive(steps):
         return (
             "Perturbations grow by a factor of "
-            f"{format_power(trajectory.exponent)} a step along the solution: it is not "
-            "predictable, and parallel methods then need about as many steps as there "
-            "are segments."
+            f"{format_power(trajectory.exponent)} a step along the solution: the "
+            "recurrence is not predictable, and parallel methods then need about as "
+            "many steps as there are segments."
         )
     if at_h0.is_positive(steps):
         return (
-            "Perturbations do not grow along the solution, but they do by a factor of "
+            "Perturbations do not grow along the solution, but grow by a factor of "
             f"{format_power(at_h0.exponent)} a step with the Jacobians at h0: away "
             "from the solution, where methods start, the recurrence is not predictable."
         )

@@ -1,27 +1,31 @@
 """Reconstructing dynamical systems; needs `pip install 'pararnn[train]'`."""
 
-from ._draw import draw_reconstruction as draw_reconstruction
-from ._exponent import flow_map as flow_map, largest_exponent as largest_exponent
-from ._fit import Fit as Fit, Recipe as Recipe, fit as fit
-from ._forcing import (
+from ._fit import (
+    Fit as Fit,
     Forcing as Forcing,
     GeneralisedForcing as GeneralisedForcing,
+    Recipe as Recipe,
     SparseForcing as SparseForcing,
+    fit as fit,
 )
 from ._measures import (
+    Symbols as Symbols,
+    find_symbols as find_symbols,
+    largest_exponent as largest_exponent,
     spectrum_distance as spectrum_distance,
     state_space_divergence as state_space_divergence,
 )
 from ._model import Reconstruction as Reconstruction
+from ._report import draw_reconstruction as draw_reconstruction
 from ._study import (
     Study as Study,
     make_forcing as make_forcing,
     reconstruct as reconstruct,
 )
-from ._symbols import Symbols as Symbols, find_symbols as find_symbols
 from ._systems import (
     SYSTEMS as SYSTEMS,
     Series as Series,
     System as System,
+    flow_map as flow_map,
     simulate as simulate,
 )

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
 import jax
@@ -16,37 +16,112 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._parameters import check_key, check_number, check_positive, check_size
 from ..solver import AbstractSolver, Auto, check_solver
-from ._forcing import Forcing
 from ._model import Reconstruction
 from ._systems import Series
 
-# Of the curves over training.
+# The number of points of the curves over training.
 POINTS = 20
+# An exponential does not reach zero.
+LEAST = 1e-6
+
+
+class Forcing(Protocol):
+    """Teacher forcing: how far a state is moved to the observation before each step.
+
+    A strength of 0 is a free step, and 1 a step from the observation.
+    """
+
+    def strengths(self, steps: int, progress: Float[Array, ""]) -> Float[Array, " T"]:
+        """Return `[steps]` strengths, in the dtype of `progress`: the fraction of
+        training that is over."""
+        ...
+
+
+class SparseForcing(eqx.Module):
+    r"""Set the observed part of the state to the observation every `interval` steps.
+
+    In between, the network runs freely: it has to predict, and gradients grow over at
+    most `interval` steps along the observed variables.
+
+    ??? cite "Source"
+
+        Mikhaeil et al., "On the difficulty of learning chaotic dynamics with RNNs"
+        (2110.07238); 16 steps for the systems here as in Brenner et al. (2410.14240).
+
+    **Raises:** `ValueError` for an interval that is not a whole number from 1.
+    """
+
+    interval: int = eqx.field(static=True, default=16)
+
+    def __check_init__(self):
+        check_size("SparseForcing", "interval", self.interval)
+
+    def strengths(self, steps: int, progress: Float[Array, ""]) -> Float[Array, " T"]:
+        """Return one every `interval` steps, from the first on, and zero in between."""
+        forced = jnp.arange(steps, dtype=jnp.int32) % self.interval == 0
+        return forced.astype(progress.dtype)
+
+
+class GeneralisedForcing(eqx.Module):
+    r"""Move the state part of the way to the observation before every step.
+
+    $$\tilde z_t = (1 - \alpha)\, z_t + \alpha\, \hat z_t$$
+
+    With $\alpha \ge 1 - 1 / \sigma$, where $\sigma$ is the largest norm of a Jacobian,
+    the forced recurrence does not expand: no gradient grows, and Newton's method needs
+    few steps at any length. (Only observed units are forced here, so this holds if the
+    whole state is observed.) During training $\alpha$ falls exponentially from `start`
+    to `end`: the network learns the next observation first, then the long run.
+
+    ??? cite "Source"
+
+        Hess et al., "Generalized Teacher Forcing for Learning Chaotic Dynamics"
+        (2306.04406), with $\alpha$ annealed over training.
+
+    **Raises:** `ValueError` for strengths outside of 1e-6 to 1.
+    """
+
+    start: float = eqx.field(static=True, default=0.5)
+    end: float = eqx.field(static=True, default=0.1)
+
+    def __check_init__(self):
+        for name in ("start", "end"):
+            value = check_number("GeneralisedForcing", name, getattr(self, name))
+            if not LEAST <= value <= 1:
+                raise ValueError(
+                    f"GeneralisedForcing: `{name}` is {value!r}, expected a number "
+                    f"from {LEAST:g} to 1: the fraction of the way to the observation."
+                )
+
+    def strengths(self, steps: int, progress: Float[Array, ""]) -> Float[Array, " T"]:
+        """Return one strength for all steps, from `start` to `end` over training."""
+        strength = self.start * (self.end / self.start) ** progress
+        return jnp.full(steps, strength, progress.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How long, and on what, a reconstruction is trained.
 
-    Windows and batch are those of Brenner et al. (2410.14240), whose rates fall from
-    1e-3 to 1e-5 and whose noise is 0.05. In few steps higher rates came further here;
-    from 1e-2, two of three AL-RNNs diverged.
+    Lengths and batch are those of Brenner et al. (2410.14240), whose rates fall from
+    1e-3 to 1e-5 and whose noise is 0.05. Over few steps, higher rates came further
+    here; from 1e-2, two of three AL-RNNs diverged.
 
     **Raises:** `ValueError` on a value outside of its range.
     """
 
     steps: int = 60_000
-    """Of the optimiser, RAdam."""
+    """Steps of the optimiser, RAdam."""
     batch: int = 16
-    """Windows of a step."""
+    """Sequences in a step."""
     length: int = 200
-    """Predictions in a window."""
+    """Predictions in a sequence."""
     noise: float = 0.01
-    """Standard deviation of what is added to the observations that force."""
+    """Standard deviation of the noise that is added to the observations that force."""
     learning_rate: float = 5e-3
-    """At first; it falls exponentially."""
+    """The first learning rate; it falls exponentially."""
     final_rate: float = 2e-4
-    """At the end."""
+    """The last learning rate."""
 
     def __post_init__(self):
         for name in ("steps", "batch", "length"):
@@ -61,18 +136,21 @@ class Recipe:
 
 
 class Fit(NamedTuple):
-    """Trained reconstructions, and how it went; lists have an entry for each point of
-    the curves, and these one for each run.
+    """Trained reconstructions, and the course of training.
+
+    Lists have an entry for each point of the curves; those of `losses` and
+    `solver_steps` have an entry for each run.
 
     **Attributes:**
 
     - `models`: a [`pararnn.dynamics.Reconstruction`][], leaves stacked over the runs.
-    - `steps`: of the optimiser, at each point.
-    - `losses`: mean squared errors, means since the point before.
-    - `solver_steps`: steps of the solver, likewise; 0 where it stepped through.
-    - `skipped`: for each run, the optimiser's steps whose gradient was not finite, and
-        which were left out.
-    - `seconds`: of all training, without compiling.
+    - `steps`: the optimiser's steps, at each point.
+    - `losses`: mean squared errors, averaged since the previous point.
+    - `solver_steps`: steps of the solver, averaged likewise; 0 where it stepped
+        through.
+    - `skipped`: for each run, how many of the optimiser's steps were left out because
+        their gradient was not finite.
+    - `seconds`: the time of all training, without compilation.
     """
 
     models: Reconstruction
@@ -99,22 +177,22 @@ def fit(
 
     - `models`: leaves stacked over independent runs, as by
         `eqx.filter_vmap(make)(jr.split(key, runs))`.
-    - `series`: observations, of which windows are drawn.
+    - `series`: observations, from which sequences are drawn.
     - `forcing`: a [`pararnn.dynamics.SparseForcing`][] or
         [`pararnn.dynamics.GeneralisedForcing`][], or anything with their method.
-    - `recipe`: how long, and on what.
-    - `solver`: of the forced recurrence, see [`pararnn.solve`][].
-    - `key`: of `jax.random`, for windows and noise; a key for each run comes from it.
+    - `recipe`: how long, and on what, to train.
+    - `solver`: the solver of the forced recurrence, see [`pararnn.solve`][].
+    - `key`: a key of `jax.random`, for sequences and noise, split into one a run.
     - `on_point`: called with the step and the mean loss at each point of the curves.
 
     **Returns:** a [`pararnn.dynamics.Fit`][].
 
-    **Raises:** `ValueError` for a series that is shorter than a window, or models that
-    are not stacked; as `pararnn.solve` while tracing.
+    **Raises:** `ValueError` for a series that is too short for one sequence, or models
+    that are not stacked; as `pararnn.solve` while tracing.
     """
     check_key("fit", key)
     check_solver("fit", solver)
-    _check_windows(series, recipe)
+    _check_length(series, recipe)
     _check_stacked(models)
     arrays, static = eqx.partition(models, eqx.is_inexact_array)
     optimiser = _make_optimiser(recipe)
@@ -123,9 +201,9 @@ def fit(
     trainer = _Trainer(static, optimiser, forcing, recipe, solver)
     values = jnp.asarray(series.values, models.lift.dtype)
     found, seconds = [], 0.0
-    stretch = -(-recipe.steps // POINTS)
-    for first in range(0, recipe.steps, stretch):
-        last = min(first + stretch, recipe.steps)
+    steps_per_point = -(-recipe.steps // POINTS)
+    for first in range(0, recipe.steps, steps_per_point):
+        last = min(first + steps_per_point, recipe.steps)
         program = trainer.compiled(state, values, last - first)
         begin = time.perf_counter()
         numbers = jnp.arange(first, last, dtype=jnp.int32)
@@ -142,19 +220,19 @@ def fit(
     return Fit(models, steps, losses, iterations, skipped, seconds)
 
 
-def _check_windows(series: Series, recipe: Recipe) -> None:
+def _check_length(series: Series, recipe: Recipe) -> None:
     if series.values.shape[0] < recipe.length + 1:
         raise ValueError(
-            f"fit: the series has {series.values.shape[0]} observations, but a window "
-            f"of {recipe.length} predictions takes {recipe.length + 1}. Observe for "
-            "longer, or shorten `Recipe.length`."
+            f"fit: the series has {series.values.shape[0]} observations, but a "
+            f"sequence of {recipe.length} predictions takes {recipe.length + 1}. "
+            "Observe for longer, or shorten `Recipe.length`."
         )
 
 
 def _check_stacked(models: Reconstruction) -> None:
     if models.lift.ndim != 3:
         raise ValueError(
-            "fit: `models` is one reconstruction, expected several whose leaves are "
+            "fit: `models` is one reconstruction; expected several, with leaves "
             "stacked over independent runs. Make them with "
             "`eqx.filter_vmap(make)(jr.split(key, runs))`."
         )
@@ -166,12 +244,12 @@ def _make_optimiser(recipe: Recipe) -> optax.GradientTransformation:
         transition_steps=recipe.steps,
         decay_rate=recipe.final_rate / recipe.learning_rate,
     )
-    # What is not finite is left out, and counted.
+    # Steps with a gradient that is not finite are left out, and counted.
     return optax.apply_if_finite(optax.radam(rate), max_consecutive_errors=recipe.steps)
 
 
 class _State(NamedTuple):
-    """Of all runs."""
+    """The state of all runs."""
 
     arrays: PyTree
     moments: Any
@@ -179,7 +257,7 @@ class _State(NamedTuple):
 
 
 class _Trainer:
-    """Steps of the optimiser, for all runs."""
+    """Takes steps of the optimiser, for all runs."""
 
     def __init__(self, static: PyTree, optimiser, forcing, recipe, solver):
         self.static, self.optimiser = static, optimiser
@@ -187,7 +265,7 @@ class _Trainer:
         self._programs: dict[int, Any] = {}
 
     def compiled(self, state: _State, values, count: int):
-        """`_several`, for so many steps."""
+        """Return `_several` compiled for `count` steps."""
         if count not in self._programs:
             numbers = jax.ShapeDtypeStruct((count,), jnp.int32)
             lowered = jax.jit(self._several).lower(state, values, numbers)
@@ -195,7 +273,7 @@ class _Trainer:
         return self._programs[count]
 
     def _several(self, state: _State, values, numbers):
-        """The state after the steps; losses `[runs, count]`, the solver's steps."""
+        """Return the state after the steps, losses `[runs, count]` and solver steps."""
 
         def one_run(state):
             def body(state, number):
@@ -208,15 +286,15 @@ class _Trainer:
 
     def _step(self, state: _State, values, number):
         key, places, added = jr.split(state.key, 3)
-        windows = self._draw(places, values)
-        noise = jr.normal(added, windows.shape, windows.dtype)
-        forced = windows + self.recipe.noise * noise
-        progress = number.astype(windows.dtype) / self.recipe.steps
-        strengths = self.forcing.strengths(windows.shape[1], progress)
+        sequences = self._draw(places, values)
+        noise = jr.normal(added, sequences.shape, sequences.dtype)
+        forced = sequences + self.recipe.noise * noise
+        progress = number.astype(sequences.dtype) / self.recipe.steps
+        strengths = self.forcing.strengths(sequences.shape[1], progress)
 
         def loss_of(arrays):
             model = eqx.combine(arrays, self.static)
-            return _loss(model, forced, windows, strengths, self.solver)
+            return _loss(model, forced, sequences, strengths, self.solver)
 
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
         (loss, iterations), gradient = value_and_grad(state.arrays)
@@ -237,14 +315,14 @@ class _Trainer:
         )(starts)
 
 
-def _loss(model: Reconstruction, forced, windows, strengths, solver):
-    """The mean squared error of all predictions, and the solver's mean steps."""
+def _loss(model: Reconstruction, forced, sequences, strengths, solver):
+    """Return the mean squared error of all predictions, and the solver's mean steps."""
 
     def follow(xs):
-        # A gradient that is not finite leaves a step out: no reason to end the run.
+        # A failed solve gives a gradient that is not finite, which is left out.
         return model.follow(xs, strengths, solver=solver, throw=False)
 
     found = jax.vmap(follow)(forced)
     predicted = found.states[..., : model.observed]
-    loss = jnp.mean((predicted - windows[:, 1:]) ** 2)
+    loss = jnp.mean((predicted - sequences[:, 1:]) ** 2)
     return loss, jnp.mean(found.stats["num_steps"].astype(loss.dtype))

@@ -1,4 +1,4 @@
-"""A cell without inputs, some of whose units are what is observed."""
+"""A cell without inputs, some of whose units are the observed variables."""
 
 import equinox as eqx
 import jax
@@ -16,9 +16,9 @@ class Reconstruction(eqx.Module):
 
     $$z_t = f(\tilde z_{t-1}), \qquad \hat x_t = (z_{t,1}, \dots, z_{t,N})$$
 
-    with $\tilde z$ the state, forced to what was observed while it is trained, and free
-    afterwards. The first $N$ units are the observed variables themselves. A first
-    state is $(x, L x)$, with $L$ trained too.
+    where $\tilde z$ is the state, which training forces to the observations, and which
+    is free afterwards. The first $N$ units are the observed variables. The first state
+    is $(x, L x)$, with $L$ trained too.
     """
 
     cell: AbstractCell
@@ -27,7 +27,7 @@ class Reconstruction(eqx.Module):
 
     def __init__(self, cell: AbstractCell, observed: int, *, key: PRNGKeyArray):
         """**Arguments:** `cell`, such as `pararnn.ALRNNCell(0, 20, key=...)`: without
-        inputs, its state a single array; `observed`, N; `key`, of `jax.random`.
+        inputs, and with a single array as state; `observed`, N; `key`, of `jax.random`.
 
         **Raises:** `ValueError` for a cell with inputs, or with fewer units than are
         observed."""
@@ -44,15 +44,15 @@ class Reconstruction(eqx.Module):
         if cell.d_state < self.observed:
             raise ValueError(
                 f"Reconstruction: {self.observed} variables are observed, but the cell "
-                f"has `d_state` = {cell.d_state} units, the first of which are those "
-                "variables. Give the cell at least as many."
+                f"has only `d_state` = {cell.d_state} units, the first of which are "
+                "those variables. Give the cell at least as many."
             )
         self.cell = cell
         shape = (cell.d_state - self.observed, self.observed)
         (self.lift,) = uniform(key, 1, shape, self.observed**-0.5, state.dtype)
 
     def start(self, x: Float[Array, " N"]) -> Float[Array, " d_state"]:
-        """The state `[d_state]` to go on from after an observation `[N]`."""
+        """Return the state `[d_state]` that follows an observation `[N]`."""
         x = self._check(x, 1)
         return jnp.concatenate([x, self.lift @ x])
 
@@ -62,12 +62,12 @@ class Reconstruction(eqx.Module):
         x: Float[Array, " N"],
         strength: Float[Array, ""],
     ) -> Float[Array, " d_state"]:
-        r"""$\tilde z$: the observed units moved to `x` by `strength`, 0 to 1."""
+        r"""Return $\tilde z$: observed units moved to `x` by `strength`, 0 to 1."""
         moved = (1 - strength) * state[: self.observed] + strength * x
         return jnp.concatenate([moved, state[self.observed :]])
 
     def step(self, state: Float[Array, " d_state"]) -> Float[Array, " d_state"]:
-        """One step, free of any forcing."""
+        """Take one step without forcing."""
         return self.cell(state, jnp.zeros(0, state.dtype))
 
     def follow(
@@ -78,14 +78,14 @@ class Reconstruction(eqx.Module):
         solver: AbstractSolver = Auto(),
         throw: bool = True,
     ) -> Solution:
-        """Step along observations, all steps solved for together.
+        """Step along observations, and solve for all steps together.
 
         **Arguments:** `xs`, `[T, N]`, of which the first T - 1 force; `strengths`,
-        `[T]`, as of a [`pararnn.dynamics.Forcing`][]; `solver` and `throw`, of
+        `[T]`, from a [`pararnn.dynamics.Forcing`][]; `solver` and `throw`, as for
         [`pararnn.solve`][].
 
         **Returns:** a [`pararnn.Solution`][] whose states, `[T - 1, d_state]`, predict
-        `xs[1:]` by their first N units.
+        `xs[1:]` with their first N units.
 
         **Raises:** `ValueError` for shapes that do not fit; as `pararnn.solve`.
         """
@@ -103,9 +103,9 @@ class Reconstruction(eqx.Module):
         return solve(step, inputs, self.start(xs[0]), solver=solver, throw=throw)
 
     def generate(self, x: Float[Array, " N"], steps: int) -> Float[Array, "steps d"]:
-        """States `[steps, d_state]` of the free network after an observation `[N]`.
+        """Run freely after an observation `[N]`, and return states `[steps, d_state]`.
 
-        One step after the other: of a chaotic system no method sees far ahead.
+        It takes one step after the other: no method sees far ahead in a chaotic system.
         """
         steps = check_size("Reconstruction.generate", "steps", steps)
 
@@ -120,7 +120,7 @@ class Reconstruction(eqx.Module):
             shape = f"[T, {self.observed}]" if ndim == 2 else f"[{self.observed}]"
             raise ValueError(
                 f"Reconstruction: observations have shape {x.shape}, expected {shape}. "
-                "Likely causes: (a) a batch, for which use `jax.vmap`, (b) states were "
+                "Likely causes: (a) a batch; use `jax.vmap` for it, (b) states were "
                 "passed rather than observations, (c) another system's observations."
             )
         return x.astype(self.lift.dtype)

@@ -1,4 +1,4 @@
-"""Systems, cells and forcings in every combination, and what came of each."""
+"""Training and measuring every combination of systems, cells and forcings."""
 
 import dataclasses
 import itertools
@@ -23,15 +23,16 @@ from .._registry import make_by_name
 from .._specs import parse_spec
 from ..cells import ALRNNCell, make_cell
 from ..solver import AbstractSolver, Auto, check_solver
-from ._draw import draw_reconstruction
-from ._exponent import flow_map, largest_exponent
-from ._fit import Recipe, fit
-from ._forcing import Forcing, GeneralisedForcing, SparseForcing
-from ._measures import spectrum_distance, state_space_divergence
+from ._fit import Forcing, GeneralisedForcing, Recipe, SparseForcing, fit
+from ._measures import (
+    find_symbols,
+    largest_exponent,
+    spectrum_distance,
+    state_space_divergence,
+)
 from ._model import Reconstruction
-from ._symbols import find_symbols
-from ._systems import SYSTEMS, Series, System, simulate
-from ._table import write_table
+from ._report import draw_reconstruction, write_table
+from ._systems import SYSTEMS, Series, System, flow_map, simulate
 
 RESULTS_FILE, TABLE_FILE = "results.jsonl", "results.md"
 FORCINGS = {"sparse": SparseForcing, "generalised": GeneralisedForcing}
@@ -43,22 +44,22 @@ EXPONENT_STEPS = 50_000
 class Study:
     """What is the same for all combinations.
 
-    **Raises:** `ValueError` on a value outside of its range, `TypeError` on a solver
-    that is not one.
+    **Raises:** `ValueError` on a value outside of its range, `TypeError` if `solver` is
+    not a solver.
     """
 
     units: int = 20
-    """Of a state."""
+    """Units of a state."""
     runs: int = 3
-    """Independent ones, trained side by side."""
+    """Independent runs, trained side by side."""
     observations: int = 100_000
-    """To train on; the test has as many."""
+    """Observations to train on; the test has as many."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of everything that is drawn."""
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
-    """How long, and on what windows."""
+    """How long, and on what sequences."""
     solver: AbstractSolver = dataclasses.field(default_factory=Auto)
-    """Of the forced recurrence."""
+    """Solver of the forced recurrence."""
 
     def __post_init__(self):
         for name in ("units", "runs", "observations"):
@@ -68,7 +69,7 @@ class Study:
 
 
 def make_forcing(spec: str) -> Forcing:
-    """A forcing by its name and options: `"sparse:interval=16"`, `"generalised"`.
+    """Make a forcing by its name and options: `"sparse:interval=16"`, `"generalised"`.
 
     **Raises:** `ValueError` on an unknown name or option, listing those that exist.
     """
@@ -85,20 +86,20 @@ def reconstruct(
     *,
     visible: bool = True,
 ) -> Path:
-    """Train every cell on every system, and compare what it does when it runs free.
+    """Train every cell on every system, and compare how they run freely.
 
-    A line goes to `results.jsonl` in the folder after every combination, and a picture
-    of the best of its runs; what the file has from an earlier call of the same study is
-    not run again. `results.md` has all of them as a table.
+    Every combination adds a line to `results.jsonl` in the folder, and a picture of the
+    best of its runs. Combinations that the file has from an earlier call of the same
+    study are not run again. `results.md` shows all of them as a table.
 
     **Arguments:**
 
     - `systems`: names of `pararnn.dynamics.SYSTEMS`.
     - `cells`: `"alrnn"`, `"plrnn"` or any other cell that needs no input, with options
-        behind colons: `"alrnn:rectified=2"`.
+        after colons: `"alrnn:rectified=2"`.
     - `forcings`: as for [`pararnn.dynamics.make_forcing`][].
-    - `folder`: made if it does not exist.
-    - `study`: what is the same for all.
+    - `folder`: created if it does not exist.
+    - `study`: what is the same for all combinations.
     - `visible`: show a progress bar, and a line for each result.
 
     **Returns:** the path of the results.
@@ -129,7 +130,7 @@ def reconstruct(
 
 
 class _Data(NamedTuple):
-    """Of one system: observations to train on and for the test, and a third one."""
+    """Observations of one system: for training, for the test, and another series."""
 
     system: System
     series: Series
@@ -150,7 +151,7 @@ def _observe(system: System, study: Study) -> _Data:
 def _make_models(
     cell: str, study: Study, observed: int, key: PRNGKeyArray
 ) -> Reconstruction:
-    """Models of all runs, leaves stacked."""
+    """Make the models of all runs, leaves stacked."""
     name, options = parse_spec("make_cell", cell)
 
     def make(key: PRNGKeyArray) -> Reconstruction:
@@ -162,7 +163,7 @@ def _make_models(
 
 
 class _Run:
-    """All combinations with one system."""
+    """Runs all combinations with one system."""
 
     def __init__(self, records: Records, data: _Data, study: Study, folder, progress):
         self.records, self.data, self.study = records, data, study
@@ -179,18 +180,20 @@ class _Run:
         }
 
     def add_system(self) -> None:
-        """What two trajectories of the system itself differ by."""
+        """Measure how two trajectories of the system itself differ."""
         fields = {"kind": "system", **self.about}
         if self.records.find(**fields):
             return
         data = self.data
         start = data.test.values[0] * data.test.scale + data.test.mean
-        rate = _rate(flow_map(data.system), jnp.asarray(start, float), data.system)
+        rate = _exponent_rate(
+            flow_map(data.system), jnp.asarray(start, float), data.system
+        )
         found = _compare(data.test.values, data.another.values) | {"exponent": rate}
         self.records.append(fields | found | {"machine": describe_machine()})
 
     def add(self, cell: str, spec: str, forcing: Forcing) -> None:
-        """Train, measure and draw one combination, if it is missing."""
+        """Train, measure and draw one combination, if it is not recorded yet."""
         what = f"{self.data.system.name}, {cell}, {spec}"
         fields = {"kind": "reconstruction", **self.about, "cell": cell, "forcing": spec}
         if self.records.find(**fields):
@@ -222,7 +225,7 @@ class _Run:
     def _measure(self, model: Reconstruction, states: np.ndarray) -> Record:
         found = _compare(self.data.test.values, states[:, : model.observed])
         first = jnp.asarray(self.data.test.values[0], float)
-        rate = _rate(model.step, model.start(first), self.data.system)
+        rate = _exponent_rate(model.step, model.start(first), self.data.system)
         return found | {"exponent": rate}
 
     def _draw(self, model, states, what: str, cell: str, spec: str) -> None:
@@ -260,8 +263,8 @@ def _compare(test: np.ndarray, free: np.ndarray) -> Record:
     }
 
 
-def _rate(step, start, system: System) -> float | None:
-    """The largest Lyapunov exponent per unit of time; `None` if it is none."""
+def _exponent_rate(step, start, system: System) -> float | None:
+    """Return the largest Lyapunov exponent per unit of time; `None` if not finite."""
     rate = largest_exponent(step, start, EXPONENT_STEPS) / system.interval
     return rate if math.isfinite(rate) else None
 

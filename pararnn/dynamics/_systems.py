@@ -22,7 +22,7 @@ class System:
 
     - `name`: for pictures and records.
     - `field`: $v$, from `[N]` to `[N]`.
-    - `start`: near its attractor, `N` numbers.
+    - `start`: a point near its attractor, `N` numbers.
     - `interval`: time between observations.
     - `settle`: time until the attractor is reached from near `start`.
     - `source`: where the system comes from.
@@ -42,8 +42,8 @@ class System:
 class Series:
     """Observations at equal intervals, standardised.
 
-    **Attributes:** `values`, `[T, N]`, of mean zero and variance one over time, unless
-    another series gave the scale; `mean` and `scale`, `[N]`, which lead back to the
+    **Attributes:** `values`, `[T, N]`, with mean zero and variance one over time,
+    unless another series gave the scale; `mean` and `scale`, `[N]`, to return to the
     units of the system: `values * scale + mean`; `interval`, the time between
     observations.
     """
@@ -103,15 +103,15 @@ def simulate(
 
     - `system`: such as `SYSTEMS["lorenz63"]`.
     - `steps`: T, the number of observations.
-    - `noise`: standard deviation of what is added to each number, normal, in units of
-        that number's own standard deviation over time.
-    - `like`: the series that gives mean and scale; the own ones if not given.
-    - `key`: of `jax.random`, for the start and the noise.
+    - `noise`: standard deviation of the normal noise that is added to each variable,
+        in units of that variable's standard deviation over time.
+    - `like`: a series to take mean and scale from. Defaults to those of this series.
+    - `key`: a key of `jax.random`, for the start and the noise.
 
     **Returns:** a [`pararnn.dynamics.Series`][].
 
-    **Raises:** `ValueError` for steps that are not a whole number from 2, noise that is
-    negative, or a key that is not one; `RuntimeError` if the integration fails.
+    **Raises:** `ValueError` for steps that are not a whole number from 2, negative
+    noise, or an invalid key; `RuntimeError` if the integration fails.
     """
     steps = check_size("simulate", "steps", steps, least=2)
     if noise:
@@ -149,3 +149,20 @@ def _integrate(system: System, steps: int, start: Array) -> Array:
         ).ys
 
     return run(start)
+
+
+def flow_map(system: System, *, substeps: int = 4) -> Callable[[Array], Array]:
+    """Return a step over one interval of a system: Tsit5 with equal substeps."""
+    term = diffrax.ODETerm(lambda t, u, _: system.field(u))
+    # The default `scan_kind` has no forward-mode derivative.
+    solver = diffrax.Tsit5(scan_kind="lax")
+    length = system.interval / substeps
+
+    def step(u: Float[Array, " N"]) -> Float[Array, " N"]:
+        t = jnp.zeros((), u.dtype)
+        for _ in range(substeps):
+            slope = solver.init(term, t, t + length, u, None)
+            u, *_ = solver.step(term, t, t + length, u, None, slope, made_jump=False)
+        return u
+
+    return step

@@ -2,7 +2,7 @@
 
 from ._from_torch import from_torch as from_torch
 from ._to_torch import to_torch as to_torch
-from ._torch_state import (
+from ._torch_layout import (
     state_from_torch as state_from_torch,
     state_to_torch as state_to_torch,
 )

@@ -1,8 +1,12 @@
+"""Converting torch's recurrent layers to layers of this library."""
+
+import re
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -11,8 +15,19 @@ from jaxtyping import DTypeLike
 from .._rnn import RNN, Bidirectional, Stack
 from ..cells import AbstractCell
 from ..solver import AbstractSolver, Auto
-from ._torch_arrays import Weights, read
-from ._torch_layout import Layout, names
+from ._torch_layout import LAYOUTS, Layout, names
+
+NAME = re.compile(r"(?:weight|bias)_(?:ih|hh)_l(\d+)(_reverse)?")
+
+
+class _Weights(NamedTuple):
+    """The parameters by torch's names, and the shape of the network."""
+
+    arrays: dict[str, np.ndarray]
+    layout: Layout
+    layers: int
+    directions: int
+    bias: bool
 
 
 def from_torch(
@@ -23,51 +38,51 @@ def from_torch(
     prefix: str = "",
     dtype: DTypeLike | None = None,
 ) -> Stack:
-    r"""A `torch.nn.RNN`, `GRU` or `LSTM` as layers of this library.
+    r"""Convert a `torch.nn.RNN`, `GRU` or `LSTM` to layers of this library.
 
         layer = pararnn.interop.from_torch(torch.nn.GRU(8, 32, num_layers=2))
         ys, state = layer(xs)  # [T, 8] to [T, 32]
 
-    Layers and directions may be any number, biases there or not. Nothing is unpickled
-    here, and torch need not be installed: read files with
-    `torch.load(path, weights_only=True)`, which refuses everything but tensors, or with
-    `safetensors.numpy.load_file(path)`.
+    It may have any number of layers, one or two directions, and biases or none. Nothing
+    is unpickled here, and torch need not be installed: read files with
+    `torch.load(path, weights_only=True)`, which refuses everything except tensors, or
+    with `safetensors.numpy.load_file(path)`.
 
     **Arguments:**
 
     - `source`: the module, or its `state_dict()`: a mapping from torch's names to
         arrays or tensors, floating point.
-    - `solver`: of every layer, as for [`pararnn.solve`][].
-    - `nonlinearity`: that of a `torch.nn.RNN`. A module says it itself, its
-        `state_dict` does not, and needs this.
+    - `solver`: the solver of every layer, as for [`pararnn.solve`][].
+    - `nonlinearity`: that of a `torch.nn.RNN`. Needed for a `state_dict`, which does
+        not say it; a module does.
     - `prefix`: take only the parameters whose names start with it, and drop it from
-        their names: `"encoder.rnn."` of a larger model.
-    - `dtype`: of the parameters; torch's if not given.
+        their names: `"encoder.rnn."` for a larger model.
+    - `dtype`: dtype of the parameters. Defaults to torch's.
 
     **Returns:** a [`pararnn.Stack`][] with a [`pararnn.RNN`][] for each layer, or a
     [`pararnn.Bidirectional`][] pair of them: `[T, d_input]` to `([T, directions *
-    d_state], state)`. It is unbatched and time first, whatever `batch_first` says,
-    which does not concern the weights: use `jax.vmap` for a batch. `state` is a tuple
-    with the state of each layer, of two directions a pair `(forward, backward)`, and of
-    an LSTM $(c, h)$ where torch has $(h, c)$:
-    [`pararnn.interop.state_from_torch`][] and [`pararnn.interop.state_to_torch`][]
-    translate.
+    d_state], state)`. It is unbatched and has time first: use `jax.vmap` for a batch.
+    `batch_first` does not concern the weights. `state` is a tuple with the state of
+    each layer: a pair `(forward, backward)` for two directions, and $(c, h)$ for an
+    LSTM, where torch has $(h, c)$. [`pararnn.interop.state_from_torch`][] and
+    [`pararnn.interop.state_to_torch`][] translate.
 
-    GRU and LSTM hold both of torch's biases, a `torch.nn.RNN` becomes one bias, their
-    sum. `bias=False` becomes biases of zeros, which training would change; leave them
-    out with `equinox.partition` if it must not. Dropout between layers is not part of
-    the result: it computes what the torch module does in `eval()`, and warns.
+    A GRU or LSTM keeps both of torch's biases. A `torch.nn.RNN` gets one bias, their
+    sum. `bias=False` becomes biases of zeros, which training would change; exclude them
+    with `equinox.partition` to prevent that. Dropout between layers is left out, with a
+    warning: the result computes what the torch module does in `eval()`.
 
-    **Raises:** `ValueError` on parameters that are missing, not of these layers, of
-    shapes that do not fit or not real floating point; on an LSTM with `proj_size`; on
-    float64 where JAX has only 32 bits; on a nonlinearity that is not known or needed.
+    **Raises:** `ValueError` on parameters that are missing, that do not belong to these
+    layers, whose shapes do not fit, or that are not real floating point; on an LSTM
+    with `proj_size`; on float64 where JAX has only 32 bits; on a nonlinearity that is
+    missing, unknown or not needed.
     `TypeError` if `source` is neither a module nor a mapping.
 
     ??? cite "Source"
 
-        The documentation of `torch.nn.RNN`, `torch.nn.GRU` and `torch.nn.LSTM`.
+        Documentation of `torch.nn.RNN`, `torch.nn.GRU` and `torch.nn.LSTM`.
     """
-    weights = read(source, prefix, dtype)
+    weights = _read(source, prefix, dtype)
     options = _options(weights.layout, source, nonlinearity)
     _warn_of_dropout(source)
 
@@ -93,7 +108,7 @@ def _options(layout: Layout, source: Any, nonlinearity: str | None) -> dict[str,
     if own is not None and nonlinearity not in (None, own):
         raise ValueError(
             f"from_torch: `nonlinearity` = {nonlinearity!r}, but that of the module is "
-            f"{own!r}. Leave it out."
+            f"{own!r}. Leave out the argument."
         )
     if nonlinearity is None and own is None:
         raise ValueError(
@@ -110,14 +125,14 @@ def _warn_of_dropout(source: Any) -> None:
         warnings.warn(
             f"from_torch: dropout={dropout} between the layers is not carried over; "
             "the result computes what the torch module does in `eval()`. Set "
-            "`module.dropout = 0`, or pass `module.state_dict()`, to say that this is "
-            "meant.",
+            "`module.dropout = 0`, or pass `module.state_dict()`, to silence this "
+            "warning.",
             stacklevel=3,
         )
 
 
 def _cell(
-    weights: Weights, layer: int, backward: bool, options: dict[str, Any]
+    weights: _Weights, layer: int, backward: bool, options: dict[str, Any]
 ) -> AbstractCell:
     layout, arrays = weights.layout, weights.arrays
     weight_ih, weight_hh, *biases = (
@@ -128,11 +143,11 @@ def _cell(
     if not layout.bias_hh:
         biases = [biases[0] + biases[1]]
     fields = {}
-    for group, stacked in zip(
+    for gates, stacked in zip(
         layout[2:], (weight_ih, weight_hh, *biases), strict=False
     ):
-        if group:
-            fields |= zip(group, np.split(stacked, len(group)), strict=True)
+        if gates:
+            fields |= zip(gates, np.split(stacked, len(gates)), strict=True)
     make: Any = layout.cell
     cell = make(
         weight_ih.shape[1],
@@ -146,3 +161,125 @@ def _cell(
         cell,
         [jnp.asarray(value) for value in fields.values()],
     )
+
+
+# The `state_dict`, read and checked.
+
+
+def _read(source: Any, prefix: str, dtype: DTypeLike | None) -> _Weights:
+    """Read the weights of a module or a `state_dict`.
+
+    **Raises:** `TypeError`, `ValueError` if they are not those of one `torch.nn.RNN`,
+    `GRU` or `LSTM`.
+    """
+    entries = _entries(source, prefix)
+    found = [NAME.fullmatch(name) for name in entries]
+    layers = 1 + max(int(match[1]) for match in found if match)
+    directions = 1 + any(match[2] for match in found if match)
+    bias = any(name.startswith("bias") for name in entries)
+    arrays = {name: _array(name, value, dtype) for name, value in entries.items()}
+    _check_names(set(arrays), layers, directions, bias)
+    layout = _layout(arrays["weight_hh_l0"].shape)
+    weights = _Weights(arrays, layout, layers, directions, bias)
+    _check_shapes(weights)
+    return weights
+
+
+def _entries(source: Any, prefix: str) -> dict[str, Any]:
+    mapping = source.state_dict() if hasattr(source, "state_dict") else source
+    if not isinstance(mapping, Mapping):
+        raise TypeError(
+            f"from_torch: `source` is a {type(source).__name__}, expected a "
+            "`torch.nn.RNN`, `GRU` or `LSTM` or its `state_dict()`. Likely cause: the "
+            "name of a file; load it first, `torch.load(path, weights_only=True)` or "
+            "`safetensors.numpy.load_file(path)`."
+        )
+    entries = {
+        name.removeprefix(prefix): value
+        for name, value in mapping.items()
+        if name.startswith(prefix)
+    }
+    if any(name.startswith("weight_hr_l") for name in entries):
+        raise ValueError(
+            "from_torch: the LSTM has a projection (`proj_size` > 0, parameters "
+            "`weight_hr_l...`): its hidden state is narrower than its memory, which no "
+            "cell here supports. Train one with `proj_size=0`, or write the cell as a "
+            "function `f(h, x) -> h` for `pararnn.RNN`."
+        )
+    unknown = sorted(name for name in entries if not NAME.fullmatch(name))
+    if unknown or not entries:
+        raise ValueError(
+            f"from_torch: {unknown[:4] or 'nothing'} with the prefix {prefix!r} is "
+            "not a parameter of `torch.nn.RNN`, `GRU` or `LSTM`. Likely causes: (a) "
+            "the weights of a whole model: pass its recurrent module, or "
+            "`prefix='rnn.'` with the module's name in the model, (b) a "
+            "`GRUCell` or `LSTMCell`: append '_l0' to the names."
+        )
+    return entries
+
+
+def _array(name: str, value: Any, dtype: DTypeLike | None) -> np.ndarray:
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if "bfloat16" in str(value.dtype):  # torch does not convert it to NumPy.
+            value = np.asarray(value.float()).astype(jnp.bfloat16)
+    array = np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"from_torch: `{name}` is {array.dtype}, expected real floating point. "
+            "Likely cause: a quantised network; dequantise it first."
+        )
+    if dtype is not None:
+        array = array.astype(jnp.dtype(dtype))
+    if array.dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError(
+            f"from_torch: `{name}` is float64, which JAX would round to float32 here. "
+            'Call `jax.config.update("jax_enable_x64", True)` at the start of the '
+            "program, or pass `dtype=jnp.float32`."
+        )
+    return array
+
+
+def _check_names(given: set[str], layers: int, directions: int, bias: bool) -> None:
+    wanted = {
+        name
+        for layer in range(layers)
+        for backward in range(directions)
+        for name in names(layer, bool(backward), bias)
+    }
+    if given != wanted:
+        raise ValueError(
+            f"from_torch: {sorted(wanted - given)} are missing from what looks like "
+            f"{layers} layer(s) in {directions} direction(s) "
+            f"{'with' if bias else 'without'} biases. Likely cause: a `state_dict` "
+            "that was filtered, or saved in parts."
+        )
+
+
+def _layout(shape: tuple[int, ...]) -> Layout:
+    for layout in LAYOUTS:
+        if len(shape) == 2 and shape[0] == len(layout.weight_hh) * shape[1]:
+            return layout
+    raise ValueError(
+        f"from_torch: `weight_hh_l0` has shape {shape}, expected [k * d, d] with k = 1 "
+        "(RNN), 3 (GRU) or 4 (LSTM). Likely cause: a transposed matrix, from another "
+        "framework."
+    )
+
+
+def _check_shapes(weights: _Weights) -> None:
+    rows, d_state = weights.arrays["weight_hh_l0"].shape
+    first = weights.arrays["weight_ih_l0"].shape[-1:]
+    for layer in range(weights.layers):
+        d_input = first if layer == 0 else (weights.directions * d_state,)
+        shapes = ((rows, *d_input), (rows, d_state), (rows,), (rows,))
+        for backward in range(weights.directions):
+            for name, shape in zip(
+                names(layer, bool(backward), weights.bias), shapes, strict=False
+            ):
+                if weights.arrays[name].shape != shape:
+                    raise ValueError(
+                        f"from_torch: `{name}` has shape {weights.arrays[name].shape}, "
+                        f"expected {shape}, as `weight_hh_l0` is {(rows, d_state)}. "
+                        "Likely cause: parameters of two networks in one `state_dict`."
+                    )

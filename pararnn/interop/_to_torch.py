@@ -1,3 +1,5 @@
+"""Converting layers of this library to the weights of torch's."""
+
 from typing import Any
 
 import numpy as np
@@ -9,29 +11,29 @@ from ._torch_layout import LAYOUTS, Layout, names
 def to_torch(
     layer: Stack | RNN | Bidirectional, *, bias: bool = True
 ) -> dict[str, np.ndarray]:
-    r"""The `state_dict` of the `torch.nn.RNN`, `GRU` or `LSTM` that equals a layer.
+    r"""Return the `state_dict` of the `torch.nn.RNN`, `GRU` or `LSTM` equal to a layer.
 
         weights = pararnn.interop.to_torch(layer)
         module = torch.nn.GRU(8, 32, num_layers=2)
         module.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
 
-    What came from [`pararnn.interop.from_torch`][] goes back bit by bit, but for a
-    `torch.nn.RNN`, whose two biases come back as their sum and zeros: equal in
-    function. A gradient with respect to the layer (of `equinox.filter_grad`) is
-    renamed in the same way.
+    Weights from [`pararnn.interop.from_torch`][] are restored bit by bit, except for
+    the two biases of a `torch.nn.RNN`, which become their sum and zeros: an equal
+    function. A gradient with respect to the layer, from `equinox.filter_grad`, can be
+    converted in the same way.
 
     **Arguments:**
 
     - `layer`: [`pararnn.ElmanCell`][]s, [`pararnn.GRUCell`][]s or
-        [`pararnn.LSTMCell`][]s, all alike and of one width, in [`pararnn.RNN`][]s, in
+        [`pararnn.LSTMCell`][]s, all of one kind and width, in [`pararnn.RNN`][]s, in
         [`pararnn.Bidirectional`][] pairs of these, or in a [`pararnn.Stack`][] of
         either.
-    - `bias`: whether the module has biases. Without, those of the layer must be 0.
+    - `bias`: whether the module has biases. If not, those of the layer must be 0.
 
     **Returns:** NumPy arrays by torch's names and in its order, in the dtypes of the
-    parameters; bfloat16, which NumPy and torch do not exchange, as float32. The
-    options of the module are up to you: `bidirectional`, `num_layers`, `bias`, and of
-    a `torch.nn.RNN` the `nonlinearity`.
+    parameters; bfloat16, which NumPy and torch do not exchange, becomes float32. The
+    caller sets the options of the module: `bidirectional`, `num_layers`, `bias`, and
+    the `nonlinearity` of a `torch.nn.RNN`.
 
     **Raises:** `TypeError` on other layers or cells; `ValueError` on cells of several
     kinds or widths, a mixture of one and two directions, and biases that `bias=False`
@@ -51,7 +53,7 @@ def to_torch(
 
 
 def _cells(layer: Any) -> list[list[Any]]:
-    """The cells of each layer, in one or two directions."""
+    """Return the cells of each layer, in one or two directions."""
     layers = layer.layers if isinstance(layer, Stack) else (layer,)
     cells = []
     for each in layers:
@@ -67,8 +69,8 @@ def _cells(layer: Any) -> list[list[Any]]:
         cells.append([direction.cell for direction in directions])
     if len({len(directions) for directions in cells}) > 1:
         raise ValueError(
-            "to_torch: some layers have one direction and some two, which torch has no "
-            "module for. Convert the layers one by one."
+            "to_torch: some layers have one direction and some two, and torch has no "
+            "such module. Convert the layers one by one."
         )
     return cells
 
@@ -78,8 +80,8 @@ def _common_layout(cells: list[list[Any]]) -> Layout:
     kinds = {f"{type(c).__name__} {getattr(c, 'activation', '')}".strip() for c in flat}
     if len(kinds) > 1:
         raise ValueError(
-            f"to_torch: the cells are of several kinds, {sorted(kinds)}, which torch "
-            "has no module for. Convert the layers one by one."
+            f"to_torch: the cells are of several kinds, {sorted(kinds)}, and torch has "
+            "no such module. Convert the layers one by one."
         )
     for layout in LAYOUTS:
         if isinstance(flat[0], layout.cell):
@@ -87,13 +89,13 @@ def _common_layout(cells: list[list[Any]]) -> Layout:
     raise TypeError(
         f"to_torch: a {type(flat[0]).__name__} has no counterpart in `torch.nn`; "
         "`ElmanCell`, `GRUCell` and `LSTMCell` have. Likely causes: (a) another "
-        "library's cell, (b) an `init_state` or `output` of one's own in `RNN`, which "
-        "torch's modules have no place for."
+        "library's cell, (b) a custom `init_state` or `output` in `RNN`, which torch's "
+        "modules do not support."
     )
 
 
 def _arrays(cell: Any, layout: Layout) -> list[np.ndarray]:
-    """`weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`, gates stacked along rows."""
+    """Return `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`, gates stacked by rows."""
     groups = [
         np.concatenate([_as_numpy(getattr(cell, name)) for name in group])
         for group in layout.groups()
@@ -111,7 +113,7 @@ def _check_no_bias(biases: list[np.ndarray], k: int) -> None:
     if any(np.any(bias) for bias in biases):
         raise ValueError(
             f"to_torch: the biases of layer {k} are not 0, so a module without any "
-            "would compute something else. Leave `bias=False` out."
+            "would compute something else. Leave out `bias=False`."
         )
 
 

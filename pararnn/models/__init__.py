@@ -1,11 +1,10 @@
-"""Models: layers of either package in residual blocks, and text from them."""
+"""Language models: recurrent layers in residual blocks, and text generation."""
 
 from ._generate import generate as generate
-from ._language_model import LanguageModel as LanguageModel
+from ._language_model import LanguageModel as LanguageModel, cast as cast
 from ._mixers import (
     CellMixer as CellMixer,
     list_mixers as list_mixers,
     make_mixer as make_mixer,
     registered_layers as registered_layers,
 )
-from ._precision import cast as cast

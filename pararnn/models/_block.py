@@ -10,19 +10,19 @@ from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray, PyTree
 
 from .._parameters import rms_norm, uniform
 
-# What is kept of a solve's statistics for every block.
+# The statistics of a solve that every block keeps.
 STATISTICS = ("num_steps", "residual", "sequential")
 
 
 def project(weight: Float[Array, "out in"], x: Float[Array, "... in"]) -> Array:
-    """`W x` in the precision of the activations `x`."""
-    # Unlike the products inside a solve, at the platform's default precision: a
-    # rounding here is not amplified by an iteration.
+    """Compute `W x` in the precision of the activations `x`."""
+    # At the platform's default precision, unlike the products inside a solve: no
+    # iteration amplifies a rounding error here.
     return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
 
 
 def normalise(x: Float[Array, "... d"], weight: Float[Array, " d"]) -> Array:
-    """RMSNorm, in at least float32, in the dtype of `x` again."""
+    """Apply RMSNorm in at least float32, and cast to the dtype of `x`."""
     return rms_norm(x, weight).astype(x.dtype)
 
 
@@ -53,12 +53,12 @@ class GatedMLP(eqx.Module):
 
 
 class Block(eqx.Module):
-    r"""A mixer and an MLP, each behind a norm and added to its input.
+    r"""A mixer and an MLP, each after a norm and added to its input.
 
     $$u = x + \mathrm{mixer}(\mathrm{norm}(x)), \qquad
       y = u + \mathrm{MLP}(\mathrm{norm}(u))$$
 
-    The state is the mixer's. Without an `mlp`, $y = u$.
+    The state is that of the mixer. Without an `mlp`, $y = u$.
     """
 
     mixer: Any
@@ -86,7 +86,7 @@ class Block(eqx.Module):
         state: PyTree[Array],
         reset: Bool[Array, " T"] | None,
     ) -> tuple[Float[Array, "T d_model"], PyTree[Array], dict[str, Array]]:
-        """Outputs, the last state, and statistics of the solve if there was one."""
+        """Return outputs, the last state, and the statistics of a solve, if any."""
         inputs = normalise(xs, self.mixer_norm)
         if hasattr(self.mixer, "run"):
             mixed, state, stats = self.mixer.run(inputs, state, reset=reset)

@@ -1,4 +1,4 @@
-"""Tokens from a model, one after the other."""
+"""Generating tokens, one after the other."""
 
 from collections.abc import Container, Iterator
 from typing import Any
@@ -25,10 +25,10 @@ def generate(
     state: PyTree[Array] | None = None,
     key: PRNGKeyArray,
 ) -> Iterator[int]:
-    r"""Continue a prompt, token by token, as they are drawn.
+    r"""Continue a prompt, and yield each token as it is drawn.
 
     The prompt is read in parallel, in pieces whose lengths are powers of two, so that
-    few programs are compiled however long prompts are; then each token costs one
+    few programs are compiled for prompts of any length. Then each token costs one
     `model.step`, and memory stays constant.
 
     **Arguments:**
@@ -36,16 +36,16 @@ def generate(
     - `model`: a [`pararnn.LanguageModel`][], or anything with its `__call__` and
         `step`.
     - `prompt`: integers `[P]`, at least one.
-    - `max_tokens`: how many tokens to draw at most.
-    - `temperature`: logits are divided by it; 0 takes the likeliest token, the first
-        of several.
-    - `top_k`: draw among the `top_k` likeliest tokens only; of equal ones at the edge,
-        the first.
-    - `top_p`: draw among the fewest of the likeliest tokens whose probabilities sum to
-        `top_p` or more (Holtzman et al., 1904.09751). Of both, `top_k` is applied
+    - `max_tokens`: the largest number of tokens to draw.
+    - `temperature`: logits are divided by it; 0 takes the likeliest token, or the
+        first of several.
+    - `top_k`: draw among the `top_k` likeliest tokens only; ties at the edge go to the
         first.
+    - `top_p`: draw among the fewest of the likeliest tokens whose probabilities sum to
+        `top_p` or more (Holtzman et al., 1904.09751). `top_k` is applied before
+        `top_p`.
     - `stop`: tokens after which to stop; they are not returned.
-    - `state`: the state to continue from; the fresh one if not given.
+    - `state`: the state to continue from. Defaults to the fresh state.
     - `key`: a key of `jax.random`. The same key gives the same tokens.
 
     **Returns:** an iterator of `int`.
@@ -68,8 +68,8 @@ def generate(
             if drawn < 0:
                 raise FloatingPointError(
                     f"generate: the logits of token {index} are not finite. Likely "
-                    "causes: (a) training diverged, and this checkpoint is of that "
-                    "time: take an earlier one, (b) a `state` that is not finite."
+                    "causes: (a) training had diverged when this checkpoint was "
+                    "written: take an earlier one, (b) a `state` that is not finite."
                 )
             if drawn in stop:
                 return
@@ -92,7 +92,7 @@ def _step(model, token, state):
 
 
 def _read(model, prompt: np.ndarray, state):
-    """The logits after a prompt, and the state."""
+    """Return the logits after a prompt, and the state."""
     state = model.init_state() if state is None else state
     while True:
         length = 1 << (len(prompt).bit_length() - 1)
@@ -111,7 +111,7 @@ def _draw(
     top_k: int | None,
     top_p: float | None,
 ) -> Int[Array, ""]:
-    """A token, or -1 if the logits are not finite."""
+    """Draw a token; return -1 if the logits are not finite."""
     if temperature == 0:
         token = jnp.argmax(logits)
     else:
@@ -126,19 +126,22 @@ def _draw(
 
 
 def _scale(logits: Float[Array, " vocab"], temperature: float) -> Array:
-    """Logits over the temperature, the largest as 0: a tiny temperature overflows to
-    minus infinity only, and leaves the likeliest tokens."""
+    """Divide logits by the temperature, with the largest shifted to 0.
+
+    With a tiny temperature the others overflow to minus infinity, and the likeliest
+    tokens remain.
+    """
     wide = logits.astype(wide_dtype(logits.dtype))
-    # A smaller temperature would be zero; it tells the same logits apart.
+    # A smaller temperature would be zero, and this one separates the same logits.
     least = float(jnp.finfo(wide.dtype).tiny)
     return (wide - jnp.max(wide)) / jnp.maximum(temperature, least)
 
 
 def _nucleus(logits: Float[Array, " vocab"], top_p: float) -> Float[Array, " vocab"]:
-    """Logits outside of the likeliest tokens that sum to `top_p` as minus infinity."""
+    """Set logits outside of the likeliest tokens that sum to `top_p` to -infinity."""
     order = jnp.argsort(logits, descending=True)
     probabilities = jax.nn.softmax(logits[order])
-    # A token belongs to them if those before it do not suffice; the first always does.
+    # A token is kept if those before it do not reach `top_p`; the first always is.
     before = jnp.cumsum(probabilities) - probabilities
     keep = jnp.zeros(logits.shape, bool).at[order].set(before < top_p)
     return jnp.where(keep, logits, -jnp.inf)

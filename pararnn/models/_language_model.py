@@ -1,4 +1,4 @@
-"""A language model: embedded tokens, residual blocks, the embedding again."""
+"""A language model of residual blocks between tied embeddings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ from ..solver import AbstractSolver, Auto, check_solver
 from ._block import Block, normalise
 from ._mixers import make_mixer
 
-# Repetitions of the pattern that are written out at a time. Against a loop that holds
-# one (CPU, ParaGRU of width 192, two sequences of 2048, value and gradient, medians of
-# one run): 2 repetitions 1.41 against 1.88 s and 203 against 274 MB, 4 repetitions 2.71
-# against 3.43 s and 378 against 450 MB, compiled in the same time.
+# Repetitions of the pattern that are unrolled. Compared with a loop over single ones
+# (CPU, ParaGRU of width 192, two sequences of 2048, value and gradient, medians of one
+# run): for 2 repetitions 1.41 instead of 1.88 s and 203 instead of 274 MB, for 4
+# repetitions 2.71 instead of 3.43 s and 378 instead of 450 MB; the same compile time.
 UNROLL = 4
 Mixer = str | Callable[..., Any]
 
@@ -31,13 +31,13 @@ class LanguageModel(eqx.Module):
     $$x^0_t = E_{\mathrm{token}_t}, \qquad x^l = \mathrm{block}_l(x^{l-1}), \qquad
       \mathrm{logits}_t = E \, \mathrm{norm}(x^L_t)$$
 
-    A block is a mixer over time and a gated MLP, each behind an RMSNorm and added to
-    its input. The state is of constant size: that of the mixers. The layer protocol
-    holds, with tokens as inputs: unbatched, `jax.vmap` for a batch.
+    A block is a mixer over time and a gated MLP, each after an RMSNorm and added to
+    its input. The state is that of the mixers, and of constant size. The model follows
+    the layer protocol, with tokens as inputs: unbatched, `jax.vmap` for a batch.
 
     Activations have the dtype of the embedding. Solves and scans inside the mixers run
-    in at least float32, and so do norms and logits; so `cast` the model to bfloat16 for
-    mixed precision and keep the original for the optimiser.
+    in at least float32, and so do norms and logits. For mixed precision, `cast` the
+    model to bfloat16 and keep the original for the optimiser.
     """
 
     embedding: Float[Array, "vocab d_model"]
@@ -69,25 +69,27 @@ class LanguageModel(eqx.Module):
 
         - `vocab_size`, `d_model`: number of tokens, and width of the model.
         - `depth`: number of blocks.
-        - `mixer`: as of [`pararnn.make_mixer`][], such as `"paragru"` or
+        - `mixer`: as for [`pararnn.make_mixer`][], such as `"paragru"` or
             `"deltanet:heads=4"`; or a function `(d_model, *, key)` that returns a
-            layer; or several of these, which take turns (a hybrid): their number must
+            layer; or several of these, which alternate (a hybrid): their number must
             divide `depth`.
-        - `d_hidden`: width of the MLP; 8/3 of `d_model`, rounded up to a multiple of
-            64, if not given; 0 for blocks without one.
-        - `solver`, `throw`: of nonlinear mixers given by name, as for
+        - `d_hidden`: width of the MLP; 0 for blocks without one. Defaults to 8/3 of
+            `d_model`, rounded up to a multiple of 64.
+        - `solver`, `throw`: for nonlinear mixers given by name, as for
             [`pararnn.RNN`][].
         - `tied`: use the embedding as the output matrix.
-        - `rematerialise`: keep only the inputs of each group of blocks for the
-            gradient, and compute the rest again.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `rematerialise`: keep only the inputs of each repetition of the mixers for
+            the gradient, and compute the rest again.
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype.
         - `key`: a key of `jax.random`. The embedding is drawn from
-            $\mathcal{N}(0, 0.02^2)$, matrices of MLPs uniformly within
+            $\mathcal{N}(0, 0.02^2)$, matrices of MLPs uniformly from
             $\pm 1 / \sqrt{\text{fan-in}}$.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, mixers that
-        do not divide the depth, an unknown mixer (listing those that exist), and what
-        the mixers' constructors raise; `TypeError` for what is not a solver.
+        **Raises:** `ValueError` on a size that is not a positive integer, a
+        number of mixers that does not divide the depth, an unknown mixer (listing those
+        that exist), and what the mixers' constructors raise; `TypeError` if `solver` is
+        not a solver.
         """
         where = "LanguageModel"
         check_solver(where, solver)
@@ -123,8 +125,8 @@ class LanguageModel(eqx.Module):
         )
 
     def init_state(self) -> PyTree[Array]:
-        """The fresh state: for each mixer of the pattern its states, stacked over the
-        repetitions of the pattern."""
+        """Return the fresh state: for each mixer of the pattern its states, stacked
+        over the repetitions of the pattern."""
         return tuple(
             eqx.filter_vmap(lambda block: block.mixer.init_state())(block)
             for block in self.blocks
@@ -137,18 +139,18 @@ class LanguageModel(eqx.Module):
         *,
         reset: Bool[Array, " T"] | None = None,
     ) -> tuple[Float[Array, "T vocab"], PyTree[Array]]:
-        """Logits of the next token at every step, and the last state.
+        """Return logits of the next token at every step, and the last state.
 
-        **Arguments:** `tokens`, integers `[T]`, each in `[0, vocab_size)`; `state`, as
-        of `init_state()` (the default) or of an earlier call; `reset`, bool `[T]`,
-        where true a new document begins.
+        **Arguments:** `tokens`, integers `[T]`, each in `[0, vocab_size)`; `state`,
+        from `init_state()` (the default) or an earlier call; `reset`, bool `[T]`, true
+        where a new document begins.
 
         **Returns:** `(logits, state)`, `[T, vocab_size]` in at least float32.
 
         **Raises:** `ValueError`, `TypeError` on tokens that are not integers `[T]` or a
         `reset` that does not fit, and what the mixers raise. A token outside of the
-        vocabulary is a NaN: linear layers pass it on to the logits from there to the
-        end of the document, a solve of a nonlinear one raises.
+        vocabulary becomes NaN: linear layers pass it on to the logits from there to
+        the end of the document, and the solve of a nonlinear layer raises.
         """
         logits, state, _ = self.run(tokens, state, reset=reset)
         return logits, state
@@ -160,15 +162,15 @@ class LanguageModel(eqx.Module):
         *,
         reset: Bool[Array, " T"] | None = None,
     ) -> tuple[Float[Array, "T vocab"], PyTree[Array], tuple[dict[str, Array], ...]]:
-        """As `__call__`, and for each mixer of the pattern the statistics of its
-        solves, see [`pararnn.Solution`][], stacked over the repetitions of the pattern;
-        a linear layer has none."""
+        """Return what `__call__` does, and for each mixer of the pattern the statistics
+        of its solves (see [`pararnn.Solution`][]), stacked over the repetitions of the
+        pattern. A linear layer has none."""
         tokens = _check_tokens(tokens, 1)
         check_reset("LanguageModel", reset, None, tokens.shape[0])
         state = self.init_state() if state is None else state
         blocks, static = eqx.partition(self.blocks, eqx.is_array)
 
-        def group(xs, inputs):
+        def repetition(xs, inputs):
             arrays, states = inputs
             states, stats = list(states), []
             for i, block in enumerate(eqx.combine(arrays, static)):
@@ -178,19 +180,19 @@ class LanguageModel(eqx.Module):
             return xs, (tuple(states), tuple(stats))
 
         if self.rematerialise:
-            group = jax.checkpoint(group)
-        # In `step` they stay in pieces: a token is less than the parameters.
+            repetition = jax.checkpoint(repetition)
+        # `step` does not gather them: a token is smaller than the parameters.
         embedding, head = gather_parameters((self.embedding, self.head))
         xs = self._embed(tokens, embedding)
-        xs, (state, stats) = lax.scan(group, xs, (blocks, state), unroll=UNROLL)
+        xs, (state, stats) = lax.scan(repetition, xs, (blocks, state), unroll=UNROLL)
         return self._read_out(xs, embedding if head is None else head), state, stats
 
     def step(
         self, token: Int[Array, ""], state: PyTree[Array]
     ) -> tuple[Float[Array, " vocab"], PyTree[Array]]:
-        """One step, for decoding: the numbers of `__call__`, up to rounding.
+        """Take one step, for decoding; equals `__call__` up to rounding.
 
-        **Arguments:** `token`, an integer; `state`, as of `init_state()`.
+        **Arguments:** `token`, an integer; `state`, as from `init_state()`.
 
         **Returns:** `(logits, state)`, `[vocab_size]` in at least float32.
 
@@ -199,7 +201,7 @@ class LanguageModel(eqx.Module):
         token = _check_tokens(token, 0)
         blocks, static = eqx.partition(self.blocks, eqx.is_array)
 
-        def group(x, inputs):
+        def repetition(x, inputs):
             arrays, states = inputs
             states = list(states)
             for i, block in enumerate(eqx.combine(arrays, static)):
@@ -207,7 +209,7 @@ class LanguageModel(eqx.Module):
             return x, tuple(states)
 
         x = self._embed(token, self.embedding)
-        x, state = lax.scan(group, x, (blocks, state))
+        x, state = lax.scan(repetition, x, (blocks, state))
         head = self.embedding if self.head is None else self.head
         return self._read_out(x, head), state
 
@@ -215,7 +217,7 @@ class LanguageModel(eqx.Module):
         self, tokens: Int[Array, "*T"], embedding: Float[Array, "vocab d_model"]
     ) -> Float[Array, "*T d_model"]:
         # JAX would clamp a token that is too large, and count a negative one backwards.
-        # An error raised here would gather all tokens on one device of a mesh.
+        # Raising an error here would gather all tokens on one device of a mesh.
         known = (tokens >= 0) & (tokens < self.vocab_size)
         return jnp.where(known[..., None], embedding[tokens], jnp.nan)
 
@@ -237,8 +239,8 @@ def _check_pattern(mixer: Mixer | Sequence[Mixer], depth: int) -> tuple[Mixer, .
     pattern = (mixer,) if isinstance(mixer, str) or callable(mixer) else tuple(mixer)
     if not pattern or depth % len(pattern):
         raise ValueError(
-            f"LanguageModel: {len(pattern)} mixers cannot take turns in `depth` = "
-            f"{depth} blocks. Give a number of mixers that divides the depth, for "
+            f"LanguageModel: {len(pattern)} mixers cannot alternate in `depth` = "
+            f"{depth} blocks. Pass a number of mixers that divides the depth, for "
             'instance `mixer=("paragru", "deltanet")` with `depth=4`.'
         )
     return pattern
@@ -255,3 +257,19 @@ def _check_tokens(tokens, rank: int) -> Array:
             "token given to `model(tokens)`, or a sequence to `model.step`."
         )
     return tokens
+
+
+def cast(module: PyTree, dtype: DTypeLike) -> PyTree:
+    """Cast the real floating-point leaves of a pytree to a dtype.
+
+    **Arguments:** `module`, any pytree, such as a model; `dtype`, real floating point.
+
+    **Raises:** `ValueError` on any other dtype.
+    """
+    dtype = check_dtype("cast", dtype)
+
+    def convert(leaf):
+        real = eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if real else leaf
+
+    return jax.tree.map(convert, module)

@@ -1,4 +1,4 @@
-"""What mixes over time inside a block: any layer of either package, by name."""
+"""Mixers, the recurrent layers inside blocks, by name."""
 
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -17,9 +17,9 @@ from ..cells import CELLS, make_cell
 from ..solver import AbstractSolver, Auto, check_solver
 from ._block import project
 
-# Packages enter their layers here, each a mapping from name to a constructor
-# `(d_model, *, key, **options)`. `linear` does so in pyproject.toml: `pararnn` itself
-# never imports it.
+# The entry points by which packages register their layers, each a mapping from names
+# to constructors `(d_model, *, key, **options)`. `linear` does so in pyproject.toml;
+# `pararnn` never imports it.
 ENTRY_POINTS = "pararnn.layers"
 
 
@@ -51,10 +51,11 @@ class CellMixer(eqx.Module):
 
         - `d_model`: size of an input and of an output.
         - `cell`: a name in [`pararnn.CELLS`][].
-        - `d_state`: size of the cell's state; `d_model` if not given.
+        - `d_state`: size of the cell's state. Defaults to `d_model`.
         - `solver`, `throw`: as for [`pararnn.RNN`][].
-        - `dtype`: of the parameters; JAX's default floating point if not given.
-        - `key`: a key of `jax.random`. $W$ is uniform within
+        - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point
+            dtype.
+        - `key`: a key of `jax.random`. $W$ is drawn uniformly from
             $\pm 1 / \sqrt{d_\mathrm{state}}$.
         - `options`: further arguments of the cell.
 
@@ -69,7 +70,7 @@ class CellMixer(eqx.Module):
         (self.W,) = uniform(outer, 1, shape, bound, dtype or jnp.result_type(float))
 
     def init_state(self) -> PyTree[Array]:
-        """The fresh state of the cell."""
+        """Return the fresh state of the cell."""
         return self.rnn.init_state()
 
     def __call__(
@@ -79,8 +80,8 @@ class CellMixer(eqx.Module):
         *,
         reset: Bool[Array, " T"] | None = None,
     ) -> tuple[Float[Array, "T d_model"], PyTree[Array]]:
-        """Outputs `[T, d_model]` in the dtype of `xs`, and the last state; arguments
-        and errors as of [`pararnn.RNN`][]."""
+        """Return outputs `[T, d_model]` in the dtype of `xs`, and the last state.
+        Arguments and errors as for [`pararnn.RNN`][]."""
         ys, state, _ = self.run(xs, state, reset=reset)
         return ys, state
 
@@ -91,26 +92,26 @@ class CellMixer(eqx.Module):
         *,
         reset: Bool[Array, " T"] | None = None,
     ) -> tuple[Float[Array, "T d_model"], PyTree[Array], dict[str, Array]]:
-        """As `__call__`, and the solve's statistics, see [`pararnn.Solution`][]."""
+        """Return what `__call__` does, and the statistics of [`pararnn.Solution`][]."""
         hs, state, stats = self.rnn.run(xs, state, reset=reset)
         return project(self.W, hs.astype(xs.dtype)), state, stats
 
     def step(
         self, x: Float[Array, " d_model"], state: PyTree[Array]
     ) -> tuple[Float[Array, " d_model"], PyTree[Array]]:
-        """One step, for decoding: the numbers of `__call__`, up to rounding."""
+        """Take one step, for decoding; equals `__call__` up to rounding."""
         h, state = self.rnn.step(x, state)
         return project(self.W, h.astype(x.dtype)), state
 
 
 def registered_layers(group: str = ENTRY_POINTS) -> dict[str, Mapping[str, type]]:
-    """Every package's layers in a group of entry points, by the package's name."""
+    """Return the layers in a group of entry points, by the name of their package."""
     found = entry_points(group=group)
     return {point.name: point.load() for point in found}
 
 
 def list_mixers() -> tuple[str, ...]:
-    """The names that [`pararnn.make_mixer`][] knows: cells, then installed layers."""
+    """List the names for [`pararnn.make_mixer`][]: cells, then installed layers."""
     return (
         *CELLS,
         *(name for layers in registered_layers().values() for name in layers),
@@ -126,20 +127,20 @@ def make_mixer(
     dtype: DTypeLike | None = None,
     key: PRNGKeyArray,
 ) -> Any:
-    """A layer of `d_model` features by its name and options.
+    """Make a layer of `d_model` features by its name and options.
 
     **Arguments:**
 
     - `mixer`: the name of a cell in [`pararnn.CELLS`][], or of a layer that an
-        installed package has entered (those of `linear`), and options behind colons:
+        installed package has registered (as `linear` does), and options after colons:
         `"mamba2"`, `"paragru:heads=4"`, `"deltanet:heads=4:eigenvalues=signed"`.
     - `d_model`: size of an input and of an output.
-    - `solver`, `throw`: for cells, as for [`pararnn.RNN`][]; linear layers need none.
-    - `dtype`: of the parameters; JAX's default floating point if not given.
+    - `solver`, `throw`: for cells, as for [`pararnn.RNN`][]; ignored for linear layers.
+    - `dtype`: dtype of the parameters. Defaults to JAX's default floating-point dtype.
     - `key`: a key of `jax.random`.
 
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
-    what the layer's constructor raises; `TypeError` for what is not a solver.
+    what the layer's constructor raises; `TypeError` if `solver` is not a solver.
     """
     check_solver("make_mixer", solver)
     name, options = parse_spec("make_mixer", mixer)

@@ -1,5 +1,7 @@
-"""A reconstruction as a picture."""
+"""Reconstructions as pictures, and their measures as a table."""
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -8,14 +10,23 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ._measures import power_spectrum
-from ._symbols import Symbols
+from .._records import Record
+from ._measures import Symbols, power_spectrum
 
 COLOURS = matplotlib.colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
-# Regions beyond so many are drawn in grey: their graph would say nothing.
+# Further regions are drawn in grey: a graph of more would be unreadable.
 MOST_SYMBOLS = 8
-# Points of a trajectory that are drawn.
+# The number of points drawn of a trajectory.
 POINTS = 5_000
+HEADER = (
+    "System",
+    "Cell",
+    "Forcing",
+    "Divergence",
+    "Spectrum",
+    "Lyapunov exponent",
+    "Seconds a run",
+)
 
 
 def draw_reconstruction(
@@ -28,11 +39,11 @@ def draw_reconstruction(
     plane: tuple[int, int] = (0, 2),
     smoothing: float = 20.0,
 ) -> Path:
-    """Both attractors, their spectra, and the graph of the symbols.
+    """Draw both attractors, their spectra, and the graph of the symbols.
 
     **Arguments:** `path`, of a PNG or SVG; `true` and `generated`, `[T, N]`; `symbols`
-    of the latter, which then colour it, see [`pararnn.dynamics.find_symbols`][];
-    `title`; `plane`, the two variables that are drawn; `smoothing`, of the spectra.
+    of `generated`, from [`pararnn.dynamics.find_symbols`][], which colour it; `title`;
+    `plane`, the two variables that are drawn; `smoothing`, of the spectra.
 
     **Returns:** `path`.
     """
@@ -74,13 +85,13 @@ def _name_axes(axis: Axes, plane, title: str) -> None:
 
 
 def _graph(axis: Axes, symbols: Symbols, points, like: Axes) -> None:
-    """Each region where its states are on average, with the steps between regions."""
+    """Draw each region at the mean of its states, with the steps between regions."""
     known = min(len(symbols.regions), MOST_SYMBOLS)
     places = np.stack([points[symbols.code == n].mean(0) for n in range(known)])
     for start in range(known):
         for end in range(known):
-            part = symbols.transitions[start, end]
-            if start == end or part == 0:
+            fraction = symbols.transitions[start, end]
+            if start == end or fraction == 0:
                 continue
             axis.annotate(
                 "",
@@ -89,7 +100,7 @@ def _graph(axis: Axes, symbols: Symbols, points, like: Axes) -> None:
                 arrowprops={
                     "arrowstyle": "-|>",
                     "color": COLOURS[start],
-                    "linewidth": 0.8 + 2.2 * np.sqrt(part),
+                    "linewidth": 0.8 + 2.2 * np.sqrt(fraction),
                     "shrinkA": 15,
                     "shrinkB": 15,
                     "connectionstyle": "arc3,rad=0.25",
@@ -120,3 +131,60 @@ def _spectra(axis: Axes, true, generated, smoothing: float) -> None:
     axis.set_title("power spectrum of variable 1", fontsize=10)
     axis.set_xlabel("frequency, per step")
     axis.legend(frameon=False, fontsize=8)
+
+
+def write_table(records: Sequence[Record], path: Path) -> None:
+    """Write the medians of the runs, with the best run in brackets, as Markdown.
+
+    The first row of a system compares two trajectories of the system itself. No
+    reconstruction can be better than that, except by chance.
+    """
+    rows = [HEADER, ("---",) * len(HEADER)]
+    for record in records:
+        if record["kind"] == "system":
+            rows.append(_system_row(record))
+            rows += [_row(r) for r in records if _belongs(r, record)]
+    lines = ("| " + " | ".join(row) + " |" for row in rows)
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _belongs(record: Record, system: Record) -> bool:
+    same = ("system", "units", "runs", "observations", "seed", "recipe", "solver")
+    return record["kind"] == "reconstruction" and all(
+        record[name] == system[name] for name in same
+    )
+
+
+def _system_row(record: Record) -> tuple[str, ...]:
+    return (
+        record["system"],
+        "the system itself",
+        "",
+        f"{record['divergence']:.2f}",
+        f"{record['spectrum']:.2f}",
+        _number(record["exponent"]),
+        "",
+    )
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    best = record["measured"][record["best"]]
+
+    def cell(name: str) -> str:
+        values = [found[name] for found in record["measured"]]
+        middle = None if None in values else statistics.median(values)
+        return f"{_number(middle)} ({_number(best[name])})"
+
+    return (
+        record["system"],
+        record["cell"],
+        record["forcing"],
+        cell("divergence"),
+        cell("spectrum"),
+        cell("exponent"),
+        f"{record['seconds'] / record['runs']:.0f}",
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2f}"
