@@ -15,6 +15,10 @@ from ._registry import (
     LAYERS as LAYERS,
     make_layer as make_layer,
 )
+from ._state_spaces import (
+    Diagonalised as Diagonalised,
+    perturb_then_diagonalise as perturb_then_diagonalise,
+)
 from .dense import (
     LRNN as LRNN,
     LSSL as LSSL,
@@ -42,8 +46,4 @@ from .matrix import (
     GatedDeltaProduct as GatedDeltaProduct,
     Mamba2 as Mamba2,
     PLSTMGrid as PLSTMGrid,
-)
-from .parts import (
-    Diagonalised as Diagonalised,
-    perturb_then_diagonalise as perturb_then_diagonalise,
 )

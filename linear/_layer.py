@@ -5,11 +5,11 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
 from pararnn._parameters import check_flag, wide_dtype
 from pararnn._reverse import backwards
-from pararnn.scan import check_reset
+from pararnn.scan import Diagonal, check_reset, linear_scan
 
 from ._windows import mix_in_windows
 
@@ -155,6 +155,38 @@ class AbstractLayer(eqx.Module):
                     f"{f.dtype}. Likely cause: the state of another layer."
                 )
         return jax.tree.map(lambda s, f: jnp.asarray(s).astype(f.dtype), state, fresh)
+
+
+class AbstractConstantDiagonal(AbstractLayer):
+    r"""A layer with a diagonal transition that is constant in time.
+
+    $$h_t = \bar{A} \odot h_{t-1} + \mathrm{drive}(x_t), \qquad
+    y_t = \mathrm{readout}(h_t, x_t)$$
+    """
+
+    @abc.abstractmethod
+    def transition(self) -> Inexact[Array, " *state"]:
+        r"""$\bar{A}$, one factor for each entry of the state."""
+
+    @abc.abstractmethod
+    def drive(
+        self, xs: Float[Array, "*time d_model"]
+    ) -> Inexact[Array, "*time_and_state"]:
+        """What inputs add to the state; leading axes are free."""
+
+    @abc.abstractmethod
+    def readout(
+        self,
+        states: Inexact[Array, "*time_and_state"],
+        xs: Float[Array, "*time d_model"],
+    ) -> Float[Array, "*time d_model"]:
+        """Outputs of states and inputs; leading axes are free."""
+
+    def mix(self, xs, state, reset):
+        xs = xs.astype(self.precision())
+        transition = Diagonal(self.transition()[None])
+        states = linear_scan(transition, self.drive(xs), state, reset=reset)
+        return self.readout(states, xs), states[-1]
 
 
 def _check_features(layer: AbstractLayer, name: str, x, rank: int) -> Array:

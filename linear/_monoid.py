@@ -8,8 +8,8 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from pararnn._parameters import affine, check_size, linear
 from pararnn.scan._tree import tree_prefix, tree_reduce, tree_state
 
+from ._arguments import Draw
 from ._layer import AbstractLayer
-from .parts import Draw
 
 
 class CommutativeMonoid(AbstractLayer):

@@ -13,7 +13,7 @@ import linear
 import tests.linear_reference as linear_reference
 import tests.numpy_reference as reference
 from linear import LRU, S4D, perturb_then_diagonalise
-from linear.parts import decay, share
+from linear._parts import decay, share
 from pararnn import Bidirectional, matrix_scan
 from tests.layers import disturbed
 

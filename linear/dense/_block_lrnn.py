@@ -6,8 +6,8 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from pararnn._parameters import check_number, linear
 from pararnn.scan import BlockDiagonal, linear_scan
 
+from .._arguments import Draw, check_divisor, check_sizes
 from .._layer import AbstractLayer
-from ..parts import Draw, check_divisor, check_sizes
 
 
 class BlockLRNN(AbstractLayer):

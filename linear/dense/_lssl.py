@@ -9,8 +9,9 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from pararnn._parameters import affine, check_flag, check_size, widen
 from pararnn.scan import BlockDiagonal, invert_matrices, linear_scan
 
+from .._arguments import Draw, check_range
 from .._layer import AbstractLayer
-from ..parts import Draw, check_range, legs
+from .._state_spaces import legs
 
 
 class LSSL(AbstractLayer):

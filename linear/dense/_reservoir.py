@@ -12,8 +12,8 @@ from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 from pararnn._parameters import check_number, check_size, linear, widen
 from pararnn.scan import Dense, Diagonal, linear_scan
 
+from .._arguments import Draw
 from .._layer import AbstractLayer
-from ..parts import Draw
 
 
 class LRNN(AbstractLayer):

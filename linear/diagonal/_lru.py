@@ -7,19 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Inexact, PRNGKeyArray
 
-from pararnn._parameters import check_number, widen
+from pararnn._parameters import check_choice, check_number, leading, widen
 
-from ..parts import (
-    Draw,
-    check_choice,
-    check_sizes,
-    complex_zeros,
-    full_product,
-    leading,
-    rate,
-    real_product,
-)
-from ._constant import AbstractConstantDiagonal
+from .._arguments import Draw, check_sizes
+from .._layer import AbstractConstantDiagonal
+from .._parts import complex_zeros, full_product, rate, real_product
 
 Eigenvalues = Literal["positive", "signed", "complex"]
 

@@ -10,18 +10,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear, widen
+from pararnn._parameters import affine, check_choice, check_size, leading, linear, widen
 from pararnn.scan import fused_scan
 
+from .._arguments import Draw, check_range
 from .._layer import AbstractLayer
-from ..parts import (
-    Draw,
-    check_choice,
-    check_range,
+from .._parts import (
     complex_zeros,
     draw_convolution,
     empty_window,
-    leading,
     rate,
     short_convolution,
     signed,

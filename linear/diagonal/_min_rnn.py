@@ -7,8 +7,9 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from pararnn._parameters import affine, linear
 from pararnn.scan import Diagonal, linear_scan
 
+from .._arguments import Draw, check_sizes
 from .._layer import AbstractLayer
-from ..parts import Draw, check_sizes, share
+from .._parts import share
 
 
 def positive(x: Array) -> Array:

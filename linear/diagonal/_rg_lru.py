@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_number, check_size, widen
+from pararnn._parameters import affine, check_number, check_size, leading, widen
 from pararnn.scan import Diagonal, linear_scan
 
+from .._arguments import Draw, check_divisor
 from .._layer import AbstractLayer
-from ..parts import Draw, check_divisor, decay, leading
+from .._parts import decay
 
 
 class RGLRU(AbstractLayer):

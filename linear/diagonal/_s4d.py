@@ -8,24 +8,19 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_number, check_size, widen
+from pararnn._parameters import check_choice, check_number, check_size, leading, widen
 from pararnn.scan import is_symbolic, refuse_symbolic, time_shards
 
-from ..parts import (
+from .._arguments import Draw, check_range
+from .._layer import AbstractConstantDiagonal
+from .._parts import as_complex, complex_zeros, rate
+from .._state_spaces import (
     DISCRETISATIONS,
-    Draw,
-    as_complex,
-    check_choice,
-    check_range,
-    complex_zeros,
     discretise,
-    leading,
     legs,
     normal_legs,
     perturb_then_diagonalise,
-    rate,
 )
-from ._constant import AbstractConstantDiagonal
 
 
 def _lin(d_state: int, _):

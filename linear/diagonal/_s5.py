@@ -7,24 +7,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_number, check_size, widen
+from pararnn._parameters import check_choice, check_number, check_size, leading, widen
 
-from ..parts import (
+from .._arguments import Draw, check_range
+from .._layer import AbstractConstantDiagonal
+from .._parts import as_complex, complex_zeros, full_product, rate, real_product
+from .._state_spaces import (
     DISCRETISATIONS,
-    Draw,
-    as_complex,
-    check_choice,
-    check_range,
-    complex_zeros,
     discretise,
-    full_product,
-    leading,
     normal_legs,
     perturb_then_diagonalise,
-    rate,
-    real_product,
 )
-from ._constant import AbstractConstantDiagonal
 
 
 class S5(AbstractConstantDiagonal):

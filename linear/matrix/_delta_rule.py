@@ -7,21 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_flag, check_size, linear
+from pararnn._parameters import check_choice, check_flag, check_size, linear
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, head_size
 from .._layer import AbstractLayer
-from ..parts import (
-    WIDTH,
-    Draw,
-    check_choice,
-    head_size,
-    l2_norm,
-    log_decay,
-    read_out,
-    short_convolution,
-    split_heads,
-)
+from .._parts import WIDTH, l2_norm, log_decay, read_out, short_convolution, split_heads
 
 Eigenvalues = Literal["positive", "signed"]
 

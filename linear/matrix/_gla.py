@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear
+from pararnn._parameters import affine, check_choice, check_size, linear
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, head_size
 from .._layer import AbstractLayer
-from ..parts import Draw, check_choice, head_size, read_out, split_heads
+from .._parts import read_out, split_heads
 
 _RANK, _TEMPERATURE = 16, 16
 

@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, linear, widen
+from pararnn._parameters import check_choice, check_size, linear, rms_norm, widen
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, check_range
 from .._layer import AbstractLayer
-from ..parts import (
-    Draw,
-    check_choice,
-    check_range,
+from .._parts import (
     draw_convolution,
     empty_window,
     log_decay,
     merge_heads,
-    rms_norm,
     short_convolution,
     signed,
     split_heads,

@@ -4,17 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear
+from pararnn._parameters import affine, check_size, linear, rms_norm
 from pararnn.scan import matrix_scan, max_plus_scan, shift
 
+from .._arguments import Draw, head_size
 from .._layer import AbstractLayer
-from ..parts import (
-    Draw,
+from .._parts import (
     draw_convolution,
     empty_window,
-    head_size,
     merge_heads,
-    rms_norm,
     short_convolution,
     split_heads,
 )

@@ -7,8 +7,9 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from pararnn._parameters import affine, check_size, linear
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, head_size
 from .._layer import AbstractLayer
-from ..parts import Draw, head_size, read_out, split_heads
+from .._parts import read_out, split_heads
 
 
 class PLSTM(AbstractLayer):

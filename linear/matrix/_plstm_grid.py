@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear
+from pararnn._parameters import affine, check_choice, check_size, linear
 from pararnn.scan import grid_scan
 
-from ..parts import Draw, check_choice, head_size, read_out
+from .._arguments import Draw, head_size
+from .._parts import read_out
 from ._plstm import DIRECT_BIAS, MARK_BIAS, SOURCE_BIAS, small_deviation
 
 # The axes of an image that a direction runs against: right and down, right and up,

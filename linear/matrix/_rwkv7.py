@@ -4,19 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, linear, widen
+from pararnn._parameters import check_size, leading, linear, widen
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, check_divisor
 from .._layer import AbstractLayer
-from ..parts import (
-    Draw,
-    check_divisor,
-    group_norm,
-    leading,
-    merge_heads,
-    shifted,
-    split_heads,
-)
+from .._parts import group_norm, merge_heads, shifted, split_heads
 
 
 class RWKV7(AbstractLayer):

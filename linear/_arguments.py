@@ -7,7 +7,6 @@ import jax.random as jr
 from jaxtyping import Array, DTypeLike, PRNGKeyArray
 
 from pararnn._parameters import (
-    check_choice as check_choice,
     check_dtype,
     check_key,
     check_number,
