@@ -4,8 +4,8 @@
     ys, state = layer(xs)  # xs: [T, 64]; batches by jax.vmap
     y, state = layer.step(x, state)
 
-`linear.LAYERS` has all layers by name, `linear.make_layer` builds one, and
-`linear.AbstractLayer` is what they have in common, and what to subclass.
+`linear.LAYERS` maps names to layers and `linear.make_layer` builds one by name.
+`linear.AbstractLayer` is their common base class; subclass it for a layer of your own.
 """
 
 from ._layer import AbstractLayer as AbstractLayer

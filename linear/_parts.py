@@ -20,32 +20,31 @@ from ._arguments import Draw
 WIDTH = 4
 
 
+def einsum(formula: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` at full float32 precision: errors that enter a state stay in it."""
+    return jnp.einsum(formula, a, b, precision=lax.Precision.HIGHEST)
+
+
 def complex_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Complex[Array, "..."]:
-    """A fresh complex state beside parameters of `dtype`."""
+    """Return a fresh complex state for parameters of `dtype`."""
     zeros = jnp.zeros(shape, wide_dtype(dtype))
     return lax.complex(zeros, zeros)
 
 
 def as_complex(re: Array, im: Array) -> Complex[Array, "..."]:
-    """Both parts together, in at least complex64."""
+    """Combine the real and the imaginary part, in at least complex64."""
     return lax.complex(*widen(re, im))
 
 
-def full_product(matrix: Array, x: Array) -> Array:
-    """`W x` over the last axis, at full float32 precision: what is lost on the way into
-    a state stays in it."""
-    return jnp.einsum("...i,oi->...o", x, matrix, precision=lax.Precision.HIGHEST)
-
-
 def real_product(C_re: Array, C_im: Array, states: Complex[Array, "... n"]) -> Array:
-    r"""$\mathrm{Re}(C h)$ over the last axis, without complex products."""
-    return full_product(C_re, states.real) - full_product(C_im, states.imag)
+    r"""Return $\mathrm{Re}(C h)$ over the last axis, without complex products."""
+    return linear(C_re, states.real) - linear(C_im, states.imag)
 
 
-def decay(
+def decay_and_complement(
     log_a: Float[Array, "*shape"],
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    r"""$a$ and $1 - a^2$, to a few roundings also where $a$ is nearly one.
+    r"""Return $a$ and $1 - a^2$, to a few roundings also where $a$ is nearly 1.
 
     $$\tanh(-\log a) = \frac{1 - a^2}{1 + a^2}$$
     """
@@ -53,32 +52,41 @@ def decay(
     return a, jnp.tanh(-log_a) * (1 + a * a)
 
 
-def share(
+def normalised_gates(
     u: Float[Array, "*shape"], w: Float[Array, "*shape"]
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    r"""$f / (f + i)$ and $i / (f + i)$ of $f = \sigma(u)$, $i = \sigma(w)$.
+    r"""Return $f / (f + i)$ and $i / (f + i)$ for $f = \sigma(u)$, $i = \sigma(w)$.
 
-    Also where both gates underflow: by the largest of $1, e^{-u}, e^{-w}$ divided,
+    $$\frac{f}{f + i} = \frac{1 + e^{-w}}{2 + e^{-u} + e^{-w}}$$
 
-    $$\frac{f}{f + i} = \frac{1 + e^{-w}}{2 + e^{-u} + e^{-w}}.$$
+    Numerator and denominator are divided by the largest of $1, e^{-u}, e^{-w}$, so that
+    the quotient holds even where both gates underflow.
     """
     # A gate that is shut for good has a logit of -inf.
     u, w = (jnp.maximum(v, jnp.finfo(v.dtype).min / 2) for v in (u, w))
-    # The quotient does not depend on what both are divided by.
+    # The quotient does not depend on this divisor, so neither does its derivative.
     largest = jax.lax.stop_gradient(jnp.maximum(0, -jnp.minimum(u, w)))
     one, at_u, at_w = jnp.exp(-largest), jnp.exp(-u - largest), jnp.exp(-w - largest)
     total = 2 * one + at_u + at_w
     return (one + at_w) / total, (one + at_u) / total
 
 
-def rate(log: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`exp(log)`, and the largest finite number where that overflows: a decay of such a
-    rate is zero, whose derivative would be zero times infinity."""
+def clamped_exp(log: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return `exp(log)`, or the largest finite number where that overflows.
+
+    A decay at an infinite rate is zero, and its derivative would be zero times
+    infinity.
+    """
     return jnp.exp(jnp.minimum(log, jnp.log(jnp.finfo(log.dtype).max) * (1 - 2**-20)))
 
 
+def signed(decay: Array, eigenvalues: str) -> Array:
+    """Map a factor in [0, 1] to [-1, 1] if `eigenvalues` is `"signed"`."""
+    return 2 * decay - 1 if eigenvalues == "signed" else decay
+
+
 def l2_norm(x: Float[Array, "... n"], epsilon: float = 1e-6) -> Float[Array, "... n"]:
-    r"""$x / \sqrt{\sum x^2 + \epsilon}$."""
+    r"""$x / \sqrt{\sum x^2 + \epsilon}$ over the last axis."""
     return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + epsilon)
 
 
@@ -90,12 +98,12 @@ def group_norm(x: Float[Array, "... n"], epsilon: float) -> Float[Array, "... n"
 
 
 def split_heads(x: Float[Array, "T features"], heads: int) -> Float[Array, "T heads n"]:
-    """Features as `heads` groups of neighbours."""
+    """Split features into `heads`, each made of neighbouring features."""
     return x.reshape(x.shape[0], heads, -1)
 
 
 def merge_heads(x: Float[Array, "T heads n"]) -> Float[Array, "T features"]:
-    """The inverse of `split_heads`."""
+    """Undo `split_heads`."""
     return x.reshape(x.shape[0], -1)
 
 
@@ -104,15 +112,10 @@ def log_decay(
     dt_bias: Float[Array, " heads"],
     dt: Float[Array, "T heads"],
 ) -> tuple[Float[Array, "T heads"], Float[Array, "T heads"]]:
-    r"""$-\exp(A^{\log}) \, \Delta$ and $\Delta = \mathrm{softplus}(dt + b)$."""
+    r"""Return $-\exp(A^{\log}) \, \Delta$ and $\Delta = \mathrm{softplus}(dt + b)$."""
     A_log, dt_bias, dt = widen(A_log, dt_bias, dt)
     steps = jax.nn.softplus(dt + leading(dt_bias, 2))
-    return -rate(leading(A_log, 2)) * steps, steps
-
-
-def signed(decay: Array, eigenvalues: str) -> Array:
-    """A factor in [0, 1] as it is, or stretched to [-1, 1] where that is `"signed"`."""
-    return 2 * decay - 1 if eigenvalues == "signed" else decay
+    return -clamped_exp(leading(A_log, 2)) * steps, steps
 
 
 def read_out(
@@ -121,7 +124,7 @@ def read_out(
     W_out: Float[Array, "d_model features"],
     gate: Float[Array, "T features"] | None = None,
 ) -> Float[Array, "T d_model"]:
-    """Each head normalised, gated by SiLU if there is a gate, and projected."""
+    """Normalise each head, apply SiLU of the gate if there is one, and project."""
     ys = merge_heads(rms_norm(outputs, norm_weight))
     return linear(W_out, ys if gate is None else ys * jax.nn.silu(gate))
 
@@ -136,9 +139,10 @@ def short_convolution(
 ) -> tuple[Float[Array, "T channels"], Float[Array, "3 channels"] | None]:
     r"""$c_t = b + \sum_{j=0}^{3} w_{3-j} \odot x_{t-j}$, channel by channel.
 
-    `window` holds the last inputs before the sequence, oldest first; the new window is
-    returned. Inputs from before a reset are left out, by selection. A layer without a
-    convolution has neither weights nor a window; then the inputs are returned.
+    `window` holds the last inputs before the sequence, oldest first. The new window is
+    returned with the outputs. Inputs from before a reset are left out by selection, not
+    multiplied by zero. Without weights or a window, the inputs are returned as they
+    are.
     """
     if weight is None or window is None:
         return xs, window
@@ -150,7 +154,7 @@ def short_convolution(
         newest = running_max(jnp.where(reset, index, -WIDTH))
 
     def lagged(lag):
-        """The inputs `lag` steps ago, zeros where a reset lies between."""
+        """Return the inputs `lag` steps ago, with zeros where a reset lies between."""
         if newest is None or lag == 0:
             return earlier[lag]
         return jnp.where((index - lag >= newest)[:, None], earlier[lag], 0)
@@ -170,9 +174,9 @@ def short_convolution(
 def draw_convolution(
     where: str, draw: Draw, channels: int, wanted: bool
 ) -> tuple[Float[Array, "channels 4"] | None, Float[Array, " channels"] | None]:
-    """Weights and biases as PyTorch draws them, or `None` for both.
+    """Draw weights and biases as PyTorch does; both are `None` if not `wanted`.
 
-    **Raises:** `ValueError` unless `wanted`, the argument `convolution`, is a bool.
+    **Raises:** `ValueError` if `wanted`, the argument `convolution`, is not a bool.
     """
     if not check_flag(where, "convolution", wanted):
         return None, None
@@ -183,13 +187,13 @@ def draw_convolution(
 def empty_window(
     weight: Float[Array, "channels 4"] | None, dtype: DTypeLike
 ) -> Float[Array, "3 channels"] | None:
-    """What a fresh state holds for a convolution of these weights: zeros, if any."""
+    """Return the window of a fresh state: zeros, or `None` without a convolution."""
     return None if weight is None else jnp.zeros((WIDTH - 1, len(weight)), dtype)
 
 
-def shifted(
+def previous_inputs(
     xs: Float[Array, "T n"], previous: Float[Array, " n"], reset
 ) -> Float[Array, "T n"]:
-    """The step before: `previous` first, zeros at resets."""
+    """Return the input before each step: `previous` at the first, zeros at resets."""
     earlier = shift(previous, xs)
     return earlier if reset is None else jnp.where(reset[:, None], 0, earlier)

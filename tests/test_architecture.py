@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "pararnn.scan": {"pararnn.scan"},
     "pararnn.solver": {"pararnn.solver", "pararnn.scan"},
     "pararnn._parameters": {"pararnn._parameters", "pararnn.scan"},
+    "pararnn._checks": {"pararnn._checks"},
     "pararnn._registry": {"pararnn._registry"},
     "pararnn._reverse": {"pararnn._reverse"},
     "pararnn._specs": {"pararnn._specs"},
@@ -65,6 +66,7 @@ MAY_IMPORT = {
     },
     "linear": {
         "linear",
+        "pararnn._checks",
         "pararnn._parameters",
         "pararnn._registry",
         "pararnn._reverse",
