@@ -91,8 +91,8 @@ class CommutativeMonoid(AbstractLayer):
         self.max_length = check_size(where, "max_length", max_length)
         if self.max_length >= 2**30:
             raise ValueError(
-                f"{where}: `max_length` = {max_length} is not below 2**30, up to where "
-                "int32 counts. Pass the length of the longest sequence; resets start "
+                f"{where}: `max_length` = {max_length} must be below 2**30, so that "
+                "int32 can count. Pass the length of the longest sequence; resets start "
                 "a new one."
             )
         bound = n**-0.5
@@ -143,7 +143,7 @@ class CommutativeMonoid(AbstractLayer):
     def numbers_per_step(self) -> int:
         """A quarter of an operation, two gated recurrent units, for each level.
 
-        The whole number would make windows so short that they take up to 70% more time.
+        All of it would make windows so short that they take up to 70% more time.
         """
         levels = self.init_state()[0].shape[0]
         return 10 * levels * self.d_model

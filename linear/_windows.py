@@ -1,4 +1,4 @@
-"""Long sequences one window of time after another, and inputs that are not finite."""
+"""Long sequences run in windows, and inputs that are not finite contained."""
 
 from collections.abc import Callable
 

@@ -291,7 +291,7 @@ BAD_CALLS = {
     "not finite": (lambda f: f.fit(BAD), "not finite, first at step 33"),
     "targets": (lambda f: f.fit(XS, XS[1:]), "leave `targets` out"),
     "targets' width": (lambda f: f.fit(XS, XS[:, :1]), "`targets` has shape"),
-    "too short": (lambda f: f.fit(XS[:100]), "99 steps, of which the first 100"),
+    "too short": (lambda f: f.fit(XS[:100]), "99 steps, less the first 100"),
     "just too short": (lambda f: f.fit(XS[:101]), "leave 0, and at least 1"),
     "washout": (lambda f: f.fit(XS, washout=-1), "`washout` is -1; expected"),
     "share": (lambda f: f.fit(XS, washout=0.5), "`washout` is 0.5; expected"),
@@ -303,7 +303,7 @@ BAD_CALLS = {
     ),
     "traced": (
         lambda f: jax.jit(lambda xs: f.fit(xs).W_out)(XS),
-        "outside of `jax.jit`",
+        "outside `jax.jit`",
     ),
     "generate before": (lambda f: f.generate(XS, 3), "has not been fitted"),
     "closed before": (lambda f: f.closed(), "`layer = layer.fit(xs)`"),

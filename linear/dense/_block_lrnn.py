@@ -17,8 +17,8 @@ class BlockLRNN(AbstractLayer):
 
     $A_t$ is block-diagonal and linear in $x_t$, except that each column $v$ is divided
     by $\max(1, \|v\|_p)$ with $p = 1.2$. A block of n entries can hold the state of an
-    automaton of n states. Only $p = 1$ keeps the state from growing: otherwise a block
-    of size b may grow by a factor of up to $b^{1 - 1/p}$ a step.
+    automaton of n states. Only $p = 1$ bounds the growth of a step by 1: otherwise a
+    block of size b may grow by a factor of up to $b^{1 - 1/p}$ a step.
 
     ??? cite "Source"
 
@@ -76,7 +76,7 @@ class BlockLRNN(AbstractLayer):
         return jnp.zeros(self.W_A.shape[:2], self.precision())
 
     def numbers_per_step(self) -> int:
-        """The transitions, and the norms that divide their columns."""
+        """The derivative stores transitions and the norms of their columns."""
         return 4 * self.W_A[..., 0].size
 
     def mix(self, xs, state, reset):

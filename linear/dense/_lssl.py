@@ -103,7 +103,6 @@ class LSSL(AbstractLayer):
         dt = jnp.exp(log_dt)[:, None, None]
         half, eye = dt / 2 * A[None], jnp.eye(self.d_state, dtype=A.dtype)[None]
         inverse = invert_matrices(eye - half)
-
         B_bar = multiply_matrices(inverse, dt * B[None, :, None])[..., 0]
         return multiply_matrices(inverse, eye + half), B_bar
 
@@ -112,7 +111,7 @@ class LSSL(AbstractLayer):
         return jnp.zeros((self.d_model, self.d_state), self.precision())
 
     def numbers_per_step(self) -> int:
-        """A state for each feature."""
+        """The derivative stores several states of each feature."""
         return 8 * self.d_model * self.d_state
 
     def mix(self, xs, state, reset):

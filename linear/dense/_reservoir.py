@@ -58,16 +58,16 @@ class LRNN(AbstractLayer):
         - `d_model`: size of an input and of an output.
         - `d_state`: size of the reservoir. A sum of k oscillators needs at least 2k.
         - `spectral_radius`: the largest modulus of the eigenvalues of $W_{res}$, whose
-            entries are drawn from the normal distribution. A smaller one forgets the
-            start sooner.
+            entries are drawn from the normal distribution. A smaller radius forgets
+            the start sooner.
         - `dtype`: of the parameters. Defaults to JAX's default floating point. Long
             predictions need float64.
         - `key`: a key of `jax.random`. $W_{in}$ is standard normal over the root of
             `d_state`.
 
         **Raises:** `ValueError` on a size that is not a positive integer, a radius that
-        is not positive and finite, an invalid key, or a dtype that is not
-        floating point.
+        is not positive and finite, an invalid key, or a dtype that is not floating
+        point.
         """
         draw = Draw("LRNN", dtype, key)
         self.d_model = check_size("LRNN", "d_model", d_model)
@@ -131,8 +131,8 @@ class LRNN(AbstractLayer):
         **Returns:** the fitted layer.
 
         **Raises:** `ValueError` on wrong shapes, values that are not finite, no step
-        left after the washout, a negative `ridge`, or a call under a
-        transformation of JAX.
+        left after the washout, a negative `ridge`, or a call under a transformation of
+        JAX.
         """
         given = _check_series(self, "fit", "xs", xs)
         if targets is None:
@@ -375,7 +375,7 @@ def _fewest_exponentials(series, values, amplitudes, tolerance) -> ReducedLRNN:
 
 
 def _powers(values: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return `values**t` `[steps, k]`, ending at 1 where they grow, and the last row."""
+    """Return `values**t` `[steps, k]`, ending at 1 if they grow, and the last row."""
     t = np.arange(steps)[:, None] - np.where(np.abs(values) > 1, steps - 1, 0)
     powers = np.power(values.astype(complex), t)
     # The imaginary part of a real one is only rounding.

@@ -65,8 +65,8 @@ class UnitaryRNN(AbstractLayer):
             the number of their inputs. `initial` is standard normal, so that the fresh
             state is uniform on the sphere.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, a key that is
-        not one, or a dtype that is not floating point.
+        **Raises:** `ValueError` on a size that is not a positive integer, an invalid
+        key, or a dtype that is not floating point.
         """
         draw = Draw("UnitaryRNN", dtype, key)
         self.d_model, n = check_sizes("UnitaryRNN", d_model, d_state)

@@ -56,8 +56,8 @@ class MinGRU(AbstractLayer):
         - `dtype`: of the parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, a key that is
-        not one, or a dtype that is not floating point.
+        **Raises:** `ValueError` on a size that is not a positive integer, an invalid
+        key, or a dtype that is not floating point.
         """
         draw = Draw("MinGRU", dtype, key)
         d_model, d_state = check_sizes("MinGRU", d_model, d_state)

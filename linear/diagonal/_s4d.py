@@ -178,7 +178,7 @@ class S4D(AbstractConstantDiagonal):
         """Convolve the inputs with the kernel, add the response to the initial state,
         and return the last state too."""
         steps = xs.shape[0]
-        # The FFT would spread values that are not finite to all steps, even earlier.
+        # The FFT would spread what is not finite to all steps, even earlier ones.
         bad = ~jnp.isfinite(xs)
         spoiled = jnp.where(lax.cummax(bad.astype(jnp.int8)) > 0, jnp.nan, 0)
         xs = jnp.where(bad, 0, xs)

@@ -76,7 +76,7 @@ class Mamba2(AbstractLayer):
         - `d_model`: size of an input and of an output.
         - `d_state`: N, the rows of each head's state. The paper uses up to 128.
         - `heads`: divides `expand * d_model`. By default a head has 64 channels, or
-            there is one head if 64 does not divide them.
+            there is one head if that is not a multiple of 64.
         - `expand`: channels for each entry of an input.
         - `eigenvalues`: `"positive"` or `"signed"`, for decays in (0, 1) or (-1, 1).
         - `dt_min`, `dt_max`: the initial $\mathrm{softplus}(b_{dt})$ is log-uniform

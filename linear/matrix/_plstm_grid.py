@@ -185,7 +185,7 @@ class PLSTMGrid(eqx.Module):
             return values.reshape(-1, *cells, n * self.heads)
 
         def turn(v):
-            """Flip each direction to run right and down, or back; stack them as heads."""
+            """Flip directions to run right and down, or back; stack them as heads."""
             split = v.reshape(*cells, n, self.heads, *v.shape[3:])
             turned = [jnp.flip(split[:, :, i], _FLIPS[i]) for i in range(n)]
             return jnp.concatenate(turned, 2)
