@@ -92,8 +92,8 @@ class CommutativeMonoid(AbstractLayer):
         if self.max_length >= 2**30:
             raise ValueError(
                 f"{where}: `max_length` = {max_length} must be below 2**30, so that "
-                "int32 can count. Pass the length of the longest sequence; resets start "
-                "a new one."
+                "int32 can count. Pass the length of the longest sequence; resets "
+                "start a new one."
             )
         bound = n**-0.5
         self.W_x, self.b_x = draw.weight(n, n), draw.uniform((n,), -bound, bound)
