@@ -4,8 +4,8 @@
     ys, state = layer(xs)  # xs: [T, 64]; batches by jax.vmap
     y, state = layer.step(x, state)
 
-`linear.LAYERS` has all layers by name, `linear.make_layer` builds one, and
-`linear.AbstractLayer` is what they have in common, and what to subclass.
+`linear.LAYERS` maps names to layers and `linear.make_layer` builds one by name.
+`linear.AbstractLayer` is their common base class; subclass it for a layer of your own.
 """
 
 from ._layer import AbstractLayer as AbstractLayer
@@ -14,6 +14,10 @@ from ._registry import (
     IMAGE_LAYERS as IMAGE_LAYERS,
     LAYERS as LAYERS,
     make_layer as make_layer,
+)
+from ._state_spaces import (
+    Diagonalised as Diagonalised,
+    perturb_then_diagonalise as perturb_then_diagonalise,
 )
 from .dense import (
     LRNN as LRNN,
@@ -42,8 +46,4 @@ from .matrix import (
     GatedDeltaProduct as GatedDeltaProduct,
     Mamba2 as Mamba2,
     PLSTMGrid as PLSTMGrid,
-)
-from .parts import (
-    Diagonalised as Diagonalised,
-    perturb_then_diagonalise as perturb_then_diagonalise,
 )

@@ -1,25 +1,25 @@
-"""The protocol that every layer of this package obeys."""
+"""What all layers share: the protocol, and the diagonal recurrence constant in time."""
 
 import abc
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
 from pararnn._parameters import check_flag, wide_dtype
 from pararnn._reverse import backwards
-from pararnn.scan import check_reset
+from pararnn.scan import Diagonal, check_reset, linear_scan
 
 from ._windows import mix_in_windows
 
 
 class AbstractLayer(eqx.Module):
-    """A sequence of features to a sequence of features, with a state in between.
+    """A map from one sequence of features to another, with a state in between.
 
-    A layer says what its fresh state is (`init_state`) and what it does with a checked
-    sequence (`mix`). Whole sequences, continued ones, reversed ones and single steps
-    are made of these two here, so that they cannot disagree.
+    A layer defines its fresh state (`init_state`) and what it does with a checked
+    sequence (`mix`). Whole, continued and reversed sequences and single steps are all
+    made of these two, so that they cannot disagree.
 
     **Attributes:** `d_model`, the size of an input and of an output.
     """
@@ -28,7 +28,7 @@ class AbstractLayer(eqx.Module):
 
     @abc.abstractmethod
     def init_state(self) -> PyTree[Array]:
-        """The fresh state, in the parameters' precision and at least 32 bits."""
+        """Return the fresh state, in the parameters' precision, at least 32 bits."""
 
     @abc.abstractmethod
     def mix(
@@ -37,8 +37,7 @@ class AbstractLayer(eqx.Module):
         state: PyTree[Array],
         reset: Bool[Array, " T"] | None,
     ) -> tuple[Float[Array, "T d_model"], PyTree[Array]]:
-        """What `__call__` does once its arguments are checked, `T` is at least 1 and
-        there is a state."""
+        """Run a checked sequence of at least one step from a given state."""
 
     def __call__(
         self,
@@ -48,31 +47,32 @@ class AbstractLayer(eqx.Module):
         reset: Bool[Array, " T"] | None = None,
         reverse: bool = False,
     ) -> tuple[Float[Array, "T d_model"], PyTree[Array]]:
-        """A whole sequence, unbatched; use `jax.vmap` for a batch.
+        """Run a whole sequence, without a batch axis; use `jax.vmap` for a batch.
 
         **Arguments:**
 
         - `xs`: `[T, d_model]`, real floating point. `T` may be 0.
-        - `state`: the state to continue from, as of `init_state()`; the fresh one if
-            not given.
-        - `reset`: bool `[T]`, the first step of each packed sequence. Where true, that
-            step starts from the fresh state (a layer may treat it as a beginning in
-            other ways too, and then says so), whatever came before, `state` included.
-            With resets, a step whose inputs are not finite makes NaN of all outputs
-            from there to the next reset, and of derivatives of these; outputs behind
-            it have the derivatives, in parameters too, of their sequence alone.
+        - `state`: the state to continue from, shaped as that of `init_state()`.
+            Defaults to the fresh state.
+        - `reset`: bool `[T]`, the first step of each packed sequence. A step where it
+            is true starts from the fresh state, regardless of earlier steps and of
+            `state`. (A layer may also treat it as a beginning in other ways, and then
+            documents that.) With resets, a step whose inputs are not finite turns all
+            outputs from there to the next reset into NaN, and their derivatives too.
+            Outputs after that reset have the derivatives of their own sequence alone,
+            also with respect to parameters.
         - `reverse`: run from the last step to the first. `reset` still marks the first
-            step of a sequence, where it then ends.
+            step of a sequence, which is then the last one that is run.
 
         **Returns:** outputs `[T, d_model]` in the dtype of `xs`, and the state after
-        the last step that was taken (of `T = 0` steps: `state`). Computed in the
-        parameters' precision, at least float32. On a CPU, 65536 steps and more (in
-        layers with large transitions, fewer) are taken in windows, so that a gradient
-        needs little more memory than its inputs.
+        the last step that was run (`state` itself if `T = 0`). Computed in the
+        parameters' precision, at least float32. On a CPU, 65536 steps or more (fewer
+        for layers with large transitions) are run in windows, so that a gradient needs
+        little more memory than its inputs.
 
-        **Raises:** `ValueError` on a shape that does not fit, an `xs` that is not
-        real floating point, or a `reverse` that is not True or False; `TypeError` on a
-        `reset` that is not bool.
+        **Raises:** `ValueError` on a wrong shape, an `xs` that is not real floating
+        point, or a `reverse` that is not True or False; `TypeError` on a `reset` that
+        is not bool.
         """
         xs = _check_features(self, "xs", xs, 2)
         check_reset(type(self).__name__, reset, None, xs.shape[0])
@@ -92,39 +92,39 @@ class AbstractLayer(eqx.Module):
     def step(
         self, x: Float[Array, " d_model"], state: PyTree[Array]
     ) -> tuple[Float[Array, " d_model"], PyTree[Array]]:
-        """One step, for decoding: the numbers of `__call__`, up to rounding.
+        """Run one step, for decoding. Equal to `__call__` up to rounding.
 
-        **Arguments:** `x`, `[d_model]`, real floating point; `state`, as of
+        **Arguments:** `x`, `[d_model]`, real floating point; `state`, shaped as that of
         `init_state()`.
 
         **Returns:** the output `[d_model]` in the dtype of `x`, and the next state.
 
-        **Raises:** `ValueError` on a shape that does not fit or an `x` that is not real
-        floating point.
+        **Raises:** `ValueError` on a wrong shape or an `x` that is not real floating
+        point.
         """
         x = _check_features(self, "x", x, 1)
         ys, state = self(x[None], state)
         return ys[0], state
 
     def recurrent_state(self, state: PyTree[Array]) -> PyTree[Array]:
-        """What of a state the recurrence carries: all of it, but for the windows of
-        short convolutions, which hold the last inputs.
+        """Return what the recurrence carries of a state: all of it, except for the
+        windows of short convolutions, which hold the last inputs.
 
-        **Arguments:** `state`, as of `init_state()`.
+        **Arguments:** `state`, shaped as that of `init_state()`.
         """
         return state
 
     def numbers_per_step(self) -> int | None:
-        """About how many numbers the derivative of `mix` stores for each step, if that
-        is many times `d_model`; `None` if not.
+        """Return about how many numbers the derivative of `mix` stores for a step, or
+        `None` if that is not many times `d_model`.
 
-        On a CPU, a layer that says so is run in windows of time that together store
-        some millions of them, and computes each again for the derivative.
+        On a CPU, a layer that returns a number runs in windows of time that store some
+        millions of numbers each, and computes each window again for the derivative.
         """
         return None
 
     def precision(self) -> jnp.dtype:
-        """The real dtype to compute in: the parameters', at least float32."""
+        """Return the real dtype to compute in: the parameters', at least float32."""
         arrays = jax.tree.leaves(eqx.filter(self, eqx.is_inexact_array))
         return wide_dtype(*(jnp.finfo(array.dtype).dtype for array in arrays))
 
@@ -136,7 +136,7 @@ class AbstractLayer(eqx.Module):
         given, expected = jax.tree.structure(state), jax.tree.structure(fresh)
         if given != expected:
             raise ValueError(
-                f"{where}: `state` is {given}, expected {expected}, as of "
+                f"{where}: `state` is {given}, expected {expected}, as from "
                 "`init_state()`. Likely causes: (a) a list in place of a tuple, as "
                 "after reading it from a file, (b) the state of another layer."
             )
@@ -144,7 +144,7 @@ class AbstractLayer(eqx.Module):
         if shapes != wanted:
             raise ValueError(
                 f"{where}: `state` has shape {shapes}, expected "
-                f"{wanted}, as of `init_state()`. Likely causes: (a) a batch of "
+                f"{wanted}, as from `init_state()`. Likely causes: (a) a batch of "
                 "states; pass it through the same `jax.vmap` as the inputs, (b) the "
                 "state of another layer."
             )
@@ -155,6 +155,38 @@ class AbstractLayer(eqx.Module):
                     f"{f.dtype}. Likely cause: the state of another layer."
                 )
         return jax.tree.map(lambda s, f: jnp.asarray(s).astype(f.dtype), state, fresh)
+
+
+class AbstractConstantDiagonal(AbstractLayer):
+    r"""A layer whose diagonal transition is constant in time.
+
+    $$h_t = \bar{A} \odot h_{t-1} + \mathrm{drive}(x_t), \qquad
+    y_t = \mathrm{readout}(h_t, x_t)$$
+    """
+
+    @abc.abstractmethod
+    def transition(self) -> Inexact[Array, " *state"]:
+        r"""Return $\bar{A}$, one factor for each entry of the state."""
+
+    @abc.abstractmethod
+    def drive(
+        self, xs: Float[Array, "*time d_model"]
+    ) -> Inexact[Array, "*time_and_state"]:
+        """Return what inputs add to the state; leading axes are free."""
+
+    @abc.abstractmethod
+    def readout(
+        self,
+        states: Inexact[Array, "*time_and_state"],
+        xs: Float[Array, "*time d_model"],
+    ) -> Float[Array, "*time d_model"]:
+        """Return the outputs for states and inputs; leading axes are free."""
+
+    def mix(self, xs, state, reset):
+        xs = xs.astype(self.precision())
+        transition = Diagonal(self.transition()[None])
+        states = linear_scan(transition, self.drive(xs), state, reset=reset)
+        return self.readout(states, xs), states[-1]
 
 
 def _check_features(layer: AbstractLayer, name: str, x, rank: int) -> Array:

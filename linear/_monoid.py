@@ -1,4 +1,4 @@
-"""The reduction by an operation that is learned."""
+"""A reduction by a learned operation."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,10 @@ from jax.nn import sigmoid
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from pararnn._parameters import affine, check_size, linear
-from pararnn.scan._tree import tree_prefix, tree_reduce, tree_state
+from pararnn.scan import tree_prefix, tree_reduce, tree_state
 
+from ._arguments import Draw
 from ._layer import AbstractLayer
-from .parts import Draw
 
 
 class CommutativeMonoid(AbstractLayer):
@@ -28,15 +28,17 @@ class CommutativeMonoid(AbstractLayer):
     \mathrm{GRU}(h, x) &= (1 - z) \odot n + z \odot h
     \end{aligned}$$
 
-    The operation is commutative by construction, and associative only as far as
-    training makes it. So the tree is pinned, and is part of the result: neighbours are
-    paired level by level, and an odd leftover passes up one level. Swapping the two
-    halves of any full pair leaves the result as it is; other permutations do not. Its
-    depth, and the number of operations between an output and any input, is
-    $\lceil \log_2 t \rceil$. The reduction of one element is the element.
+    The operation is commutative by construction, but associative only as far as
+    training makes it so. The shape of the tree is therefore fixed, and the result
+    depends on it: neighbours are paired level by level, and an odd leftover passes up
+    one level. Swapping the two halves of any full pair does not change the result;
+    other permutations do. The depth of the tree, which is the number of operations
+    between an output and any input, is $\lceil \log_2 t \rceil$. The reduction of one
+    element is the element.
 
-    The state is that of a binary counter: blocks of $2^l$ inputs, `[levels, d_model]`,
-    and the number of inputs since the last reset, int32.
+    The state works like a binary counter. It holds the reductions of full subtrees of
+    $2^l$ inputs, `[levels, d_model]`, and the number of inputs since the last reset,
+    int32.
 
     ??? cite "Source"
 
@@ -73,15 +75,15 @@ class CommutativeMonoid(AbstractLayer):
         r"""**Arguments:**
 
         - `d_model`: size of an input, of the state and of an output.
-        - `max_length`: how many steps may follow one another without a reset, over all
-            calls that continue one another. A step beyond is an error at run time. The
-            state has a block for each bit of it, and each costs two operations a step.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `max_length`: the largest number of steps without a reset, summed over calls
+            that continue one another. One more step is an error at run time. The state
+            has a level for each bit of it, and each level costs two operations a step.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`. All parameters are drawn uniformly from
             $\pm 1 / \sqrt{d_{model}}$.
 
         **Raises:** `ValueError` on a size that is not a positive integer or a length of
-        2**30 or more, a key that is not one, or a dtype that is not floating point.
+        2**30 or more, an invalid key, or a dtype that is not floating point.
         """
         where = "CommutativeMonoid"
         draw = Draw(where, dtype, key)
@@ -89,9 +91,9 @@ class CommutativeMonoid(AbstractLayer):
         self.max_length = check_size(where, "max_length", max_length)
         if self.max_length >= 2**30:
             raise ValueError(
-                f"{where}: `max_length` = {max_length} is not below 2**30, up to where "
-                "int32 counts. Pass the length of the longest sequence; resets start "
-                "a new one."
+                f"{where}: `max_length` = {max_length} must be below 2**30, so that "
+                "int32 can count. Pass the length of the longest sequence; resets "
+                "start a new one."
             )
         bound = n**-0.5
         self.W_x, self.b_x = draw.weight(n, n), draw.uniform((n,), -bound, bound)
@@ -107,7 +109,7 @@ class CommutativeMonoid(AbstractLayer):
         left: Float[Array, "*batch d_model"],
         right: Float[Array, "*batch d_model"],
     ) -> Float[Array, "*batch d_model"]:
-        r"""$\mathrm{op}(l, r)$, `[..., d_model]`, the same for `(r, l)`."""
+        r"""Return $\mathrm{op}(l, r)$, `[..., d_model]`; the same for `(r, l)`."""
         h, x = jnp.stack([left, right]), jnp.stack([right, left])
         r = sigmoid(affine(self.W_ir, x, self.b_ir, self.b_hr) + linear(self.W_hr, h))
         z = sigmoid(affine(self.W_iz, x, self.b_iz, self.b_hz) + linear(self.W_hz, h))
@@ -118,10 +120,10 @@ class CommutativeMonoid(AbstractLayer):
         return (both[0] + both[1]) / 2
 
     def reduce(self, xs: Float[Array, "T d_model"]) -> Float[Array, " d_model"]:
-        """A whole set at once: the last output of `layer(xs)`, `[d_model]`, for
+        """Reduce a whole set to the last output of `layer(xs)`, `[d_model]`, with
         `T - 1` operations.
 
-        **Raises:** `ValueError` on an empty set or a shape that does not fit.
+        **Raises:** `ValueError` on an empty set or a wrong shape.
         """
         if xs.ndim != 2 or xs.shape[1] != self.d_model:
             raise ValueError(
@@ -134,13 +136,15 @@ class CommutativeMonoid(AbstractLayer):
         return linear(self.W_out, tree_reduce(self.combine, elements)).astype(xs.dtype)
 
     def init_state(self) -> tuple[Float[Array, "levels d_model"], Int[Array, ""]]:
-        """No blocks yet, `[levels, d_model]`, and a count of zero."""
+        """Return empty levels, `[levels, d_model]`, and a count of zero."""
         like = jax.ShapeDtypeStruct((self.d_model,), self.precision())
         return tree_state(like, self.max_length)
 
     def numbers_per_step(self) -> int:
-        """An operation for each level of the tree, of two gated recurrent units: a
-        quarter of it, as shorter windows take up to 1.7 of the time."""
+        """A quarter of an operation, two gated recurrent units, for each level.
+
+        All of it would make windows so short that they take up to 70% more time.
+        """
         levels = self.init_state()[0].shape[0]
         return 10 * levels * self.d_model
 

@@ -52,7 +52,7 @@ LAYERS: MappingProxyType[str, type[AbstractLayer]] = MappingProxyType(
 )
 
 
-# Layers on images `[H, W, d_model]`, which have no state to go on from.
+# Layers on images `[H, W, d_model]`. They have no state to continue from.
 IMAGE_LAYERS: MappingProxyType[str, type[eqx.Module]] = MappingProxyType(
     {"plstm_grid": PLSTMGrid}
 )
@@ -61,17 +61,17 @@ IMAGE_LAYERS: MappingProxyType[str, type[eqx.Module]] = MappingProxyType(
 def make_layer(
     name: str, d_model: int, *, key: PRNGKeyArray, **options: Any
 ) -> AbstractLayer:
-    """The layer of a name in `linear.LAYERS`.
+    """Build a layer by its name in `linear.LAYERS`.
 
     **Arguments:** `name`; `d_model`, the size of an input and of an output; `key`, a
     key of `jax.random`; `options`, further arguments of the layer's constructor.
 
     **Raises:** `ValueError` on an unknown name or option, listing those that exist, and
-    what the constructor raises.
+    whatever the constructor raises.
     """
     if name in IMAGE_LAYERS:
         raise ValueError(
-            f"make_layer: {name!r} is a layer of images, which has no state and no "
+            f"make_layer: {name!r} is a layer for images, without a state or "
             f"steps. Build it as `linear.{IMAGE_LAYERS[name].__name__}(d_model, ..., "
             "key=key)`."
         )

@@ -1,49 +1,45 @@
-"""Long sequences, one window of time after the other."""
+"""Long sequences run in windows, and inputs that are not finite contained."""
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from pararnn.scan import in_windows, is_symbolic, time_shards
+from pararnn.scan import (
+    in_windows,
+    is_symbolic,
+    poison,
+    running_max,
+    time_shards,
+)
 
-from ._contain import Mix, mix_contained
+Mix = Callable[
+    [Float[Array, "T d_model"], PyTree[Array], Bool[Array, " T"] | None],
+    tuple[Float[Array, "T d_model"], PyTree[Array]],
+]
 
-# In windows over at once (2 cores of an Intel Xeon, jax 0.10.2, d_model = 64, windows
-# of 2048 steps): time of the value, of value and gradient, and memory of the latter.
-# The column in the middle is measured again by `python -m benchmarks layers`.
+# Ratios of windows of 2048 steps to the whole sequence at once, at T = 65536 and
+# d_model = 64: time of the value, time of value and gradient, memory of the gradient.
+# Computing twice is cheaper than what does not fit into the caches. Shorter sequences,
+# the machine and GPUs: docs/devdocs/linear.md. `python -m benchmarks layers` measures
+# the middle ratio again.
 #
-# | layer    | T = 32768         | T = 65536         | T = 131072        |
-# |----------|-------------------|-------------------|-------------------|
-# | min_gru  | 1.02, 0.89, 0.23  | 0.77, 0.96, 0.23  | 0.75, 0.85, 0.22  |
-# | rg_lru   | 0.98, 0.73, 0.19  | 0.81, 0.96, 0.19  | 0.93, 0.75, 0.18  |
-# | lru      | 0.52, 0.66, 0.16  | 0.60, 0.75, 0.16  | 0.64, 0.73, 0.16  |
-# | s5       | 1.29, 0.83, 0.34  | 0.68, 0.93, 0.34  | 0.80, 0.88, 0.34  |
-# | gla      |                   | 0.76, 0.93, 0.15  |                   |
-# | deltanet |                   | 0.69, 0.84, 0.08  |                   |
-# | mamba    |                   | 0.66, 1.13, 0.08  |                   |
-#
-# (The lower three, at once, have windows in their own recurrences.)
-#
-# What is computed twice is cheaper than what does not fit into the caches. For fewer
-# steps it depends on the batch, which nothing inside of a `vmap` knows: of 16 sequences
-# of T = 8192, in windows of 1024, gradients take 0.7 to 0.85 of the time, of a single
-# one up to 1.6. On a GPU (not measured) windows would take away what runs in parallel.
+# | min_gru          | rg_lru           | lru              | s5               |
+# |------------------|------------------|------------------|------------------|
+# | 0.77, 0.96, 0.23 | 0.81, 0.96, 0.19 | 0.60, 0.75, 0.16 | 0.68, 0.93, 0.34 |
 _WINDOW = 2048
-_LONG = 32 * _WINDOW
-# Layers that store much of each step, and say how much, go in windows at any length,
-# of so many numbers each: time and memory as above, T = 4096, d_model = 64, on 2 cores
-# of an AMD EPYC without AVX-512.
+_WINDOWED_FROM = 32 * _WINDOW
+# Layers that state how much they store for each step run in windows at any length, of
+# this many numbers each. The same ratios at T = 4096:
 #
-# | layer              | steps of a window | in windows over at once | at once, MB |
-# |--------------------|-------------------|-------------------------|-------------|
-# | unitary            | 29                | 0.44, 0.46, 0.01        | 4596        |
-# | block_lrnn         | 512               | 0.71, 1.03, 0.16        | 277         |
-# | lssl               | 512               | 0.46, 1.17, 0.14        | 272         |
-# | commutative_monoid | 780               | 1.11, 0.97, 0.25        | 687         |
-_NUMBERS = 2**23
-# Fewer steps make products of matrices no faster.
-_FEWEST = 16
+# | unitary          | block_lrnn       | lssl             | commutative_monoid |
+# |------------------|------------------|------------------|--------------------|
+# | 0.44, 0.46, 0.01 | 0.71, 1.03, 0.16 | 0.46, 1.17, 0.14 | 1.11, 0.97, 0.25   |
+_NUMBERS_PER_WINDOW = 2**23
+# Shorter windows do not make products of matrices faster.
+_MIN_WINDOW = 16
 
 
 def mix_in_windows(
@@ -54,9 +50,11 @@ def mix_in_windows(
     numbers: int | None,
     init_state: Callable[[], PyTree[Array]],
 ) -> tuple[Float[Array, "T d_model"], PyTree[Array]]:
-    """`mix(xs, state, reset)`, in windows where the sequence is long, or where the
-    derivative stores many `numbers` for each step: beyond inputs and outputs, the
-    memory of a gradient is then that of one window."""
+    """Call `mix(xs, state, reset)` in windows, if the sequence is long or the
+    derivative stores many `numbers` for each step.
+
+    Beyond inputs and outputs, a gradient then needs the memory of one window.
+    """
 
     def window(state, at):
         ys, last = mix_contained(mix, at[0], state, at[1], init_state)
@@ -68,9 +66,53 @@ def mix_in_windows(
 
 
 def _choose_window(steps: int, numbers: int | None) -> int:
-    """Steps of a window: on a CPU, unless devices share time; otherwise all."""
+    """Return the steps of a window: all of them off the CPU or if time is sharded."""
     if jax.default_backend() != "cpu" or time_shards(steps) > 1:
         return steps
     if numbers is not None:
-        return max(_FEWEST, _NUMBERS // numbers)
-    return steps if is_symbolic(steps) or steps < _LONG else _WINDOW
+        return max(_MIN_WINDOW, _NUMBERS_PER_WINDOW // numbers)
+    return steps if is_symbolic(steps) or steps < _WINDOWED_FROM else _WINDOW
+
+
+def mix_contained(
+    mix: Mix,
+    xs: Float[Array, "T d_model"],
+    state: PyTree[Array],
+    reset: Bool[Array, " T"] | None,
+    init_state: Callable[[], PyTree[Array]],
+) -> tuple[Float[Array, "T d_model"], PyTree[Array]]:
+    """Call `mix(xs, state, reset)`, and keep values that are not finite out of the
+    derivatives of other sequences.
+
+    Resets separate values, but derivatives multiply: a weight's derivative is the sum
+    over all steps of cotangents times inputs, and zero times NaN is NaN. So a step with
+    an input that is not finite is computed with the inputs of another step (a layer may
+    be singular at zero), or with the fresh state. All that it would reach, up to the
+    next reset, is set to NaN, and so are its derivatives. Without resets there are no
+    other sequences.
+    """
+    if reset is None:
+        return mix(xs, state, reset)
+    bad = ~jnp.all(jnp.isfinite(xs), -1)
+    bad_state = jnp.zeros((), bool)
+    for leaf in jax.tree.leaves(state):
+        bad_state = bad_state | ~jnp.all(jnp.isfinite(leaf))
+    # Compare the newest bad step with the newest reset. Steps count from 1; the initial
+    # state counts as 0.
+    count = jnp.arange(1, xs.shape[0] + 1, dtype=jnp.int32)
+    newest = jnp.maximum(
+        running_max(jnp.where(bad, count, -1)), jnp.where(bad_state, 0, -1)
+    )
+    lost = newest >= running_max(jnp.where(reset, count, 0))
+
+    def poison_if_lost(leaf):
+        # An integer, such as a count, cannot be NaN.
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return poison(leaf, jnp.broadcast_to(lost[-1], leaf.shape))
+
+    xs = jnp.where(bad[:, None], lax.dynamic_index_in_dim(xs, jnp.argmin(bad)), xs)
+    state = jax.tree.map(lambda f, s: jnp.where(bad_state, f, s), init_state(), state)
+    ys, last = mix(xs, state, reset)
+    ys = poison(ys, jnp.broadcast_to(lost[:, None], ys.shape))
+    return ys, jax.tree.map(poison_if_lost, last)

@@ -37,6 +37,7 @@ MAY_IMPORT = {
         "pararnn.scan",
     },
     "pararnn._parameters": {"pararnn._parameters", "pararnn.scan"},
+    "pararnn._checks": {"pararnn._checks"},
     "pararnn._registry": {"pararnn._registry"},
     "pararnn._reverse": {"pararnn._reverse"},
     "pararnn._specs": {"pararnn._specs"},
@@ -77,6 +78,7 @@ MAY_IMPORT = {
     },
     "linear": {
         "linear",
+        "pararnn._checks",
         "pararnn._parameters",
         "pararnn._registry",
         "pararnn._reverse",

@@ -45,10 +45,10 @@ def in_steps(layer, xs, state, reset):
 def in_windows(layer, xs, state, reset=None):
     """As if `xs` was long: three windows and a rest. To be called while tracing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "_LONG", 1)
+        patch.setattr(windows, "_WINDOWED_FROM", 1)
         patch.setattr(windows, "_WINDOW", 12)
-        patch.setattr(windows, "_FEWEST", 12)
-        patch.setattr(windows, "_NUMBERS", 1)
+        patch.setattr(windows, "_MIN_WINDOW", 12)
+        patch.setattr(windows, "_NUMBERS_PER_WINDOW", 1)
         return layer(xs, state, reset=reset)
 
 
@@ -363,7 +363,7 @@ BAD_CALLS = {
     "state": (
         lambda f: f(jnp.zeros((T, D_MODEL)), jnp.zeros(1)),
         ValueError,
-        "as of `init_state()`",
+        "as from `init_state()`",
     ),
     "batched state": (
         lambda f: f(
@@ -557,7 +557,7 @@ def test_large_steps_are_stored_for_a_window_only(name, monkeypatch):
         xs = jax.ShapeDtypeStruct((steps, 64), jnp.float32)
         return run.lower((arrays, xs)).compile().memory_analysis().temp_size_in_bytes
 
-    window = windows._NUMBERS // layer.numbers_per_step()
+    window = windows._NUMBERS_PER_WINDOW // layer.numbers_per_step()
     grown = (memory(8 * window) - memory(4 * window)) / (4 * window) / 4
     # In numbers a step: of the thousands, the gradient of the inputs is left.
     assert grown < 2 * 64 < layer.numbers_per_step() / 16, grown

@@ -13,7 +13,7 @@ import linear
 import tests.linear_reference as linear_reference
 import tests.numpy_reference as reference
 from linear import LRU, S4D, perturb_then_diagonalise
-from linear.parts import decay, share
+from linear._parts import decay_and_complement, normalised_gates
 from pararnn import Bidirectional, matrix_scan
 from tests.layers import disturbed
 
@@ -181,8 +181,8 @@ def test_rg_lru_starts_with_a_long_memory():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_decays_near_one_keep_their_digits(dtype):
     log_a = -np.logspace(-8, 1.9, 500).astype(dtype)
-    a, rest = jax.jit(decay)(log_a)
-    slope = jax.jit(jax.grad(lambda v: jnp.sum(decay(v)[1])))(log_a)
+    a, rest = jax.jit(decay_and_complement)(log_a)
+    slope = jax.jit(jax.grad(lambda v: jnp.sum(decay_and_complement(v)[1])))(log_a)
     eps = jnp.finfo(dtype).eps
     np.testing.assert_allclose(a, np.exp(log_a.astype(float)), rtol=100 * eps)
     wanted = -np.expm1(2 * log_a.astype(float))
@@ -195,18 +195,18 @@ def test_decays_near_one_keep_their_digits(dtype):
 def test_shares_of_gates_that_underflow(dtype):
     logits = np.array([-2000, -300, -95, -20, -1, 0, 2, 40, 300, 2000], dtype)
     u, w = (v.ravel() for v in np.meshgrid(logits, logits))
-    forget, enter = jax.jit(share)(u, w)
+    forget, enter = jax.jit(normalised_gates)(u, w)
     # log of f / i, of which the share is the logistic function.
     ratio = np.logaddexp(0, -w.astype(float)) - np.logaddexp(0, -u.astype(float))
     never = np.full_like(logits, -np.inf)
     shut, whole = np.zeros_like(logits), np.ones_like(logits)
-    np.testing.assert_array_equal(share(never, logits), (shut, whole))
-    np.testing.assert_array_equal(share(logits, never), (whole, shut))
+    np.testing.assert_array_equal(normalised_gates(never, logits), (shut, whole))
+    np.testing.assert_array_equal(normalised_gates(logits, never), (whole, shut))
     eps, tiny = jnp.finfo(dtype).eps, jnp.finfo(dtype).tiny
     for got, sign in ((forget, 1), (enter, -1)):
         wanted = np.exp(-np.logaddexp(0, -sign * ratio))
         np.testing.assert_allclose(got, wanted, rtol=200 * eps, atol=tiny)
-    slope = jax.jit(jax.grad(lambda u, w: jnp.sum(share(u, w)[0])))(u, w)
+    slope = jax.jit(jax.grad(lambda u, w: jnp.sum(normalised_gates(u, w)[0])))(u, w)
     # d(f / (f + i)) / du is f i / (f + i)^2 times 1 - sigmoid(u).
     wanted = np.exp(
         -np.logaddexp(0, -ratio) - np.logaddexp(0, ratio) - np.logaddexp(0, u)

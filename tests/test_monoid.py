@@ -373,7 +373,7 @@ def test_a_longer_sequence_than_planned_for_is_an_error():
     [
         ({"d_model": 0}, "`d_model` must be a positive integer, got 0"),
         ({"max_length": 0}, "`max_length` must be a positive integer"),
-        ({"max_length": 2**30}, "up to where int32 counts"),
+        ({"max_length": 2**30}, "so that int32 can count"),
         ({"key": 0}, "Pass `key=jax.random.key"),
         ({"dtype": jnp.int32}, "`dtype` must be"),
     ],

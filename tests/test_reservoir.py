@@ -14,7 +14,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from linear.dense._reservoir import LRNN, _radius
+from linear.dense._reservoir import LRNN, _spectral_radius
 from tests.helpers import decoded, in_two_parts, whole
 from tests.numpy_reference import parameters
 
@@ -102,11 +102,11 @@ def test_spectral_radius():
     for size in (1, 2, 3, 8, 40):
         a = rng.normal(size=(size, size)) * 10.0 ** rng.integers(-8, 8)
         wanted = np.max(np.abs(np.linalg.eigvals(a)))
-        np.testing.assert_allclose(jax.jit(_radius)(a), wanted, rtol=1e-9)
+        np.testing.assert_allclose(jax.jit(_spectral_radius)(a), wanted, rtol=1e-9)
     jordan = np.array([[0.5, 1], [0, 0.5]])
-    np.testing.assert_allclose(jax.jit(_radius)(jordan), 0.5, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(_spectral_radius)(jordan), 0.5, rtol=1e-9)
     rotation = np.array([[0.0, -2], [2, 0]])
-    np.testing.assert_allclose(jax.jit(_radius)(rotation), 2, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(_spectral_radius)(rotation), 2, rtol=1e-9)
 
 
 def features_by_loop(p, us):
@@ -291,10 +291,10 @@ BAD_CALLS = {
     "not finite": (lambda f: f.fit(BAD), "not finite, first at step 33"),
     "targets": (lambda f: f.fit(XS, XS[1:]), "leave `targets` out"),
     "targets' width": (lambda f: f.fit(XS, XS[:, :1]), "`targets` has shape"),
-    "too short": (lambda f: f.fit(XS[:100]), "99 steps, of which the first 100"),
+    "too short": (lambda f: f.fit(XS[:100]), "99 steps, less the first 100"),
     "just too short": (lambda f: f.fit(XS[:101]), "leave 0, and at least 1"),
-    "washout": (lambda f: f.fit(XS, washout=-1), "got -1"),
-    "share": (lambda f: f.fit(XS, washout=0.5), "got 0.5"),
+    "washout": (lambda f: f.fit(XS, washout=-1), "`washout` is -1; expected"),
+    "share": (lambda f: f.fit(XS, washout=0.5), "`washout` is 0.5; expected"),
     "ridge": (lambda f: f.fit(XS, ridge=-1.0), "`ridge` must be at least 0"),
     "text as ridge": (lambda f: f.fit(XS, ridge="a"), "`ridge` must be a real number"),
     "text as tolerance": (
@@ -303,7 +303,7 @@ BAD_CALLS = {
     ),
     "traced": (
         lambda f: jax.jit(lambda xs: f.fit(xs).W_out)(XS),
-        "outside of `jax.jit`",
+        "outside `jax.jit`",
     ),
     "generate before": (lambda f: f.generate(XS, 3), "has not been fitted"),
     "closed before": (lambda f: f.closed(), "`layer = layer.fit(xs)`"),

@@ -12,8 +12,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.linalg import expm
 
 import tests.linear_reference as reference
-from linear.dense._unitary import UnitaryRNN
-from linear.parts._orthogonal import orthogonal, skew_symmetric
+from linear.dense._unitary import UnitaryRNN, orthogonal, skew_symmetric
 from tests.helpers import decoded, in_two_parts, whole
 from tests.numpy_reference import parameters
 

@@ -6,8 +6,8 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from pararnn._parameters import check_number, linear
 from pararnn.scan import BlockDiagonal, linear_scan
 
+from .._arguments import Draw, check_divisor, check_sizes
 from .._layer import AbstractLayer
-from ..parts import Draw, check_divisor, check_sizes
 
 
 class BlockLRNN(AbstractLayer):
@@ -15,10 +15,10 @@ class BlockLRNN(AbstractLayer):
 
     $$h_t = A_t h_{t-1} + W_B x_t, \qquad y_t = W_C h_t$$
 
-    $A_t$ is block-diagonal and linear in $x_t$, but that each of its columns $v$ is
-    divided by $\max(1, \|v\|_p)$ with $p = 1.2$. A block of n entries can hold the
-    state of an automaton of n states. Only $p = 1$ bounds the growth of a state by 1 a
-    step: otherwise a block of size b may grow by up to $b^{1 - 1/p}$.
+    $A_t$ is block-diagonal and linear in $x_t$, except that each column $v$ is divided
+    by $\max(1, \|v\|_p)$ with $p = 1.2$. A block of n entries can hold the state of an
+    automaton of n states. Only $p = 1$ bounds the growth of a step by 1: otherwise a
+    block of size b may grow by a factor of up to $b^{1 - 1/p}$ a step.
 
     ??? cite "Source"
 
@@ -46,14 +46,14 @@ class BlockLRNN(AbstractLayer):
         """**Arguments:**
 
         - `d_model`: size of an input and of an output.
-        - `d_state`: size of the state; `d_model` if not given.
-        - `blocks`: number of blocks of the transition, which divides `d_state`.
+        - `d_state`: size of the state. Defaults to `d_model`.
+        - `blocks`: number of blocks of the transition; divides `d_state`.
         - `p`: the norm that bounds a column, from 1 to 16.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`.
 
         **Raises:** `ValueError` on a size that is not a positive integer or not
-        divided, a norm below 1, a key that is not one, or a dtype that is not floating
+        divisible, a `p` out of range, an invalid key, or a dtype that is not floating
         point.
         """
         draw = Draw("BlockLRNN", dtype, key)
@@ -62,8 +62,8 @@ class BlockLRNN(AbstractLayer):
         check_divisor("BlockLRNN", "blocks", blocks, "d_state", d_state)
         if not 1 <= check_number("BlockLRNN", "p", p) <= 16:
             raise ValueError(
-                f"BlockLRNN: `p` must be a number from 1 to 16, got {p!r}: the norm of "
-                "a column below 1 is none, and high powers overflow."
+                f"BlockLRNN: `p` must be a number from 1 to 16, got {p!r}: below 1 it "
+                "does not define a norm, and high powers overflow."
             )
         self.p = p
         size = d_state // blocks
@@ -72,11 +72,11 @@ class BlockLRNN(AbstractLayer):
         self.W_C = draw.weight(d_model, d_state)
 
     def init_state(self) -> Float[Array, "blocks size"]:
-        """Zeros `[blocks, d_state // blocks]`, at least float32."""
+        """Return zeros `[blocks, d_state // blocks]`, at least float32."""
         return jnp.zeros(self.W_A.shape[:2], self.precision())
 
     def numbers_per_step(self) -> int:
-        """Transitions, and what divides their columns."""
+        """The derivative stores transitions and the norms of their columns."""
         return 4 * self.W_A[..., 0].size
 
     def mix(self, xs, state, reset):
@@ -84,7 +84,7 @@ class BlockLRNN(AbstractLayer):
         A = linear(self.W_A.reshape(-1, d_model), xs)
         A = A.reshape(xs.shape[0], blocks, size, size)
         powers = jnp.sum(jnp.abs(A) ** self.p, 2, keepdims=True)
-        # The maximum first, as the root of zero has no derivative.
+        # The maximum comes before the root, as the root of zero has no derivative.
         A = A / jnp.maximum(1, powers) ** (1 / self.p)
         states = linear_scan(
             BlockDiagonal(A), linear(self.W_B, xs), state.reshape(-1), reset=reset

@@ -1,4 +1,4 @@
-"""A random linear reservoir whose output is learned, in one solve."""
+"""A random linear reservoir whose output is learned in one solve."""
 
 import math
 
@@ -9,27 +9,27 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
+from pararnn._checks import check_count
 from pararnn._parameters import check_number, check_size, linear, widen
-from pararnn.scan import Dense, Diagonal, linear_scan
+from pararnn.scan import Dense, Diagonal, linear_scan, multiply_matrices
 
+from .._arguments import Draw
 from .._layer import AbstractLayer
-from ..parts import Draw
 
 
 class LRNN(AbstractLayer):
-    r"""A linear recurrent network of random weights, of which the output is learned.
+    r"""A linear recurrent network with random weights, except for the learned output.
 
     $$x_t = W_{res} x_{t-1} + W_{in} u_t, \qquad y_t = W_{out} [u_t; x_t]$$
 
-    `fit` finds $W_{out}$ by linear least squares. Fitted to predict the next input, the
-    network runs on its own (`generate`), as the linear system
-    $[u; x]_{t+1} = W [u; x]_t$ (`closed`), and all it can do is a sum of the
-    exponentials of the eigenvalues of $W$. `reduced` keeps the few that the series
-    needs.
+    `fit` finds $W_{out}$ by linear least squares. A network fitted to predict the next
+    input can run on its own (`generate`), as the linear system
+    $[u; x]_{t+1} = W [u; x]_t$ (`closed`). Its output is then a sum of exponentials of
+    the eigenvalues of $W$. `reduced` keeps the few that the series needs.
 
-    The state is $x$, `[d_state]`. `W_out` is zeros until it is fitted. All three
-    matrices are parameters like any other; leave `W_in` and `W_res` out of the
-    gradient where the output is trained by descent after all.
+    The state is $x$, `[d_state]`. `W_out` is zero until it is fitted. All three
+    matrices are ordinary parameters. To train the output by gradient descent instead,
+    leave `W_in` and `W_res` out of the gradient.
 
     ??? cite "Source"
 
@@ -56,18 +56,18 @@ class LRNN(AbstractLayer):
         r"""**Arguments:**
 
         - `d_model`: size of an input and of an output.
-        - `d_state`: size of the reservoir. A sum of k oscillators takes at least 2k.
-        - `spectral_radius`: the largest modulus of the eigenvalues of $W_{res}$, which
-            is otherwise drawn from the standard normal distribution. A smaller one
-            forgets its start sooner.
-        - `dtype`: of the parameters; JAX's default floating point if not given. Long
-            predictions want float64.
+        - `d_state`: size of the reservoir. A sum of k oscillators needs at least 2k.
+        - `spectral_radius`: the largest modulus of the eigenvalues of $W_{res}$, whose
+            entries are drawn from the normal distribution. A smaller radius forgets
+            the start sooner.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point. Long
+            predictions need float64.
         - `key`: a key of `jax.random`. $W_{in}$ is standard normal over the root of
             `d_state`.
 
         **Raises:** `ValueError` on a size that is not a positive integer, a radius that
-        is not positive and finite, a key that is not one, or a dtype that is not
-        floating point.
+        is not positive and finite, an invalid key, or a dtype that is not floating
+        point.
         """
         draw = Draw("LRNN", dtype, key)
         self.d_model = check_size("LRNN", "d_model", d_model)
@@ -81,13 +81,13 @@ class LRNN(AbstractLayer):
             )
         self.W_in = draw.normal((n, self.d_model), n**-0.5)
         (weights,) = widen(draw.normal((n, n), n**-0.5))
-        weights = weights * (spectral_radius / _radius(weights))
+        weights = weights * (spectral_radius / _spectral_radius(weights))
         self.W_res = weights.astype(draw.dtype)
-        self.W_out = draw.full(jnp.zeros((self.d_model, self.d_model + n)))
+        self.W_out = draw.constant(jnp.zeros((self.d_model, self.d_model + n)))
         self.fitted = False
 
     def init_state(self) -> Float[Array, " d_state"]:
-        """Zeros `[d_state]`, at least float32."""
+        """Return zeros `[d_state]`, at least float32."""
         return jnp.zeros(self.d_state, self.precision())
 
     def mix(self, xs, state, reset):
@@ -95,7 +95,7 @@ class LRNN(AbstractLayer):
         return linear(self.W_out, features), features[-1, self.d_model :]
 
     def _features(self, xs, state, reset=None) -> Float[Array, "T features"]:
-        """`[u_t; x_t]` of every step."""
+        """Return `[u_t; x_t]` for every step."""
         xs = xs.astype(self.precision())
         transition = Dense(self.W_res.astype(xs.dtype)[None])
         states = linear_scan(transition, linear(self.W_in, xs), state, reset=reset)
@@ -109,49 +109,49 @@ class LRNN(AbstractLayer):
         washout: int = 100,
         ridge: float = 0.0,
     ) -> "LRNN":
-        r"""A copy whose $W_{out}$ minimises
+        r"""Return a copy whose $W_{out}$ minimises
         $\sum_t \|W_{out} [u_t; x_t] - d_t\|^2 + \rho \|W_{out}\|^2$.
 
-        Among all minimisers the smallest, by a singular value decomposition in float64
-        on the host: not for use inside of `jax.jit`.
+        It is the smallest of all minimisers, from a singular value decomposition in
+        float64 on the host. Not for use inside `jax.jit`.
 
         **Arguments:**
 
         - `xs`: the inputs u, `[T, d_model]`.
-        - `targets`: the outputs d wanted at the same steps, `[T, d_model]`; the next
-            inputs, which is what `generate` and `reduced` need, if not given. The last
-            input is then a target only.
-        - `washout`: how many first steps to leave out, in which the reservoir still
-            remembers that it started from zeros. With a spectral radius near 1 these
-            are many.
-        - `ridge`: $\rho$, at least 0. An exact series wants 0. With noise the free run
-            would then explode (an eigenvalue of `closed()` is beyond 1): start at a
-            hundredth of the noise's variance. With too much, the run dies out.
+        - `targets`: the desired outputs d at the same steps, `[T, d_model]`. Defaults
+            to the next inputs, which `generate` and `reduced` need; the last input is
+            then only a target.
+        - `washout`: number of first steps to leave out, while the reservoir still
+            remembers its initial zeros. A spectral radius near 1 needs many.
+        - `ridge`: $\rho$, at least 0. Use 0 for an exact series. With noise, 0 would
+            make the free run explode (an eigenvalue of `closed()` exceeds 1): start
+            with a hundredth of the noise's variance. With too large a value, the run
+            dies out.
 
         **Returns:** the fitted layer.
 
-        **Raises:** `ValueError` on shapes that do not fit, values that are not finite,
-        no step left after the washout, a negative `ridge`, or a call under a
-        transformation of JAX.
+        **Raises:** `ValueError` on wrong shapes, values that are not finite, no step
+        left after the washout, a negative `ridge`, or a call under a transformation of
+        JAX.
         """
-        given = _series(self, "fit", "xs", xs)
+        given = _check_series(self, "fit", "xs", xs)
         if targets is None:
             given, goal = given[:-1], given[1:]
         else:
-            goal = _series(self, "fit", "targets", targets)
+            goal = _check_series(self, "fit", "targets", targets)
         if goal.shape != given.shape:
             raise ValueError(
                 f"LRNN.fit: `targets` has shape {goal.shape} and `xs` has "
-                f"{given.shape}; there is one target for each input. Likely cause: the "
-                "next inputs were given as targets without dropping the last input; "
-                "leave `targets` out for that."
+                f"{given.shape}; each input needs one target. Likely cause: the next "
+                "inputs were given as targets without dropping the last input; leave "
+                "`targets` out for that."
             )
         _check_washout("fit", washout, given.shape[0], 1)
         ridge = check_number("LRNN.fit", "ridge", ridge)
         if not 0 <= ridge < math.inf:
             raise ValueError(
                 f"LRNN.fit: `ridge` must be at least 0 and finite, got {ridge!r}. It "
-                "is added to the squared singular values, so 1e-8 is little and 1 much."
+                "is added to the squared singular values: 1e-8 is small and 1 is large."
             )
         inputs = jnp.asarray(given, self.precision())
         features = eqx.filter_jit(type(self)._features)(self, inputs, self.init_state())
@@ -175,7 +175,7 @@ class LRNN(AbstractLayer):
         )
 
     def closed(self) -> Float[Array, "features features"]:
-        r"""$W$ of the network that is fed its own output, $[u; x]_{t+1} = W [u; x]_t$.
+        r"""Return $W$ of the network fed its own output, $[u; x]_{t+1} = W [u; x]_t$.
 
         $$W = \begin{pmatrix} W_{out} \\
         W_{in} W_{out} + (0 \;\; W_{res}) \end{pmatrix}$$
@@ -189,25 +189,25 @@ class LRNN(AbstractLayer):
         W_in, W_res, W_out = (
             w.astype(dtype) for w in (self.W_in, self.W_res, self.W_out)
         )
-        reservoir = jnp.matmul(W_in, W_out, precision=lax.Precision.HIGHEST)
+        reservoir = linear(W_out.T, W_in)
         reservoir = reservoir.at[:, self.d_model :].add(W_res)
         return jnp.concatenate([W_out, reservoir])
 
     def generate(
         self, xs: Float[Array, "T d_model"], steps: int
     ) -> Float[Array, "steps d_model"]:
-        """What follows a series, each prediction being the next input.
+        """Predict what follows a series; each prediction is fed back as an input.
 
-        For a layer that was fitted to predict the next input, as `fit(xs)` does.
+        The layer must have been fitted to predict the next input, as `fit(xs)` does.
 
         **Arguments:** `xs`, `[T, d_model]`, the series so far, T at least 1; `steps`,
-        how many to predict.
+        the number of steps to predict.
 
         **Returns:** the predictions of the inputs after `xs`, `[steps, d_model]`, in
         the dtype of `xs`.
 
         **Raises:** `ValueError` if the layer has not been fitted, on an empty series
-        and on shapes and dtypes that do not fit.
+        and on wrong shapes and dtypes.
         """
         transition = self.closed()
         steps = check_size("LRNN.generate", "steps", steps)
@@ -215,7 +215,7 @@ class LRNN(AbstractLayer):
         xs = jnp.asarray(xs)
         if xs.shape[0] == 0:
             raise ValueError(
-                "LRNN.generate: `xs` has no steps, and there is nothing to predict "
+                "LRNN.generate: `xs` has no steps, so there is nothing to predict "
                 "from. Pass the series that comes before the prediction."
             )
         start = jnp.concatenate([xs[-1].astype(state.dtype), state])
@@ -230,37 +230,38 @@ class LRNN(AbstractLayer):
         tolerance: float = 1e-3,
         washout: int = 100,
     ) -> "ReducedLRNN":
-        r"""The few eigenvalues of the closed network that a series consists of.
+        r"""Find the few eigenvalues of the closed network that a series consists of.
 
         With $W = V \Lambda V^{-1}$ the free run from the first step kept is
-        $u_t = \sum_k C_k (V^{-1} [u; x]_0)_k \lambda_k^t$. Its terms are ordered by
-        their size over the series, and the fewest first ones are kept whose sum, with
-        amplitudes fitted again by least squares, is within `tolerance`; then each that
-        can be spared. On the host, in float64: not for use inside of `jax.jit`.
+        $u_t = \sum_k C_k (V^{-1} [u; x]_0)_k \lambda_k^t$. The terms are sorted by
+        their size over the series. As few of the largest are kept as bring their sum,
+        with amplitudes fitted again by least squares, within `tolerance`. Then each
+        term that is not needed is dropped. Runs on the host in float64;
+        not for use inside `jax.jit`.
 
         **Arguments:**
 
         - `xs`: the series to reproduce, `[T, d_model]`.
-        - `tolerance`: of the error of the free run over the series, root mean square,
-            relative to the standard deviation of the series.
-        - `washout`: how many first steps to leave out, as for `fit`.
+        - `tolerance`: bounds the root-mean-square error of the free run over the
+            series, relative to the standard deviation of the series.
+        - `washout`: number of first steps to leave out, as for `fit`.
 
-        **Returns:** the predictor of what follows `xs`.
+        **Returns:** a predictor of what follows `xs`.
 
-        **Raises:** `ValueError` if the layer has not been fitted, on shapes that do not
-        fit or values that are not finite, if fewer than two steps are left after the
-        washout, if all eigenvalues together do not reach the tolerance, or under a
+        **Raises:** `ValueError` if the layer has not been fitted, on wrong shapes or
+        values that are not finite, if fewer than two steps are left after the washout,
+        if all eigenvalues together do not reach the tolerance, or under a
         transformation of JAX.
         """
         self._check_fitted("reduced")
-        series = _series(self, "reduced", "xs", xs)
+        series = _check_series(self, "reduced", "xs", xs)
         _check_washout("reduced", washout, series.shape[0], 2)
         tolerance = check_number("LRNN.reduced", "tolerance", tolerance)
         if not 0 < tolerance < 1:
             raise ValueError(
                 f"LRNN.reduced: `tolerance` must be between 0 and 1, got {tolerance!r}."
-                " It is an error relative to the standard deviation of the series; no "
-                "eigenvalue at all has an error of about 1."
+                " It is relative to the standard deviation of the series; with no "
+                "eigenvalues at all the error is about 1."
             )
         warm = jnp.asarray(series[: washout + 1], self.precision())
         features = eqx.filter_jit(type(self)._features)(self, warm, self.init_state())
@@ -268,13 +269,13 @@ class LRNN(AbstractLayer):
         start = np.asarray(features[-1], np.float64).astype(complex)
         # Least squares, as a defective matrix has too few eigenvectors.
         amplitudes = vectors[: self.d_model] * np.linalg.lstsq(vectors, start)[0]
-        return _reduce(series[washout:], values, amplitudes, tolerance)
+        return _fewest_exponentials(series[washout:], values, amplitudes, tolerance)
 
     def _check_fitted(self, method: str) -> None:
         if not self.fitted:
             raise ValueError(
-                f"LRNN.{method}: the layer has not been fitted, and its output is "
-                "zeros. Likely cause: the result of `fit` was dropped; it returns a "
+                f"LRNN.{method}: the layer has not been fitted, so its output is "
+                "zero. Likely cause: the result of `fit` was dropped; it returns a "
                 "new layer, `layer = layer.fit(xs)`."
             )
 
@@ -284,8 +285,8 @@ class ReducedLRNN(eqx.Module):
 
     $$z_t = \lambda \odot z_{t-1}, \qquad y_t = \mathrm{Re}(C z_t)$$
 
-    Of each pair of conjugate eigenvalues the one of positive imaginary part is kept,
-    and $C$ is doubled. Made by `LRNN.reduced`.
+    Each pair of conjugate eigenvalues is represented by the one with a positive
+    imaginary part, and its $C$ is doubled. Made by `LRNN.reduced`.
 
     **Attributes:**
 
@@ -303,24 +304,23 @@ class ReducedLRNN(eqx.Module):
 
     @property
     def size(self) -> int:
-        """The number of eigenvalues, of a conjugate pair both: the real dimension."""
+        """The real dimension: the number of eigenvalues, conjugates included."""
         values = np.asarray(self.eigenvalues)
         return values.size + int(np.count_nonzero(np.imag(values)))
 
     def generate(self, steps: int) -> Float[Array, "steps d_model"]:
-        """The steps after the series, `[steps, d_model]`.
+        """Return the steps after the series, `[steps, d_model]`.
 
         **Raises:** `ValueError` on `steps` that is not a positive integer.
         """
         steps = check_size("ReducedLRNN.generate", "steps", steps)
         nothing = jnp.zeros((steps, *self.state.shape), self.state.dtype)
         states = linear_scan(Diagonal(self.eigenvalues[None]), nothing, self.state)
-        precision = lax.Precision.HIGHEST
-        return jnp.matmul(states, self.readout.T, precision=precision).real
+        return linear(self.readout, states).real
 
 
-def _reduce(series, values, amplitudes, tolerance) -> ReducedLRNN:
-    # One of each conjugate pair; LAPACK returns them as exact conjugates.
+def _fewest_exponentials(series, values, amplitudes, tolerance) -> ReducedLRNN:
+    # Keep one of each conjugate pair; LAPACK returns exact conjugates.
     upper = np.imag(values) >= 0
     values, amplitudes = values[upper], amplitudes[:, upper]
     powers, ends = _powers(values, len(series))
@@ -332,13 +332,13 @@ def _reduce(series, values, amplitudes, tolerance) -> ReducedLRNN:
     order = np.argsort(-sizes, kind="stable")
 
     def fit(chosen):
-        """Amplitudes of the chosen terms, and the error of their sum."""
+        """Return amplitudes of the chosen terms and the error of their sum."""
         part = powers[:, chosen]
         columns = np.concatenate([np.real(part), -np.imag(part)], 1)
         scale = np.linalg.norm(columns, axis=0)
         scale = np.where(scale > 0, scale, 1)
         weights = np.linalg.lstsq(columns / scale, series)[0]
-        error = _relative(columns / scale @ weights - series, series)
+        error = _relative_error(columns / scale @ weights - series, series)
         re, im = np.split(weights / scale[:, None], 2)
         return (re + 1j * im).T, error
 
@@ -347,22 +347,22 @@ def _reduce(series, values, amplitudes, tolerance) -> ReducedLRNN:
         raise ValueError(
             f"LRNN.reduced: the {len(order)} exponentials of the closed network "
             f"reproduce the series with a relative error of {least:.3g}, above "
-            f"`tolerance` = {tolerance!r}. Likely causes: (a) the layer was fitted to "
-            "something else than the next input of this series, (b) too small a "
-            "reservoir, (c) noise, of which at least this much must be allowed for; "
-            "fit with a `ridge` of a hundredth of its variance or more, (d) a "
-            "start that the reservoir still remembers; fit with a larger `washout`, or "
-            "choose a spectral radius below 1."
+            f"`tolerance` = {tolerance!r}. Likely causes: (a) the layer was not "
+            "fitted to the next input of this series, (b) the reservoir is too small, "
+            "(c) noise, of which at least this much must be tolerated; fit with a "
+            "`ridge` of a hundredth of its variance or more, (d) the reservoir still "
+            "remembers its start; fit with a larger `washout`, or choose a spectral "
+            "radius below 1."
         )
     few, many = 0, len(order)
     while many - few > 1:
-        # Fewer terms never fit better, so halving finds the boundary.
+        # Fewer terms never fit better, so bisection finds the boundary.
         middle = (few + many) // 2
         enough = fit(order[:middle])[1] <= tolerance
         few, many = (few, middle) if enough else (middle, many)
     chosen = list(order[:many])
-    for spared in reversed(order[:many]):
-        rest = [k for k in chosen if k != spared]
+    for candidate in reversed(order[:many]):
+        rest = [k for k in chosen if k != candidate]
         if rest and fit(rest)[1] <= tolerance:
             chosen = rest
     readout, error = fit(chosen)
@@ -375,30 +375,32 @@ def _reduce(series, values, amplitudes, tolerance) -> ReducedLRNN:
 
 
 def _powers(values: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """`values**t` `[steps, k]`, scaled to end at 1 where they grow, and their ends."""
+    """Return `values**t` `[steps, k]`, ending at 1 if they grow, and the last row."""
     t = np.arange(steps)[:, None] - np.where(np.abs(values) > 1, steps - 1, 0)
     powers = np.power(values.astype(complex), t)
-    # The imaginary part of a real one is rounding, and no column of its own.
+    # The imaginary part of a real one is only rounding.
     powers = np.where(np.imag(values) == 0, np.real(powers), powers)
     return powers, powers[-1]
 
 
-def _relative(error, series) -> float:
+def _relative_error(error, series) -> float:
     spread = np.linalg.norm(series - np.mean(series, 0))
-    # A constant is compared with its size, and zeros with nothing.
+    # The error of a constant series is relative to its size, that of zeros absolute.
     scale = spread or np.linalg.norm(series) or 1.0
     return float(np.linalg.norm(error) / scale)
 
 
-def _radius(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
-    """The spectral radius, by Gelfand's formula: squared 40 times, the norm of a power
-    is that of its largest eigenvalue. Unlike an eigenvalue solver it runs anywhere."""
+def _spectral_radius(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
+    """Return the spectral radius by Gelfand's formula.
+
+    After 40 squarings, the norm of the power is that of its largest eigenvalue. Unlike
+    an eigenvalue solver, this runs on any device.
+    """
 
     def square(carry, _):
         log, matrix, weight = carry
         norm = jnp.sqrt(jnp.sum(matrix**2))
-        matrix = matrix / norm
-        matrix = jnp.matmul(matrix, matrix, precision=lax.Precision.HIGHEST)
+        matrix = multiply_matrices(matrix / norm, matrix / norm)
         return (log + weight * jnp.log(norm), matrix, weight / 2), None
 
     zero = jnp.zeros((), matrix.dtype)
@@ -406,12 +408,12 @@ def _radius(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
     return jnp.exp(log)
 
 
-def _series(layer: LRNN, method: str, name: str, values) -> np.ndarray:
-    """A finite real series as float64 on the host."""
+def _check_series(layer: LRNN, method: str, name: str, values) -> np.ndarray:
+    """Return a finite real series as float64 on the host, or refuse it."""
     if isinstance(values, Tracer):
         raise ValueError(
-            f"LRNN.{method}: `{name}` is traced, and this runs on the host. Call it "
-            "outside of `jax.jit`, `jax.vmap` and `jax.grad`."
+            f"LRNN.{method}: `{name}` is traced, but this runs on the host. Call it "
+            "outside `jax.jit`, `jax.vmap` and `jax.grad`."
         )
     values = np.asarray(values)
     if values.ndim != 2 or values.shape[1] != layer.d_model:
@@ -423,7 +425,7 @@ def _series(layer: LRNN, method: str, name: str, values) -> np.ndarray:
             "(time first)."
         )
     if not np.issubdtype(values.dtype, np.floating):
-        # NumPy does not know bfloat16 as floating point.
+        # NumPy does not recognise bfloat16 as floating point.
         if not jnp.issubdtype(values.dtype, jnp.floating):
             raise ValueError(
                 f"LRNN.{method}: `{name}` is {values.dtype}, expected real floating "
@@ -441,15 +443,10 @@ def _series(layer: LRNN, method: str, name: str, values) -> np.ndarray:
 
 
 def _check_washout(method: str, washout, steps: int, least: int) -> None:
-    integer = isinstance(washout, int | np.integer) and not isinstance(washout, bool)
-    if not integer or washout < 0:
-        raise ValueError(
-            f"LRNN.{method}: `washout` must be an integer of at least 0, got "
-            f"{washout!r}. It is a number of steps."
-        )
+    check_count(f"LRNN.{method}", "washout", washout)
     if steps - washout < least:
         raise ValueError(
-            f"LRNN.{method}: {steps} steps, of which the first {washout} are left out "
-            f"by `washout`, leave {max(steps - washout, 0)}, and at least {least} are "
+            f"LRNN.{method}: {steps} steps, less the first {washout} for `washout`, "
+            f"leave {max(steps - washout, 0)}, and at least {least} are "
             "needed. Pass a longer series, or a smaller `washout`."
         )

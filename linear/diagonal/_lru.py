@@ -7,19 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Inexact, PRNGKeyArray
 
-from pararnn._parameters import check_number, widen
+from pararnn._parameters import check_choice, check_number, leading, linear, widen
 
-from ..parts import (
-    Draw,
-    check_choice,
-    check_sizes,
-    complex_zeros,
-    full_product,
-    leading,
-    rate,
-    real_product,
-)
-from ._constant import AbstractConstantDiagonal
+from .._arguments import Draw, check_sizes
+from .._layer import AbstractConstantDiagonal
+from .._parts import clamped_exp, complex_zeros, real_product
 
 Eigenvalues = Literal["positive", "signed", "complex"]
 
@@ -33,8 +25,8 @@ class LRU(AbstractConstantDiagonal):
     y_t &= \mathrm{Re}(C h_t) + D \odot x_t
     \end{aligned}$$
 
-    The state is complex, `[d_state]`, and $|\lambda| < 1$ whatever the parameters.
-    With real eigenvalues, $\lambda = \pm\exp(-\exp(\nu^{\log}))$, B, C and the state
+    The state is complex, `[d_state]`, and $|\lambda| < 1$ for any parameters. With
+    real eigenvalues, $\lambda = \pm\exp(-\exp(\nu^{\log}))$, B, C and the state
     are real.
 
     ??? cite "Source"
@@ -71,21 +63,21 @@ class LRU(AbstractConstantDiagonal):
         r"""**Arguments:**
 
         - `d_model`: size of an input and of an output.
-        - `d_state`: number of entries of the state; `d_model` if not given.
-        - `r_min`, `r_max`: at the start $\lambda$ is uniform on the ring of these
-            radii, $0 \le r_{min} < r_{max} \le 1$. Long memory wants `r_min` near 1.
-        - `max_phase`: at the start the phases of $\lambda$ are uniform in
+        - `d_state`: number of entries of the state. Defaults to `d_model`.
+        - `r_min`, `r_max`: the initial $\lambda$ are uniform on the ring between these
+            radii, $0 \le r_{min} < r_{max} \le 1$. Long memory needs `r_min` near 1.
+        - `max_phase`: the initial phases of $\lambda$ are uniform in
             $[0, \mathrm{max\_phase}]$, in radians.
         - `eigenvalues`: `"complex"` is the layer of the paper; `"positive"` keeps them
-            in (0, 1), `"signed"` in (-1, 1), where every other one is negative.
-        - `dtype`: of the (real) parameters; JAX's default floating point if not given.
+            in (0, 1), and `"signed"` in (-1, 1), with every other one negative.
+        - `dtype`: of the (real) parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`. $B \sim N(0, 1)/\sqrt{2 d_{model}}$ (without the
-            2 where real) and $C \sim N(0, 1)/\sqrt{d_{state}}$, both in real and
+            2 if real) and $C \sim N(0, 1)/\sqrt{d_{state}}$, in both real and
             imaginary part; $D \sim N(0, 1)$;
             $\gamma^{\log} = \log\sqrt{1 - |\lambda|^2}$.
 
         **Raises:** `ValueError` on a size that is not a positive integer, radii or a
-        phase out of range, unknown eigenvalues, a key that is not one, or a dtype that
+        phase out of range, unknown eigenvalues, an invalid key, or a dtype that
         is not floating point.
         """
         draw = Draw("LRU", dtype, key)
@@ -109,13 +101,13 @@ class LRU(AbstractConstantDiagonal):
                 f"LRU: `max_phase` must be positive and finite, got {max_phase!r}. It "
                 "is in radians; the paper takes 6.28 or less."
             )
-        # 1 - |λ|² as such, as |λ|² itself rounds to one where it is nearly one. The
-        # logarithms want it between 0 and 1, and u > 0: `uniform` may return an end.
+        # Draw 1 - |λ|², as |λ|² itself may round to 1. The logarithms need it strictly
+        # between 0 and 1, and u > 0: `uniform` may return its lower end.
         u = 1 - draw.wide_uniform((self.d_state,), 0, 1)
         rest = (1 - r_max**2) + u * (r_max**2 - r_min**2)
         rest = jnp.clip(rest, draw.tiny, 1 - draw.epsilon)
-        self.nu_log = draw.full(jnp.log(-0.5 * jnp.log1p(-rest)))
-        self.gamma_log = draw.full(0.5 * jnp.log(rest))
+        self.nu_log = draw.constant(jnp.log(-0.5 * jnp.log1p(-rest)))
+        self.gamma_log = draw.constant(0.5 * jnp.log(rest))
         into, out = (self.d_state, self.d_model), (self.d_model, self.d_state)
         is_complex = eigenvalues == "complex"
         variance = 1 / (2 * self.d_model if is_complex else self.d_model)
@@ -127,46 +119,46 @@ class LRU(AbstractConstantDiagonal):
             self.B_im = draw.normal(into, variance**0.5)
             self.C_im = draw.normal(out, self.d_state**-0.5)
             u = draw.wide_uniform((self.d_state,), draw.tiny, 1)
-            self.theta_log = draw.full(jnp.log(max_phase * u))
+            self.theta_log = draw.constant(jnp.log(max_phase * u))
         elif eigenvalues == "signed":
             self.sign = tuple(1 - 2 * (i % 2) for i in range(self.d_state))
 
     def transition(self) -> Inexact[Array, " d_state"]:
-        r"""The eigenvalues $\lambda$, `[d_state]`."""
+        r"""Return the eigenvalues $\lambda$, `[d_state]`."""
         (nu_log,) = widen(self.nu_log)
         if self.theta_log is not None:
             nu_log, theta_log = widen(nu_log, self.theta_log)
-            return jnp.exp(lax.complex(-rate(nu_log), jnp.exp(theta_log)))
-        size = jnp.exp(-rate(nu_log))
+            return jnp.exp(lax.complex(-clamped_exp(nu_log), jnp.exp(theta_log)))
+        size = jnp.exp(-clamped_exp(nu_log))
         return size if self.sign is None else size * jnp.asarray(self.sign, size.dtype)
 
     def drive(
         self, xs: Float[Array, "*time d_model"]
     ) -> Inexact[Array, "*time d_state"]:
-        r"""$\exp(\gamma^{\log}) \odot B x$, `[..., d_state]`."""
+        r"""Return $\exp(\gamma^{\log}) \odot B x$, `[..., d_state]`."""
         gamma_log, B_re = widen(self.gamma_log, self.B_re)
         gamma = leading(jnp.exp(gamma_log), xs.ndim)
-        drive = gamma * full_product(B_re, xs)
+        drive = gamma * linear(B_re, xs)
         if self.B_im is None:
             return drive
         (B_im,) = widen(self.B_im)
-        return lax.complex(drive, gamma * full_product(B_im, xs))
+        return lax.complex(drive, gamma * linear(B_im, xs))
 
     def readout(
         self,
         states: Inexact[Array, "*time d_state"],
         xs: Float[Array, "*time d_model"],
     ) -> Float[Array, "*time d_model"]:
-        r"""$\mathrm{Re}(C h) + D \odot x$, `[..., d_model]`."""
+        r"""Return $\mathrm{Re}(C h) + D \odot x$, `[..., d_model]`."""
         C_re, D = widen(self.C_re, self.D)
         if self.C_im is None:
-            ys = full_product(C_re, states)
+            ys = linear(C_re, states)
         else:
             ys = real_product(C_re, widen(self.C_im)[0], states)
         return ys + leading(D, xs.ndim) * xs
 
     def init_state(self) -> Inexact[Array, " d_state"]:
-        """Zeros `[d_state]`, complex or real as the eigenvalues, at least 32 bits."""
+        """Return zeros `[d_state]`, complex if eigenvalues are, at least 32 bits."""
         if self.theta_log is None:
             return jnp.zeros((self.d_state,), self.precision())
         return complex_zeros((self.d_state,), self.precision())

@@ -1,6 +1,5 @@
 """Mamba: a diagonal state space whose step size, B and C depend on the input."""
 
-import functools as ft
 import math
 from typing import Literal
 
@@ -10,19 +9,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear, widen
+from pararnn._parameters import affine, check_choice, check_size, leading, linear, widen
 from pararnn.scan import fused_scan
 
+from .._arguments import Draw, check_range
 from .._layer import AbstractLayer
-from ..parts import (
-    Draw,
-    check_choice,
-    check_range,
+from .._parts import (
+    clamped_exp,
     complex_zeros,
     draw_convolution,
+    einsum,
     empty_window,
-    leading,
-    rate,
     short_convolution,
     signed,
 )
@@ -44,10 +41,10 @@ class Mamba(AbstractLayer):
     \end{aligned}$$
 
     with a state of `d_state` entries for each of the `expand * d_model` channels.
-    Where eigenvalues are `"signed"`, the factor is $2 \exp(\Delta A) - 1$, in (-1, 1);
-    where they are `"complex"`, $A = -\exp(A^{\log}) + i A_{imag}$, the two halves of
-    $B_t$ and $C_t$ are real and imaginary parts of `d_state // 2` entries, and
-    $2 \, \mathrm{Re}(h_t C_t)$ is read.
+    With `"signed"` eigenvalues, the factor is $2 \exp(\Delta A) - 1$, in (-1, 1). With
+    `"complex"` ones, $A = -\exp(A^{\log}) + i A_{imag}$, the two halves of $B_t$ and
+    $C_t$ are the real and imaginary parts of `d_state // 2` entries, and
+    $2 \, \mathrm{Re}(h_t C_t)$ replaces $h_t C_t$.
 
     ??? cite "Source"
 
@@ -86,22 +83,21 @@ class Mamba(AbstractLayer):
         r"""**Arguments:**
 
         - `d_model`: size of an input and of an output.
-        - `d_state`: real entries of the state of each channel; even where complex.
+        - `d_state`: real entries of the state of each channel; even if complex.
         - `expand`: channels for each entry of an input.
-        - `dt_rank`: rank of the map to $\Delta$; `d_model / 16`, rounded up, if not
-            given.
+        - `dt_rank`: rank of the map to $\Delta$. Defaults to `d_model / 16`, rounded
+            up.
         - `eigenvalues`: `"positive"`, `"signed"` or `"complex"`.
-        - `dt_min`, `dt_max`: at the start $\mathrm{softplus}(b_{dt})$ is log-uniform
+        - `dt_min`, `dt_max`: the initial $\mathrm{softplus}(b_{dt})$ is log-uniform
             between them, and at least 1e-4.
-        - `convolution`: whether each channel of $u$ sees the three steps before;
-            without, $u$ is $\mathrm{SiLU}(u)$.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
-        - `key`: a key of `jax.random`. $A = -(1, 2, \dots)$ at the start, with
-            $A_{imag} = \pi (0, 1, \dots)$ and a real part of -1/2 where complex;
-            $D = 1$.
+        - `convolution`: whether each channel of $u$ sees the three steps before. If
+            not, $u$ is $\mathrm{SiLU}(u)$.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
+        - `key`: a key of `jax.random`. Initially $A = -(1, 2, \dots)$, or
+            $A = -1/2 + i \pi (0, 1, \dots)$ if complex, and $D = 1$.
 
         **Raises:** `ValueError` on a size that is not a positive integer, unknown
-        eigenvalues, steps out of range, a key that is not one, or a dtype that is not
+        eigenvalues, steps out of range, an invalid key, or a dtype that is not
         floating point.
         """
         draw = Draw("Mamba", dtype, key)
@@ -118,7 +114,7 @@ class Mamba(AbstractLayer):
         is_complex = eigenvalues == "complex"
         if is_complex and d_state % 2:
             raise ValueError(
-                f"Mamba: `d_state` must be even where eigenvalues are complex, got "
+                f"Mamba: `d_state` must be even with complex eigenvalues, got "
                 f"{d_state}: each takes a real and an imaginary part."
             )
         self.eigenvalues = eigenvalues
@@ -129,18 +125,18 @@ class Mamba(AbstractLayer):
         self.W_x = draw.weight(rank + 2 * d_state, inner)
         self.W_dt = draw.weight(inner, rank)
         self.b_dt = draw.step_bias((inner,), dt_min, dt_max)
-        self.D = draw.full(np.ones(inner))
+        self.D = draw.constant(np.ones(inner))
         self.W_out = draw.weight(d_model, inner)
         modes = np.arange(d_state // 2 if is_complex else d_state)
         A = np.full(len(modes), 0.5) if is_complex else modes + 1.0
-        self.A_log = draw.full(np.tile(np.log(A), (inner, 1)))
+        self.A_log = draw.constant(np.tile(np.log(A), (inner, 1)))
         self.A_imag = None
         if is_complex:
-            self.A_imag = draw.full(np.tile(np.pi * modes, (inner, 1)))
+            self.A_imag = draw.constant(np.tile(np.pi * modes, (inner, 1)))
 
     def init_state(self):
-        """The last inputs of the convolution `[3, inner]`, if there is one, and the
-        state `[inner, d_state]`, or complex `[inner, d_state // 2]`: zeros."""
+        """Return zeros: the last inputs of the convolution `[3, inner]`, if there is
+        one, and the state `[inner, d_state]`, or complex `[inner, d_state // 2]`."""
         shape, dtype = self.A_log.shape, self.precision()
         is_complex = self.A_imag is not None
         state = complex_zeros(shape, dtype) if is_complex else jnp.zeros(shape, dtype)
@@ -162,26 +158,28 @@ class Mamba(AbstractLayer):
         )
         dt = jax.nn.softplus(affine(self.W_dt, delta, self.b_dt))
         A_log, D = widen(self.A_log, self.D)
-        A, dt = -rate(A_log), dt.astype(A_log.dtype)
+        A, dt = -clamped_exp(A_log), dt.astype(A_log.dtype)
         if self.A_imag is not None:
             A = lax.complex(A, self.A_imag.astype(A.dtype))
             B, C = (lax.complex(*jnp.split(v, 2, axis=-1)) for v in (B, C))
-        # Channels last: what a loop vectorises over. A single mode has no axis, along
-        # which XLA would sum several times slower than without it.
+        # Channels come last, as XLA vectorises over them. A single mode gets no axis:
+        # XLA would sum over an axis of length 1 several times slower.
         modes, A, last = A.shape[1:], A.T, state.T
-        full_product = ft.partial(jnp.tensordot, precision=lax.Precision.HIGHEST)
+        mode = "n"
         if modes == (1,):
+            mode = ""
             A, last, B, C = A[0], last[0], B[:, 0], C[:, 0]
 
         def terms(at_t):
             dt, u, B, _ = at_t
             exponent = jnp.broadcast_to(dt.astype(A.dtype), A.shape) * A
             decay = signed(jnp.exp(exponent), self.eigenvalues)
-            return decay, full_product(B, (dt * u).astype(B.dtype), 0)
+            drive = (dt * u).astype(B.dtype)
+            return decay, einsum(f"{mode},c->{mode}c", B, drive)
 
         def read(state, at_t):
             *_, C = at_t
-            return full_product(C, state, C.ndim)
+            return einsum(f"{mode},{mode}c->c", C, state)
 
         ys, last = fused_scan(terms, read, (dt, u, B, C), last, reset=reset)
         ys = ys if self.A_imag is None else 2 * ys.real

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_number, check_size, widen
+from pararnn._parameters import affine, check_number, check_size, leading, widen
 from pararnn.scan import Diagonal, linear_scan
 
+from .._arguments import Draw, check_divisor
 from .._layer import AbstractLayer
-from ..parts import Draw, check_divisor, decay, leading
+from .._parts import decay_and_complement
 
 
 class RGLRU(AbstractLayer):
@@ -21,9 +22,9 @@ class RGLRU(AbstractLayer):
     h_t &= a_t \odot h_{t-1} + \sqrt{1 - a_t^2} \odot (i_t \odot x_t), \qquad y_t = h_t
     \end{aligned}$$
 
-    but that the first input of a sequence, after a fresh state or a reset, enters
-    whole: with weight 1 in place of $\sqrt{1 - a^2}$. The state is h, `[d_model]`, and
-    whether nothing has come yet, a number that is 1 or 0.
+    except that the first input of a sequence, after a fresh state or a reset, has the
+    weight 1 in place of $\sqrt{1 - a^2}$. The state is h, `[d_model]`, and a number
+    that is 1 before the first input and 0 after it.
 
     ??? cite "Source"
 
@@ -51,15 +52,14 @@ class RGLRU(AbstractLayer):
         r"""**Arguments:**
 
         - `d_model`: size of an input, of the state and of an output.
-        - `blocks`: the gates' matrices are block-diagonal with so many blocks, which
-            divide `d_model`.
-        - `r_min`, `r_max`: at the start $\exp(-\mathrm{softplus}(\Lambda))$ lies
-            between them, uniform in its square.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `blocks`: number of diagonal blocks of the gates' matrices; divides `d_model`.
+        - `r_min`, `r_max`: the initial $\exp(-\mathrm{softplus}(\Lambda))$ lies between
+            them, and its square is uniform.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`.
 
         **Raises:** `ValueError` on a size that is not a positive integer or not
-        divided, radii out of range, a key that is not one, or a dtype that is not
+        divisible, radii out of range, an invalid key, or a dtype that is not
         floating point.
         """
         draw = Draw("RGLRU", dtype, key)
@@ -75,19 +75,19 @@ class RGLRU(AbstractLayer):
         size = d_model // blocks
         self.W_a = draw.weight(blocks, size, size)
         self.W_x = draw.weight(blocks, size, size)
-        self.b_a, self.b_x = (draw.full(np.zeros(d_model)) for _ in range(2))
+        self.b_a, self.b_x = (draw.constant(np.zeros(d_model)) for _ in range(2))
         u = draw.wide_uniform((d_model,), 0, 1)
         rho = 0.5 * jnp.log(u * (r_max**2 - r_min**2) + r_min**2)
         # softplus(Lambda) = -rho.
-        self.Lambda = draw.full(jnp.log(jnp.expm1(-rho)))
+        self.Lambda = draw.constant(jnp.log(jnp.expm1(-rho)))
 
     def init_state(self) -> tuple[Float[Array, " d_model"], Float[Array, ""]]:
-        """Zeros `[d_model]` and 1, at least float32."""
+        """Return zeros `[d_model]` and 1, at least float32."""
         precision = self.precision()
         return jnp.zeros((self.d_model,), precision), jnp.ones((), precision)
 
     def recurrent_state(self, state):
-        """h, `[d_model]`."""
+        """Return h, `[d_model]`."""
         return state[0]
 
     def mix(self, xs, state, reset):
@@ -98,8 +98,8 @@ class RGLRU(AbstractLayer):
         log_a = -8 * gate * leading(jax.nn.softplus(Lambda), 2)
         # The root of zero has no derivative.
         tiny = jnp.finfo(log_a.dtype).tiny
-        a, rest = decay(log_a)
-        scale = jnp.sqrt(jnp.maximum(rest, tiny))
+        a, one_minus_a2 = decay_and_complement(log_a)
+        scale = jnp.sqrt(jnp.maximum(one_minus_a2, tiny))
         first = (jnp.arange(xs.shape[0]) == 0) & (fresh > 0)
         if reset is not None:
             first = first | reset

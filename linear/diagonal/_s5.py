@@ -1,4 +1,4 @@
-"""The state space layer S5, whose channels share one diagonal state."""
+"""S5, a state space layer whose channels share one diagonal state."""
 
 from typing import Literal
 
@@ -7,24 +7,24 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_number, check_size, widen
-
-from ..parts import (
-    DISCRETISATIONS,
-    Draw,
-    as_complex,
+from pararnn._parameters import (
     check_choice,
-    check_range,
-    complex_zeros,
-    discretise,
-    full_product,
+    check_number,
+    check_size,
     leading,
+    linear,
+    widen,
+)
+
+from .._arguments import Draw, check_range
+from .._layer import AbstractConstantDiagonal
+from .._parts import as_complex, clamped_exp, complex_zeros, real_product
+from .._state_spaces import (
+    DISCRETISATIONS,
+    discretise,
     normal_legs,
     perturb_then_diagonalise,
-    rate,
-    real_product,
 )
-from ._constant import AbstractConstantDiagonal
 
 
 class S5(AbstractConstantDiagonal):
@@ -74,20 +74,20 @@ class S5(AbstractConstantDiagonal):
 
         - `d_model`: size of an input and of an output.
         - `d_state`: size of the state as conjugate pairs; `2 * blocks` divides it.
-        - `blocks`: the state starts as so many copies of HiPPO side by side.
+        - `blocks`: number of copies of HiPPO that the transition starts from.
         - `initialisation`: `"legs"`, the eigenvalues of the normal part of HiPPO-LegS,
             or `"ptd"`, those of HiPPO-LegS itself after a small perturbation.
-            $B = V^{-1} B'$ and $C = C' V$ with real $B'$, $C'$ of variance one over
-            the number of their columns.
+            $B = V^{-1} B'$ and $C = C' V$ with real $B'$, $C'$ whose variance is
+            one over the number of their columns.
         - `discretisation`: `"zoh"` or `"bilinear"`.
         - `perturbation`: of `"ptd"`, relative to HiPPO in the 2-norm.
-        - `dt_min`, `dt_max`: at the start $\Delta$ is log-uniform between them.
-        - `dtype`: of the (real) parameters; JAX's default floating point if not given.
+        - `dt_min`, `dt_max`: the initial $\Delta$ is log-uniform between them.
+        - `dtype`: of the (real) parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`. $D \sim N(0, 1)$.
 
         **Raises:** `ValueError` on a size that is not a positive integer or not
-        divided, an unknown initialisation or discretisation, numbers out of range, a
-        key that is not one, or a dtype that is not floating point.
+        divisible, an unknown initialisation or discretisation, numbers out of range,
+        an invalid key, or a dtype that is not floating point.
         """
         draw = Draw("S5", dtype, key)
         self.d_model = check_size("S5", "d_model", d_model)
@@ -112,47 +112,49 @@ class S5(AbstractConstantDiagonal):
         def repeat(matrix):
             return jnp.asarray(np.kron(np.eye(blocks), matrix), B.dtype)
 
-        A_re, A_im = _parts(np.tile(diagonal.eigenvalues, blocks))
-        self.log_A_real, self.A_imag = draw.full(np.log(-A_re)), draw.full(A_im)
+        A_re, A_im = _real_and_imaginary(np.tile(diagonal.eigenvalues, blocks))
+        self.log_A_real, self.A_imag = draw.constant(np.log(-A_re)), draw.constant(A_im)
         B = draw.wide_normal((d_state, d_model), d_model**-0.5)
         C = draw.wide_normal((d_model, d_state), d_state**-0.5)
-        # full_product(W, x) is W x over the last axis of x.
+        # linear(W, x) is W x over the last axis of x.
         self.B_re, self.B_im = (
-            draw.full(full_product(repeat(v), B.T).T) for v in _parts(diagonal.inverse)
+            draw.constant(linear(repeat(v), B.T).T)
+            for v in _real_and_imaginary(diagonal.inverse)
         )
         self.C_re, self.C_im = (
-            draw.full(full_product(repeat(v).T, C)) for v in _parts(diagonal.vectors)
+            draw.constant(linear(repeat(v).T, C))
+            for v in _real_and_imaginary(diagonal.vectors)
         )
         self.D = draw.normal((d_model,))
         self.log_dt = draw.log_uniform((d_state // 2,), dt_min, dt_max)
 
     def _discretise(self) -> tuple[Array, Array]:
         log_A_real, A_imag, log_dt = widen(self.log_A_real, self.A_imag, self.log_dt)
-        A = lax.complex(-rate(log_A_real), A_imag)
+        A = lax.complex(-clamped_exp(log_A_real), A_imag)
         return discretise(self.discretisation, A, jnp.exp(log_dt).astype(A.dtype))
 
     def transition(self) -> Complex[Array, " modes"]:
-        r"""$\bar{\Lambda}$, `[d_state // 2]`."""
+        r"""Return $\bar{\Lambda}$, `[d_state // 2]`."""
         return self._discretise()[0]
 
     def drive(self, xs: Float[Array, "*time d_model"]) -> Complex[Array, "*time modes"]:
-        r"""$\bar{B} x$, `[..., d_state // 2]`."""
+        r"""Return $\bar{B} x$, `[..., d_state // 2]`."""
         B = self._discretise()[1][:, None] * as_complex(self.B_re, self.B_im)
-        return lax.complex(full_product(B.real, xs), full_product(B.imag, xs))
+        return lax.complex(linear(B.real, xs), linear(B.imag, xs))
 
     def readout(
         self,
         states: Complex[Array, "*time modes"],
         xs: Float[Array, "*time d_model"],
     ) -> Float[Array, "*time d_model"]:
-        r"""$2 \, \mathrm{Re}(C h) + D \odot x$, `[..., d_model]`."""
+        r"""Return $2 \, \mathrm{Re}(C h) + D \odot x$, `[..., d_model]`."""
         C_re, C_im, D = widen(self.C_re, self.C_im, self.D)
         return 2 * real_product(C_re, C_im, states) + leading(D, xs.ndim) * xs
 
     def init_state(self) -> Complex[Array, " modes"]:
-        """Zeros `[d_state // 2]`, at least complex64."""
+        """Return zeros `[d_state // 2]`, at least complex64."""
         return complex_zeros((self.d_state // 2,), self.precision())
 
 
-def _parts(values) -> tuple[np.ndarray, np.ndarray]:
+def _real_and_imaginary(values) -> tuple[np.ndarray, np.ndarray]:
     return np.real(values), np.imag(values)

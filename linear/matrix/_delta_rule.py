@@ -7,35 +7,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_flag, check_size, linear
+from pararnn._parameters import check_choice, check_flag, check_size, linear
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, head_size
 from .._layer import AbstractLayer
-from ..parts import (
-    WIDTH,
-    Draw,
-    check_choice,
-    head_size,
-    l2_norm,
-    log_decay,
-    read_out,
-    short_convolution,
-    split_heads,
-)
+from .._parts import WIDTH, l2_norm, log_decay, read_out, short_convolution, split_heads
 
 Eigenvalues = Literal["positive", "signed"]
 
 
 class AbstractDeltaRule(AbstractLayer):
-    r"""$n$ delta steps a token, each with a key, a value and a strength of its own.
+    r"""$n$ delta steps a token, each with its own key, value and strength.
 
     $$S \leftarrow g_t S, \qquad
     S \leftarrow S + \beta_j k_j (v_j - S^\top k_j)^\top \quad (j = 1 \dots n), \qquad
     o_t = S^\top q_t / \sqrt{K}$$
 
-    Queries, keys and values pass a short causal convolution, unless it is left out, and
-    SiLU; queries and keys are normalised to length 1. $g_t$ is 1 unless the layer is
-    gated.
+    Queries, keys and values pass through a short causal convolution, unless it is left
+    out, and SiLU. Queries and keys are normalised to length 1. $g_t$ is 1 unless the
+    layer is gated.
     """
 
     W_q: Float[Array, "features_k d_model"]
@@ -87,7 +78,7 @@ class AbstractDeltaRule(AbstractLayer):
             self.conv_q = draw.weight(features_k, WIDTH)
             self.conv_k = draw.weight(n, features_k, WIDTH)
             self.conv_v = draw.weight(n, features_v, WIDTH)
-        self.norm_weight = draw.full(jnp.ones(d_value))
+        self.norm_weight = draw.constant(jnp.ones(d_value))
         self.W_out = draw.weight(d_model, features_v)
         self.A_log = self.dt_bias = self.W_a = self.W_g = None
         if self.gated:
@@ -103,9 +94,9 @@ class AbstractDeltaRule(AbstractLayer):
         return log_decay(self.A_log, self.dt_bias, linear(self.W_a, xs))[0]
 
     def init_state(self):
-        """The last three inputs of the convolutions, if there are some, of queries
-        `[3, features]`, keys and values `[3, n * features]`, and the matrices
-        `[heads, K, V]`: zeros."""
+        """Return zeros: the last three inputs of the convolutions, if there are any, of
+        queries `[3, features]`, keys and values `[3, n * features]`, and the matrices
+        `[heads, K, V]`."""
         dtype = self.precision()
         n, features_k, _ = self.W_k.shape
         features_v = self.W_v.shape[1]
@@ -130,7 +121,7 @@ class AbstractDeltaRule(AbstractLayer):
             return jax.nn.silu(drive), window
 
         def substeps(v):
-            """`[T, n * features]` to `[T * n, heads, size]`."""
+            """Reshape `[T, n * features]` to `[T * n, heads, size]`."""
             return split_heads(v.reshape(steps * n, -1), self.heads)
 
         q, w_q = features(self.W_q, self.conv_q, windows[0])
@@ -144,7 +135,7 @@ class AbstractDeltaRule(AbstractLayer):
 
         decay, read, log_gate = None, k, self._log_gate(xs)
         if log_gate is not None:
-            # The first delta step of a token reads what the gate has left.
+            # The first delta step of a token reads the state after the gate.
             decay = _first_of(jnp.exp(log_gate), n)
             read = k * decay[..., None]
         outputs, matrix = matrix_scan(
@@ -162,21 +153,21 @@ class AbstractDeltaRule(AbstractLayer):
 
 
 def _first_of(v: Array, n: int, rest: float | bool = 1) -> Array:
-    """`v` at the first of every n substeps, `rest` at the others."""
+    """Return `v` at the first of every n substeps and `rest` at the others."""
     later = jnp.full((v.shape[0], n - 1, *v.shape[1:]), rest, v.dtype)
     return jnp.concatenate([v[:, None], later], 1).reshape(-1, *v.shape[1:])
 
 
 class DeltaNet(AbstractDeltaRule):
-    r"""The delta rule: what the state holds under a key is replaced, not added to.
+    r"""The delta rule: a new value replaces what the state holds under its key.
 
     $$S_t = (I - \beta_t k_t k_t^\top) S_{t-1} + \beta_t k_t v_t^\top, \qquad
     y_t = W_{out} \, \mathrm{RMSNorm}(S_t^\top q_t / \sqrt{K})$$
 
-    with $\beta_t = \sigma(W_b x_t)$ for each head, twice that where eigenvalues may be
-    negative. Queries, keys and values pass a short causal convolution and SiLU;
-    queries and keys are normalised to length 1, so that $I - \beta k k^\top$ has the
-    eigenvalue $1 - \beta$ along $k$ and 1 across.
+    with $\beta_t = \sigma(W_b x_t)$ for each head, or twice that if eigenvalues are
+    `"signed"`. Queries, keys and values pass through a short causal convolution and
+    SiLU. Queries and keys are normalised to length 1, so that $I - \beta k k^\top$ has
+    the eigenvalue $1 - \beta$ along $k$ and 1 across it.
 
     ??? cite "Source"
 
@@ -203,19 +194,19 @@ class DeltaNet(AbstractDeltaRule):
 
         - `d_model`: size of an input and of an output.
         - `heads`: number of states, each a matrix `[d_key, d_value]`.
-        - `d_key`, `d_value`: sizes of a key and a value of one head;
-            `d_model // heads` if not given.
-        - `eigenvalues`: `"positive"`, of the transition in [0, 1], or `"signed"`, in
-            [-1, 1], which parity needs.
-        - `convolution`: whether queries, keys and values see the three steps before
-            theirs. Without, a transition depends on one step alone, which makes it
-            easier to learn to keep track of a state.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `d_key`, `d_value`: sizes of a key and a value of one head.
+            Both default to `d_model // heads`.
+        - `eigenvalues`: `"positive"` keeps those of the transition in [0, 1], and
+            `"signed"` in [-1, 1], which parity needs.
+        - `convolution`: whether queries, keys and values also see the three steps
+            before. If not, a transition depends on a single step, which makes it
+            easier to learn to track a state.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`.
 
-        **Raises:** `ValueError` on sizes that are not positive integers or that heads
-        do not divide, unknown eigenvalues, a dtype that is not floating point, or a
-        key that is not one.
+        **Raises:** `ValueError` on sizes that are not positive integers or not
+        divisible by `heads`, unknown eigenvalues, a dtype that is not floating point,
+        or an invalid key.
         """
         self._make(
             d_model, heads, d_key, d_value, 1, eigenvalues, convolution, dtype, key
@@ -223,7 +214,7 @@ class DeltaNet(AbstractDeltaRule):
 
 
 class GatedDeltaNet(AbstractDeltaRule):
-    r"""The delta rule on a state that is also forgotten.
+    r"""The delta rule with a gate that forgets.
 
     $$S_t = (I - \beta_t k_t k_t^\top) \, g_t S_{t-1} + \beta_t k_t v_t^\top, \qquad
     g_t = \exp(-\exp(A^{\log}) \, \mathrm{softplus}(W_a x_t + b_{dt}))$$
@@ -251,9 +242,9 @@ class GatedDeltaNet(AbstractDeltaRule):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        r"""As [`linear.DeltaNet`][], but that `d_value` is twice `d_model // heads` if
-        not given. At the start $\exp(A^{\log})$ is uniform up to 16, and the softplus
-        of `dt_bias` log-uniform in [0.001, 0.1]."""
+        r"""The arguments are those of [`linear.DeltaNet`][], except that `d_value`
+        defaults to twice `d_model // heads`. Initially $\exp(A^{\log})$ is uniform up
+        to 16, and the softplus of `dt_bias` is log-uniform in [0.001, 0.1]."""
         if d_value is None:
             d_model = check_size("GatedDeltaNet", "d_model", d_model)
             heads = check_size("GatedDeltaNet", "heads", heads)
@@ -271,9 +262,9 @@ class DeltaProduct(AbstractDeltaRule):
     y_t = W_{out} \, \mathrm{RMSNorm}(S^\top q_t / \sqrt{K})$$
 
     The transition of a token is $\prod_j (I - \beta_j k_j k_j^\top)$, of norm at most
-    1, which with $\beta$ up to 2 is any orthogonal map that moves at most n
-    dimensions: two reflections are a rotation. It is the `DeltaNet` of a sequence n
-    times as long, read at every n-th step.
+    1. With $\beta$ up to 2 it can be any orthogonal map that moves at most n
+    dimensions: two reflections are a rotation. The layer is a `DeltaNet` on a sequence
+    n times as long, read at every n-th step.
 
     ??? cite "Source"
 
@@ -296,8 +287,8 @@ class DeltaProduct(AbstractDeltaRule):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        """As [`linear.DeltaNet`][], with `householders`, the number of delta steps a
-        token, and signed eigenvalues by default."""
+        """The arguments are those of [`linear.DeltaNet`][], and `householders`, the
+        number of delta steps a token. Eigenvalues default to signed."""
         self._make(
             d_model,
             heads,
@@ -314,7 +305,7 @@ class DeltaProduct(AbstractDeltaRule):
 class GatedDeltaProduct(AbstractDeltaRule):
     r"""[`linear.DeltaProduct`][] with the gate of [`linear.GatedDeltaNet`][].
 
-    The gate acts once a token, before the first delta step.
+    The gate acts once for each token, before the first delta step.
 
     ??? cite "Source"
 
@@ -337,8 +328,8 @@ class GatedDeltaProduct(AbstractDeltaRule):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        """As [`linear.DeltaProduct`][]; the gate starts as that of
-        [`linear.GatedDeltaNet`][]."""
+        """The arguments are those of [`linear.DeltaProduct`][]. The gate is initialised
+        like that of [`linear.GatedDeltaNet`][]."""
         self._make(
             d_model,
             heads,

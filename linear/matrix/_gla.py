@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear
+from pararnn._parameters import affine, check_choice, check_size, linear
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, head_size
 from .._layer import AbstractLayer
-from ..parts import Draw, check_choice, head_size, read_out, split_heads
+from .._parts import read_out, split_heads
 
 _RANK, _TEMPERATURE = 16, 16
 
@@ -22,9 +23,9 @@ class GLA(AbstractLayer):
     \alpha_t = \sigma(W_{a2} W_{a1} x_t + b_a)^{1/16}, \quad
     o_t = S_t^\top q_t / \sqrt{K}$$
 
-    $y_t = W_{out} (\mathrm{RMSNorm}(o_t) \odot \mathrm{SiLU}(W_g x_t))$. Where
-    eigenvalues are `"signed"`, $\alpha_t = 2 \sigma(W_{a2} W_{a1} x_t + b_a) - 1$: with
-    the root, hardly any input could make it negative.
+    $y_t = W_{out} (\mathrm{RMSNorm}(o_t) \odot \mathrm{SiLU}(W_g x_t))$. With
+    `"signed"` eigenvalues, $\alpha_t = 2 \sigma(W_{a2} W_{a1} x_t + b_a) - 1$: with the
+    root, hardly any input could make it negative.
 
     ??? cite "Source"
 
@@ -61,10 +62,10 @@ class GLA(AbstractLayer):
 
         - `d_model`: size of an input and of an output.
         - `heads`: number of states, each a matrix `[d_key, d_value]`.
-        - `d_key`: size of a key of one head; half of `d_model // heads` if not given.
-        - `d_value`: size of a value of one head; `d_model // heads` if not given.
-        - `eigenvalues`: `"positive"` or `"signed"`, the decays in (0, 1) or (-1, 1).
-        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `d_key`: size of a key of one head. Defaults to half of `d_model // heads`.
+        - `d_value`: size of a value of one head. Defaults to `d_model // heads`.
+        - `eigenvalues`: `"positive"` or `"signed"`, for decays in (0, 1) or (-1, 1).
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`. The signed decays start near 0.9.
 
         **Raises:** as [`linear.DeltaNet`][].
@@ -85,13 +86,13 @@ class GLA(AbstractLayer):
         self.W_a1 = draw.weight(_RANK, d_model)
         self.W_a2 = draw.weight(features_k, _RANK)
         start = 3.0 if eigenvalues == "signed" else 0.0
-        self.b_a = draw.full(jnp.full((features_k,), start))
+        self.b_a = draw.constant(jnp.full((features_k,), start))
         self.W_g = draw.weight(features_v, d_model)
-        self.norm_weight = draw.full(jnp.ones(d_value))
+        self.norm_weight = draw.constant(jnp.ones(d_value))
         self.W_out = draw.weight(d_model, features_v)
 
     def init_state(self) -> Float[Array, "heads K V"]:
-        """Zeros `[heads, d_key, d_value]`, at least float32."""
+        """Return zeros `[heads, d_key, d_value]`, at least float32."""
         shape = self.heads, len(self.W_q) // self.heads, len(self.norm_weight)
         return jnp.zeros(shape, self.precision())
 

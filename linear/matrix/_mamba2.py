@@ -1,4 +1,4 @@
-"""Mamba-2: a state space whose decay is one number for each head."""
+"""Mamba-2: a state space with a single decay for each head."""
 
 from typing import Literal
 
@@ -6,19 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, linear, widen
+from pararnn._parameters import check_choice, check_size, linear, rms_norm, widen
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, check_range
 from .._layer import AbstractLayer
-from ..parts import (
-    Draw,
-    check_choice,
-    check_range,
+from .._parts import (
     draw_convolution,
     empty_window,
     log_decay,
     merge_heads,
-    rms_norm,
     short_convolution,
     signed,
     split_heads,
@@ -38,8 +35,8 @@ class Mamba2(AbstractLayer):
     y_t &= W_{out} \, \mathrm{RMSNorm}(o_t \odot \mathrm{SiLU}(z_t))
     \end{aligned}$$
 
-    with one $a$, $\Delta$ and $D$ for each head and $B$, $C$ shared by the heads. Where
-    eigenvalues are `"signed"`, the factor is $2 a_t - 1$.
+    with one $a$, $\Delta$ and $D$ for each head; the heads share $B$ and $C$. With
+    `"signed"` eigenvalues, the factor is $2 a_t - 1$.
 
     ??? cite "Source"
 
@@ -77,20 +74,20 @@ class Mamba2(AbstractLayer):
         r"""**Arguments:**
 
         - `d_model`: size of an input and of an output.
-        - `d_state`: N, the rows of each head's state. The paper takes up to 128.
-        - `heads`: they divide `expand * d_model`; if not given, so many that a head has
-            64 channels, or 1.
+        - `d_state`: N, the rows of each head's state. The paper uses up to 128.
+        - `heads`: divides `expand * d_model`. By default a head has 64 channels, or
+            there is one head if that is not a multiple of 64.
         - `expand`: channels for each entry of an input.
-        - `eigenvalues`: `"positive"` or `"signed"`, the decays in (0, 1) or (-1, 1).
-        - `dt_min`, `dt_max`: at the start $\mathrm{softplus}(b_{dt})$ is log-uniform
+        - `eigenvalues`: `"positive"` or `"signed"`, for decays in (0, 1) or (-1, 1).
+        - `dt_min`, `dt_max`: the initial $\mathrm{softplus}(b_{dt})$ is log-uniform
             between them, and at least 1e-4.
         - `convolution`: whether each channel of $(u, B, C)$ sees the three steps
-            before; without, they pass the SiLU alone.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
-        - `key`: a key of `jax.random`. $\exp(A^{\log})$ is uniform in [1, 16], $D = 1$.
+            before. If not, only SiLU is applied.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
+        - `key`: a key of `jax.random`. $\exp(A^{\log})$ is uniform in [1, 16]; $D = 1$.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, heads that do
-        not divide, unknown eigenvalues, steps out of range, a key that is not one, or a
+        **Raises:** `ValueError` on a size that is not a positive integer, `heads` that
+        do not divide, unknown eigenvalues, steps out of range, an invalid key, or a
         dtype that is not floating point.
         """
         draw = Draw("Mamba2", dtype, key)
@@ -114,13 +111,13 @@ class Mamba2(AbstractLayer):
         )
         self.dt_bias = draw.step_bias((heads,), dt_min, dt_max)
         self.A_log = draw.log_of_uniform((heads,), 1, 16)
-        self.D = draw.full(jnp.ones(heads))
-        self.norm_weight = draw.full(jnp.ones(inner))
+        self.D = draw.constant(jnp.ones(heads))
+        self.norm_weight = draw.constant(jnp.ones(inner))
         self.W_out = draw.weight(d_model, inner)
 
     def init_state(self):
-        """The last inputs of the convolution `[3, inner + 2 * d_state]`, if there is
-        one, and the matrices `[heads, d_state, inner // heads]`: zeros."""
+        """Return zeros: the last inputs of the convolution `[3, inner + 2 * d_state]`,
+        if there is one, and the matrices `[heads, d_state, inner // heads]`."""
         dtype, inner = self.precision(), len(self.norm_weight)
         return (
             empty_window(self.conv_weight, dtype),

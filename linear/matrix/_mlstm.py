@@ -4,17 +4,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear
+from pararnn._parameters import affine, check_size, linear, rms_norm
 from pararnn.scan import matrix_scan, max_plus_scan, shift
 
+from .._arguments import Draw, head_size
 from .._layer import AbstractLayer
-from ..parts import (
-    Draw,
+from .._parts import (
     draw_convolution,
     empty_window,
-    head_size,
     merge_heads,
-    rms_norm,
     short_convolution,
     split_heads,
 )
@@ -33,9 +31,9 @@ class MLSTM(AbstractLayer):
     \end{aligned}$$
 
     Queries, keys ($/ \sqrt{K}$) and the gates $i = W_i c + b_i$, $f = W_f c + b_f$
-    come from $c$ = SiLU of the inputs, behind a short causal convolution if there is
-    one, values from the inputs. $m$ is a max-plus scan, and both gates are at most 1,
-    so that nothing overflows.
+    come from $c$, the SiLU of the inputs after a short causal convolution if there is
+    one. Values come from the inputs. $m$ is a max-plus scan. Both gates are at most 1,
+    so nothing overflows.
 
     ??? cite "Source"
 
@@ -72,13 +70,14 @@ class MLSTM(AbstractLayer):
 
         - `d_model`: size of an input and of an output.
         - `heads`: number of states, each a matrix `[d_key, d_value]`.
-        - `d_key`, `d_value`: sizes of a key and a value of one head;
-            `d_model // heads` if not given.
-        - `convolution`: whether $c$ sees the three steps before; without, it is
+        - `d_key`, `d_value`: sizes of a key and a value of one head.
+            Both default to `d_model // heads`.
+        - `convolution`: whether $c$ sees the three steps before. If not, it is
             SiLU of the input.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
-        - `key`: a key of `jax.random`. The gates' weights are zero at the start, the
-            forget biases evenly from 3 to 6, the input biases of deviation 0.1.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
+        - `key`: a key of `jax.random`. Initially the gates' weights are zero, the
+            forget biases are evenly spaced from 3 to 6, and the input biases have a
+            standard deviation of 0.1.
 
         **Raises:** as [`linear.DeltaNet`][].
         """
@@ -92,17 +91,19 @@ class MLSTM(AbstractLayer):
         self.conv_weight, self.conv_bias = draw_convolution(
             "MLSTM", draw, d_model, convolution
         )
-        self.W_i, self.W_f = (draw.full(jnp.zeros((heads, d_model))) for _ in range(2))
+        self.W_i, self.W_f = (
+            draw.constant(jnp.zeros((heads, d_model))) for _ in range(2)
+        )
         self.b_i = draw.normal((heads,), 0.1)
-        self.b_f = draw.full(jnp.linspace(3.0, 6.0, heads))
+        self.b_f = draw.constant(jnp.linspace(3.0, 6.0, heads))
         self.W_o = draw.weight(features_v, d_model)
-        self.norm_weight = draw.full(jnp.ones(features_v))
+        self.norm_weight = draw.constant(jnp.ones(features_v))
         self.W_out = draw.weight(d_model, features_v)
 
     def init_state(self):
-        """The last inputs of the convolution `[3, d_model]`, if there is one, the
-        matrices `[heads, K, V]`, the normalisers `[heads, K]` and the stabilisers
-        `[heads]`: zeros."""
+        """Return zeros: the last inputs of the convolution `[3, d_model]`, if there is
+        one, the matrices `[heads, K, V]`, the normalisers `[heads, K]` and the
+        stabilisers `[heads]`."""
         dtype, heads = self.precision(), self.heads
         d_key, d_value = (len(W) // heads for W in (self.W_q, self.W_v))
         shapes = (heads, d_key, d_value), (heads, d_key), (heads,)
@@ -129,7 +130,7 @@ class MLSTM(AbstractLayer):
         before = shift(m0, m)
         if reset is not None:
             before = jnp.where(reset[:, None], 0, before)
-        # The normaliser is one more column of the state, whose values are ones.
+        # The normaliser is an extra column of the state, whose values are ones.
         outputs, state = matrix_scan(
             q,
             jnp.exp(i - m)[..., None] * k,
@@ -139,7 +140,7 @@ class MLSTM(AbstractLayer):
             reset=reset,
         )
         outputs, scale = outputs[..., :-1], jnp.abs(outputs[..., -1])
-        # Beyond it the output is zero anyway, and its derivative 0 / 0.
+        # Above exp(80) the output is zero anyway, and its derivative would be 0 / 0.
         floor = jnp.exp(jnp.minimum(-m, 80))
         outputs = outputs / (jnp.maximum(scale, floor) + 1e-6)[..., None]
         weight = self.norm_weight.reshape(self.heads, -1)

@@ -7,21 +7,22 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from pararnn._parameters import affine, check_size, linear
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, head_size
 from .._layer import AbstractLayer
-from ..parts import Draw, head_size, read_out, split_heads
+from .._parts import read_out, split_heads
 
 
 class PLSTM(AbstractLayer):
-    r"""Linear attention between three gates, in which a step reads its past only.
+    r"""Linear attention with three gates, in which a step reads only its past.
 
     $$C_t = T_t C_{t-1} + S_t k_t v_t^\top, \qquad
     o_t = K^{-1/2} \left( M_t C_{t-1}^\top q_t + D_t (k_t \cdot q_t) v_t \right),
     \qquad y_t = W_{out} \, \mathrm{RMSNorm}(o_t)$$
 
     for each head, where the source $S_t$, the transition $T_t$, the mark $M_t$ and the
-    direct gate $D_t$ are $\sigma(W x_t + b)$ with weights of their own. The mark reads
-    the previous state; the direct gate is what a step reads of itself.
-    [`linear.PLSTMGrid`][] is the same on images.
+    direct gate $D_t$ are $\sigma(W x_t + b)$, each with its own weights. The mark gates
+    what a step reads from the previous state; the direct gate, what it reads of itself.
+    [`linear.PLSTMGrid`][] does the same on images.
 
     ??? cite "Source"
 
@@ -56,21 +57,21 @@ class PLSTM(AbstractLayer):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        """At the start the gates are nearly constant: -4 is the bias of source and
-        mark, -6 that of the direct gate (table 4 of the paper), and 3 to 6 over the
-        heads that of the transition, a memory of 20 to 400 steps.
+        """Initially the gates are nearly constant. The bias of source and mark is -4
+        and that of the direct gate -6 (table 4 of the paper). That of the transition
+        ranges from 3 to 6 over the heads, a memory of 20 to 400 steps.
 
         **Arguments:**
 
         - `d_model`: size of an input and of an output.
         - `heads`: number of states, each a matrix `[d_key, d_value]`.
-        - `d_key`, `d_value`: sizes of a key and a value of one head;
-            `d_model // heads` if not given.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `d_key`, `d_value`: sizes of a key and a value of one head.
+            Both default to `d_model // heads`.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`.
 
-        **Raises:** `ValueError` on sizes that are not positive integers or that heads
-        do not divide, a dtype that is not floating point, or a key that is not one.
+        **Raises:** `ValueError` on sizes that are not positive integers or not
+        divisible by `heads`, a dtype that is not floating point, or an invalid key.
         """
         draw = Draw("PLSTM", dtype, key)
         self.d_model = check_size("PLSTM", "d_model", d_model)
@@ -83,15 +84,15 @@ class PLSTM(AbstractLayer):
         self.W_s, self.W_t, self.W_m, self.W_d = (
             draw.normal((heads, d_model), small_deviation(d_model)) for _ in range(4)
         )
-        self.b_s = draw.full(jnp.full(heads, SOURCE_BIAS))
-        self.b_m = draw.full(jnp.full(heads, MARK_BIAS))
-        self.b_d = draw.full(jnp.full(heads, DIRECT_BIAS))
-        self.b_t = draw.full(jnp.linspace(3, 6, heads))
-        self.norm_weight = draw.full(jnp.ones(d_value))
+        self.b_s = draw.constant(jnp.full(heads, SOURCE_BIAS))
+        self.b_m = draw.constant(jnp.full(heads, MARK_BIAS))
+        self.b_d = draw.constant(jnp.full(heads, DIRECT_BIAS))
+        self.b_t = draw.constant(jnp.linspace(3, 6, heads))
+        self.norm_weight = draw.constant(jnp.ones(d_value))
         self.W_out = draw.weight(d_model, heads * d_value)
 
     def init_state(self):
-        """The matrices `[heads, K, V]`: zeros."""
+        """Return zeros, the matrices `[heads, K, V]`."""
         size = self.W_k.shape[0] // self.heads
         shape = (self.heads, size, self.norm_weight.shape[0])
         return jnp.zeros(shape, self.precision())
@@ -129,5 +130,5 @@ SOURCE_BIAS, MARK_BIAS, DIRECT_BIAS = -4.0, -4.0, -6.0
 
 
 def small_deviation(d_model: int) -> float:
-    """Of the gates' weights, of which the paper says only that they are small."""
+    """Return the initial deviation of the gates' weights; the paper only says small."""
     return (2 / (5 * d_model)) ** 0.5

@@ -7,17 +7,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import affine, check_size, linear
+from pararnn._parameters import affine, check_choice, check_size, linear
 from pararnn.scan import grid_scan
 
-from ..parts import Draw, check_choice, head_size, read_out
+from .._arguments import Draw, head_size
+from .._parts import read_out
 from ._plstm import DIRECT_BIAS, MARK_BIAS, SOURCE_BIAS, small_deviation
 
-# The axes of an image that a direction runs against: right and down, right and up,
-# left and down, left and up.
+# The axes to flip so that a direction runs right and down: right and down, right and
+# up, left and down, left and up.
 _FLIPS = ((), (0,), (1,), (0, 1))
 
-# Table 4 of the paper: a decay of 0.9999 at the start.
+# Table 4 of the paper: an initial decay of 0.9999.
 _DECAY_BIAS, _DECAY_SCALE = 1.0, 5.0
 
 
@@ -29,16 +30,16 @@ class PLSTMGrid(eqx.Module):
     $$C^r = T^{rl} C^r_{left} + T^{ru} C^d_{above} + S^r k v^\top, \qquad
     C^d = T^{dl} C^r_{left} + T^{du} C^d_{above} + S^d k v^\top$$
 
-    and each cell reads what it receives. Over the directions that is summed, with one
-    direct term:
+    and each cell reads what it receives. The directions are summed, with one direct
+    term:
 
     $$o = K^{-1/2} \Big( \sum_{directions}
     (M^l C^r_{left} + M^u C^d_{above})^\top q + D \, (k \cdot q) v \Big), \qquad
     y = W_{out} \, \mathrm{RMSNorm}(o)$$
 
-    Queries, keys, values and $D$ are shared by the directions, all other gates are of
-    each direction its own. With $\sigma$ the sigmoid, $S^r, S^d, M^l, M^u$ and $D$ are
-    $\sigma(W x + b)$, and the transitions are, by `mode`,
+    The directions share queries, keys, values and $D$; each has its own other gates.
+    With $\sigma$ the sigmoid, $S^r, S^d, M^l, M^u$ and $D$ are $\sigma(W x + b)$. The
+    transitions depend on `mode`:
 
     - `"P"`, propagation along a line: an angle $\alpha = \sigma(W_a x + b_a)$ and a
         decay $\gamma = \tanh(5 (W_t x + b_t))$,
@@ -47,22 +48,22 @@ class PLSTMGrid(eqx.Module):
         \begin{pmatrix} \alpha & \alpha \\ 1 - \alpha & 1 - \alpha \end{pmatrix}$$
 
         whose columns sum to $\gamma$, critical at $\gamma = 1$;
-    - `"D"`, distribution over all that lies behind: $T^{dl} = 0$, so that one path
-        leads from one cell to another, and $T^{rl}, T^{ru}, T^{du}$ are
-        $\tanh(5 (W_t x + b_t))$ each.
+    - `"D"`, distribution over all later cells: $T^{dl} = 0$, so that a single path
+        leads from one cell to another, and $T^{rl}, T^{ru}, T^{du}$ are each
+        $\tanh(5 (W_t x + b_t))$.
 
-    The paper alternates layers of both modes. Called on an image
-    `[H, W, d_model]`, real floating point, it returns one of the same shape and dtype;
-    H and W may be 0. It is computed in the parameters' precision, at least float32.
-    Use `jax.vmap` for a batch.
+    The paper alternates layers of both modes. The layer maps an image
+    `[H, W, d_model]`, real floating point, to one of the same shape and dtype. H and W
+    may be 0. It is computed in the parameters' precision, at least float32. Use
+    `jax.vmap` for a batch.
 
     ??? cite "Source"
 
         Pöppel et al., "pLSTM: parallelizable Linear Source Transition Mark networks"
-        (2506.11997): equations 5, 6 and 10; the sum over directions is that of appendix
-        A.7, the activations and the start those of appendices B.1 and D.1. The released
-        code takes $1 - \alpha \gamma$ for $T^{dl}, T^{du}$ and $1 - S^r$ for $S^d$
-        instead, and adds a convolution in front.
+        (2506.11997): equations 5, 6 and 10; appendix A.7 for the sum over directions,
+        B.1 and D.1 for the activations and the initial values. The released code uses
+        $1 - \alpha \gamma$ for $T^{dl}, T^{du}$ and $1 - S^r$ for $S^d$, and adds a
+        convolution in front.
     """
 
     W_q: Float[Array, "features_k d_model"]
@@ -97,25 +98,25 @@ class PLSTMGrid(eqx.Module):
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
     ):
-        r"""At the start gates are nearly constant, with the biases of table 4 of the
-        paper: -4 for sources and marks, -6 for the direct gate, 1 for decays. $b_a$ is
-        -2 to 2 over the heads and $W_a$ zero, so that the heads fan out.
+        r"""Initially the gates are nearly constant, with the biases of table 4 of the
+        paper: -4 for sources and marks, -6 for the direct gate, 1 for decays. $b_a$
+        ranges from -2 to 2 over the heads and $W_a$ is zero, so that the heads fan out.
 
         **Arguments:**
 
         - `d_model`: size of a cell of the image, and of one of the output.
         - `heads`: number of states on an edge, each a matrix `[d_key, d_value]`.
-        - `mode`: `"P"`, in which a head carries along a line of an angle of its own, or
+        - `mode`: `"P"`, in which each head propagates along a line at its own angle, or
             `"D"`, in which it spreads.
-        - `directions`: 4, from all corners of the image, or 1, from the upper left one.
-        - `d_key`, `d_value`: sizes of a key and a value of one head;
-            `d_model // heads` if not given.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `directions`: 4, from all corners of the image, or 1, from the upper left.
+        - `d_key`, `d_value`: sizes of a key and a value of one head.
+            Both default to `d_model // heads`.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`.
 
-        **Raises:** `ValueError` on sizes that are not positive integers or that heads
-        do not divide, an unknown mode or number of directions, a dtype that is not
-        floating point, or a key that is not one.
+        **Raises:** `ValueError` on sizes that are not positive integers or not
+        divisible by `heads`, an unknown mode or number of directions, a dtype that is
+        not floating point, or an invalid key.
         """
         draw = Draw("PLSTMGrid", dtype, key)
         self.d_model = check_size("PLSTMGrid", "d_model", d_model)
@@ -136,7 +137,7 @@ class PLSTMGrid(eqx.Module):
             return draw.normal((*shape, heads, d_model), small_deviation(d_model))
 
         def biases(value, *shape):
-            return draw.full(jnp.full((*shape, heads), value))
+            return draw.constant(jnp.full((*shape, heads), value))
 
         self.W_q = draw.weight(features_k, d_model)
         self.W_k = draw.weight(features_k, d_model)
@@ -149,10 +150,10 @@ class PLSTMGrid(eqx.Module):
         self.b_d = biases(DIRECT_BIAS)
         self.W_a = self.b_a = None
         if mode == "P":
-            self.W_a = draw.full(jnp.zeros((directions, heads, d_model)))
+            self.W_a = draw.constant(jnp.zeros((directions, heads, d_model)))
             fan = jnp.linspace(-2, 2, heads) if heads > 1 else jnp.zeros(1)
-            self.b_a = draw.full(jnp.broadcast_to(fan, (directions, heads)))
-        self.norm_weight = draw.full(jnp.ones(d_value))
+            self.b_a = draw.constant(jnp.broadcast_to(fan, (directions, heads)))
+        self.norm_weight = draw.constant(jnp.ones(d_value))
         self.W_out = draw.weight(d_model, heads * d_value)
 
     def __call__(
@@ -171,12 +172,12 @@ class PLSTMGrid(eqx.Module):
         cells, n = (height, width), self.directions
 
         def every_direction(weight):
-            """Queries, keys or values, the same for every direction."""
+            """Return queries, keys or values, the same for every direction."""
             features = linear(weight, image).reshape(*cells, self.heads, -1)
             return jnp.tile(features, (1, 1, n, 1))
 
         def gate(weight, bias):
-            """`[..., H, W, directions * heads]`."""
+            """Return a gate, `[..., H, W, directions * heads]`."""
             flat = weight.reshape(-1, weight.shape[-1])
             values = affine(flat, image, bias.reshape(-1))
             values = values.reshape(*cells, n, -1, self.heads)
@@ -184,7 +185,7 @@ class PLSTMGrid(eqx.Module):
             return values.reshape(-1, *cells, n * self.heads)
 
         def turn(v):
-            """Directions as heads, each flipped to run right and down; and back."""
+            """Flip directions to run right and down, or back; stack them as heads."""
             split = v.reshape(*cells, n, self.heads, *v.shape[3:])
             turned = [jnp.flip(split[:, :, i], _FLIPS[i]) for i in range(n)]
             return jnp.concatenate(turned, 2)
@@ -202,7 +203,7 @@ class PLSTMGrid(eqx.Module):
             (angle,) = jax.nn.sigmoid(gate(self.W_a, self.b_a))
             T_rl = T_ru = decay[0] * angle
             T_dl = T_du = decay[0] * (1 - angle)
-        # The one direct term is handed out to the directions in equal parts.
+        # The direct term is divided equally among the directions.
         direct = jax.nn.sigmoid(affine(self.W_d, image, self.b_d)) / n
         outputs = grid_scan(
             turn(q * q.shape[-1] ** -0.5),

@@ -4,19 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from pararnn._parameters import check_size, linear, widen
+from pararnn._parameters import check_size, leading, linear, widen
 from pararnn.scan import matrix_scan
 
+from .._arguments import Draw, check_divisor
 from .._layer import AbstractLayer
-from ..parts import (
-    Draw,
-    check_divisor,
-    group_norm,
-    leading,
-    merge_heads,
-    shifted,
-    split_heads,
-)
+from .._parts import group_norm, merge_heads, previous_inputs, split_heads
 
 
 class RWKV7(AbstractLayer):
@@ -25,7 +18,7 @@ class RWKV7(AbstractLayer):
     $$S_t = (\mathrm{diag}(w_t) - (a_t \odot \hat\kappa_t) \hat\kappa_t^\top) S_{t-1} +
     \tilde{k}_t v_t^\top, \qquad o_t = S_t^\top r_t$$
 
-    With $x^c_t$ the mix $x_t + \mu_c \odot (x_{t-1} - x_t)$ for each use $c$:
+    With the mix $x^c_t = x_t + \mu_c \odot (x_{t-1} - x_t)$ for each use $c$:
 
     $$\begin{aligned}
     r &= W_r x^r, \quad k = W_k x^k, \quad v = W_v x^v, \quad
@@ -42,8 +35,8 @@ class RWKV7(AbstractLayer):
     ??? cite "Source"
 
         Peng et al., "RWKV-7 'Goose' with Expressive Dynamic State Evolution"
-        (2503.14456). The mix of the values with those of the first layer, which is a
-        matter of the model, is left out.
+        (2503.14456). The mix of the values with those of the first layer belongs to the
+        model and is left out.
     """
 
     mu: Float[Array, "6 d_model"]
@@ -79,14 +72,14 @@ class RWKV7(AbstractLayer):
         """**Arguments:**
 
         - `d_model`: size of an input and of an output.
-        - `heads`: they divide `d_model`.
-        - `rank`: of the maps to the decay, the strength and the gate; a quarter of
-            `d_model`, at least 1, if not given.
-        - `dtype`: of the parameters; JAX's default floating point if not given.
+        - `heads`: number of heads; divides `d_model`.
+        - `rank`: of the maps to the decay, the strength and the gate. Defaults to a
+            quarter of `d_model`, at least 1.
+        - `dtype`: of the parameters. Defaults to JAX's default floating point.
         - `key`: a key of `jax.random`.
 
-        **Raises:** `ValueError` on a size that is not a positive integer, heads that do
-        not divide, a key that is not one, or a dtype that is not floating point.
+        **Raises:** `ValueError` on a size that is not a positive integer, `heads` that
+        do not divide, an invalid key, or a dtype that is not floating point.
         """
         draw = Draw("RWKV7", dtype, key)
         self.d_model = d = check_size("RWKV7", "d_model", d_model)
@@ -95,20 +88,20 @@ class RWKV7(AbstractLayer):
         rank = check_size("RWKV7", "rank", max(1, d // 4) if rank is None else rank)
         self.mu = draw.uniform((6, d), 0, 1)
         self.W_r, self.W_k, self.W_v = (draw.weight(d, d) for _ in range(3))
-        # From slow to fast decays, as the position of a channel in its head.
+        # From slow to fast decays, by the position of a channel in its head.
         place = jnp.tile(jnp.linspace(0.0, 1.0, size), heads)
-        self.w0 = draw.full(-6 + 6 * place)
-        self.a0 = draw.full(jnp.zeros(d))
+        self.w0 = draw.constant(-6 + 6 * place)
+        self.a0 = draw.constant(jnp.zeros(d))
         self.W_w1, self.W_a1, self.W_g1 = (draw.weight(rank, d) for _ in range(3))
         self.W_w2, self.W_a2, self.W_g2 = (draw.weight(d, rank) for _ in range(3))
-        self.k_k, self.k_a = (draw.full(jnp.ones(d)) for _ in range(2))
+        self.k_k, self.k_a = (draw.constant(jnp.ones(d)) for _ in range(2))
         self.r_k = draw.normal((heads, size), 0.1)
-        self.norm_weight = draw.full(jnp.ones(d))
-        self.norm_bias = draw.full(jnp.zeros(d))
+        self.norm_weight = draw.constant(jnp.ones(d))
+        self.norm_bias = draw.constant(jnp.zeros(d))
         self.W_out = draw.weight(d, d)
 
     def init_state(self):
-        """The last input `[d_model]` and the matrices `[heads, K, V]`: zeros."""
+        """Return zeros: the last input `[d_model]` and the matrices `[heads, K, V]`."""
         dtype, size = self.precision(), self.d_model // self.heads
         return (
             jnp.zeros((self.d_model,), dtype),
@@ -118,7 +111,7 @@ class RWKV7(AbstractLayer):
     def mix(self, xs, state, reset):
         previous, state = state
         xs, mu, previous = widen(xs, self.mu, previous)
-        earlier = shifted(xs, previous, reset)
+        earlier = previous_inputs(xs, previous, reset)
         x_r, x_w, x_k, x_v, x_a, x_g = (xs + leading(m, 2) * (earlier - xs) for m in mu)
         w0, a0, k_k, k_a, r_k = (
             leading(v, 2) if v.ndim == 1 else v[None]
@@ -135,7 +128,7 @@ class RWKV7(AbstractLayer):
             split_heads(value, self.heads)
             for value in (r, k * k_k, k * (1 + (a - 1) * k_a), v, w, a)
         )
-        kappa = _unit(kappa)
+        kappa = _normalise(kappa)
         outputs, state = matrix_scan(
             r, written, v, w, read=kappa, write=a * kappa, initial=state, reset=reset
         )
@@ -146,9 +139,12 @@ class RWKV7(AbstractLayer):
         return linear(self.W_out, ys * gate), (xs[-1], state)
 
 
-def _unit(x: Array) -> Array:
-    """Of length 1 over the last axis; what is shorter than 1e-12 is made zero, with a
-    derivative of zero, as at a padded step."""
+def _normalise(x: Array) -> Array:
+    """Normalise to length 1 over the last axis.
+
+    Vectors shorter than 1e-12, as at a padded step, become zero, with a derivative of
+    zero.
+    """
     square = jnp.sum(x * x, -1, keepdims=True)
     known = square > 1e-24
     return jnp.where(known, x * jax.lax.rsqrt(jnp.where(known, square, 1)), 0)

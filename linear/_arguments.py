@@ -1,4 +1,4 @@
-"""What constructors check, and how they draw parameters."""
+"""How constructors check arguments and draw parameters."""
 
 import math
 
@@ -7,7 +7,6 @@ import jax.random as jr
 from jaxtyping import Array, DTypeLike, PRNGKeyArray
 
 from pararnn._parameters import (
-    check_choice as check_choice,
     check_dtype,
     check_key,
     check_number,
@@ -17,7 +16,7 @@ from pararnn._parameters import (
 
 
 def check_range(where: str, low: str, high: str, values: tuple) -> None:
-    """A `ValueError` unless 0 < low <= high < infinity."""
+    """Raise a `ValueError` unless 0 < low <= high < infinity."""
     for name, value in zip((low, high), values, strict=True):
         check_number(where, name, value)
     if not 0 < values[0] <= values[1] < math.inf:
@@ -29,7 +28,7 @@ def check_range(where: str, low: str, high: str, values: tuple) -> None:
 
 
 def check_sizes(where: str, d_model, d_state) -> tuple[int, int]:
-    """Both sizes; `d_state` is `d_model` if it is `None`."""
+    """Return both sizes as integers. `d_state` defaults to `d_model`."""
     d_model = check_size(where, "d_model", d_model)
     if d_state is None:
         return d_model, d_model
@@ -37,18 +36,18 @@ def check_sizes(where: str, d_model, d_state) -> tuple[int, int]:
 
 
 def check_divisor(where: str, name: str, value, of: str, size: int) -> int:
-    """`value` as an int, or a `ValueError` unless it divides `size`, named `of`."""
+    """Return `value` as an int that divides `size`, which is named `of` in errors."""
     value = check_size(where, name, value)
     if size % value:
         raise ValueError(
-            f"{where}: `{of}` = {size} is not divisible by `{name}` = {value}, but the "
-            f"parts have equal sizes. Choose a divisor of {size}."
+            f"{where}: `{of}` = {size} is not divisible by `{name}` = {value}, but it "
+            f"is split into equal sizes. Choose a divisor of {size}."
         )
     return value
 
 
 def head_size(where: str, name: str, value, d_model: int, heads: int) -> int:
-    """The size of one head: `value`, or `d_model // heads` if it is `None`."""
+    """Return the size of one head. `value` defaults to `d_model // heads`."""
     if value is not None:
         return check_size(where, name, value)
     if d_model % heads:
@@ -60,9 +59,10 @@ def head_size(where: str, name: str, value, d_model: int, heads: int) -> int:
 
 
 class Draw:
-    """Parameters of one dtype from one key, in the order in which they are drawn.
+    """Draws parameters of one dtype from one key; their order decides their values.
 
-    Drawn in at least float32: a 16-bit draw has only some hundred different values.
+    The draws are made in at least float32, as a 16-bit draw has only some hundred
+    different values.
     """
 
     def __init__(self, where: str, dtype: DTypeLike | None, key: PRNGKeyArray):
@@ -76,16 +76,16 @@ class Draw:
 
     @property
     def tiny(self) -> float:
-        """The smallest normal number of the precision that is drawn in."""
+        """The smallest normal number of the dtype that is drawn in."""
         return float(jnp.finfo(self._wide).tiny)
 
     @property
     def epsilon(self) -> float:
-        """The distance from 1 to the next number of the precision that is drawn in."""
+        """The distance from 1 to the next number of the dtype that is drawn in."""
         return float(jnp.finfo(self._wide).eps)
 
     def wide_uniform(self, shape: tuple[int, ...], low: float, high: float) -> Array:
-        """A uniform draw in at least float32, to be transformed before it is cast."""
+        """Draw uniformly in at least float32, to transform before casting."""
         return jr.uniform(self._next(), shape, self._wide, low, high)
 
     def uniform(self, shape: tuple[int, ...], low: float, high: float) -> Array:
@@ -95,32 +95,32 @@ class Draw:
         return self.wide_normal(shape, deviation).astype(self.dtype)
 
     def wide_normal(self, shape: tuple[int, ...], deviation: float = 1.0) -> Array:
-        """A normal draw in at least float32, to be transformed before it is cast."""
+        """Draw normally in at least float32, to transform before casting."""
         return jr.normal(self._next(), shape, self._wide) * deviation
 
     def weight(self, *shape: int) -> Array:
-        """`[..., out, in]`, uniform within one over the root of `in`."""
+        """Draw `[..., out, in]` uniformly within one over the root of `in`."""
         bound = shape[-1] ** -0.5
         return self.uniform(shape, -bound, bound)
 
     def log_uniform(self, shape: tuple[int, ...], low: float, high: float) -> Array:
-        """The logarithms of values that are log-uniform between `low` and `high`."""
+        """Draw the logarithms of values log-uniform between `low` and `high`."""
         return self.uniform(shape, math.log(low), math.log(high))
 
     def log_of_uniform(self, shape: tuple[int, ...], low: float, high: float) -> Array:
-        """The logarithms of values that are uniform between `low` and `high`."""
+        """Draw the logarithms of values uniform between `low` and `high`."""
         return jnp.log(self.wide_uniform(shape, low, high)).astype(self.dtype)
 
     def step_bias(
         self, shape: tuple[int, ...], low: float, high: float, floor: float = 1e-4
     ) -> Array:
-        r"""Biases whose softplus is log-uniform between `low` and `high`, at least
-        `floor`: the step sizes $\Delta$ that Mamba starts from."""
+        r"""Draw biases whose softplus is log-uniform between `low` and `high`, and at
+        least `floor`: the initial step sizes $\Delta$ of Mamba."""
         log_dt = self.wide_uniform(shape, math.log(low), math.log(high))
         dt = jnp.maximum(jnp.exp(log_dt), floor)
-        # The inverse of softplus, where exp(dt) - 1 would round.
+        # The inverse of softplus, without the rounding of exp(dt) - 1.
         return (dt + jnp.log(-jnp.expm1(-dt))).astype(self.dtype)
 
-    def full(self, values) -> Array:
-        """Given values."""
+    def constant(self, values) -> Array:
+        """Cast given values to the dtype of the parameters."""
         return jnp.asarray(values, self.dtype)
