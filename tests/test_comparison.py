@@ -27,9 +27,8 @@ from pararnn.comparison import (
     read_records,
     write_report,
 )
-from pararnn.comparison._costs import measure_costs
 from pararnn.comparison._data import Data
-from pararnn.comparison._evaluate import Evaluator
+from pararnn.comparison._measure import Evaluator, measure_costs
 from pararnn.comparison._model import SequenceModel, count_parameters
 from pararnn.comparison._results import load_results
 from pararnn.comparison._sizes import fit_size
@@ -503,7 +502,7 @@ def test_broken_and_missing_results(tmp_path):
     with pytest.raises(ValueError, match="no comparison has begun"):
         write_report(tmp_path)
     (tmp_path / "results.jsonl").write_text('{"kind": "run"}\n{"kind"\n{}\n')
-    with pytest.raises(ValueError, match=r"line 2, is no JSON object"):
+    with pytest.raises(ValueError, match=r"line 2, is not a JSON object"):
         read_records(tmp_path / "results.jsonl")
 
 

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._jsonl import Record, Records
 from .._machine import describe_machine
 from .._progress import Progress
-from .._records import Record, Records
-from ._costs import measure_costs
 from ._data import Data
-from ._evaluate import Evaluator
 from ._layers import expand_layer, needs_images
+from ._measure import Evaluator, measure_costs
 from ._protocol import Protocol
 from ._sizes import Size, fit_size
 from ._train import Trainer
@@ -68,7 +67,7 @@ def compare(
     records = Records(Path(folder) / RESULTS_FILE)
     records.append(_header(specs, made, protocol, command))
     runs = len(specs) * (len(made) * len(protocol.learning_rates) + 1)
-    with Progress(runs, visible) as progress:
+    with Progress(visible, runs) as progress:
         for layer in specs:
             _add_costs(records, layer, sizes[layer, tasks[0]], protocol, progress)
         for name, task in made.items():
@@ -191,7 +190,8 @@ class _Run:
         record: Record = {"spec": sizes.pop("layer"), **sizes}
         try:
             training = trainer.run(
-                rate, lambda step, loss: progress.show_step(what, step, loss)
+                rate,
+                lambda step, loss: progress.show_step(step, f"{what}, loss {loss:.4f}"),
             )
             evaluation = evaluator.run(training.models, training.diverged)
         except RuntimeError as error:

@@ -1,16 +1,18 @@
 """What all layers are trained and tested on, drawn once for a task."""
 
 import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, Int
+from jax import lax
+from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
-from ._once import run_once
 from ._protocol import Protocol
-from ._seeds import key_of
 from .tasks import Example, Task, draw_batch
 
 # Sequences on which Newton's method is watched: for wide dense cells, such as an sLSTM,
@@ -97,3 +99,46 @@ def _only_last(mask: Bool[Array, "*batch T"]) -> Bool[Array, "*batch T"]:
     """Of every sequence only the last step that is asked for."""
     behind = jnp.cumsum(mask[..., ::-1].astype(jnp.int32), -1)[..., ::-1]
     return mask & (behind == 1)
+
+
+# Without it, compiling the random draws of a small model took 9 s of one core, with it
+# 2 s; that is more than all of its training steps.
+HASTE = {"xla_backend_optimization_level": 0}
+
+
+def run_once(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`function(*inputs)`, compiled without optimisation.
+
+    **Arguments:** `function`, of pytrees; `inputs`, whose arrays are traced.
+
+    **Returns:** what the function does.
+    """
+    arrays, static = eqx.partition(inputs, eqx.is_array)
+    rest = None
+
+    def program(arrays):
+        nonlocal rest
+        found, rest = eqx.partition(
+            function(*eqx.combine(arrays, static)), eqx.is_array
+        )
+        return found
+
+    found = jax.jit(program, compiler_options=HASTE)(arrays)
+    return eqx.combine(found, rest)
+
+
+def key_of(seed: int, *names: str) -> PRNGKeyArray:
+    """A key for a purpose: the same whatever else is drawn, and in whatever order."""
+    return jr.fold_in(jr.key(seed), zlib.crc32("\0".join(names).encode()))
+
+
+def over_seeds(
+    function: Callable[[Any], PyTree], stacked: PyTree, side_by_side: bool
+) -> PyTree:
+    """`function` of every entry along the first axis of the arrays of a pytree."""
+    arrays, static = eqx.partition(stacked, eqx.is_array)
+
+    def one(arrays):
+        return function(eqx.combine(arrays, static))
+
+    return jax.vmap(one)(arrays) if side_by_side else lax.map(one, arrays)

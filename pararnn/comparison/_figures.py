@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .._records import Record
+from .._jsonl import Record
 from ._results import Results
 
 STYLES = ("-", "--", ":", "-.")

@@ -1,17 +1,17 @@
 """Layers by name, with the short forms of the field."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
 import jax.random as jr
-from jaxtyping import DTypeLike, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from .._registry import make_by_name
-from .._specs import parse_spec
+from .._option_strings import parse_spec
+from .._registry import check_name, make_by_name
 from ..models import list_mixers, make_mixer, registered_layers
 from ..solver import AbstractSolver, Auto
-from ._images import ImageMixer
 
 # Where packages enter layers on images, `[H, W, d_model]`, as they enter others in
 # `pararnn.layers`.
@@ -51,11 +51,7 @@ def expand_layer(layer: str) -> str:
     what the layer's constructor raises.
     """
     name, options = parse_spec("expand_layer", layer, FLAGS, SHORT)
-    if name not in list_layers():
-        raise ValueError(
-            f"expand_layer: unknown layer {name!r}; there are "
-            f"{', '.join(list_layers())}."
-        )
+    check_name("expand_layer", "layer", name, list_layers())
     full = ":".join([name, *(f"{key}={value}" for key, value in options.items())])
     make_shapes(full, heads(full) * TRIAL)
     return full
@@ -101,3 +97,38 @@ def make_shapes(layer: str, d_model: int) -> Any:
 def _image_layers() -> Mapping[str, type]:
     found = registered_layers(IMAGES).values()
     return {name: made for layers in found for name, made in layers.items()}
+
+
+class ImageMixer(eqx.Module):
+    """A layer `[H, W, d]` to `[H, W, d]`, on a sequence that is a square image, row by
+    row.
+
+    Each step may see all others, so that there is no decoding, and no language model
+    can be made of it.
+
+    **Attributes:** `layer`.
+    """
+
+    layer: Any
+
+    def init_state(self) -> tuple[()]:
+        """There is none."""
+        return ()
+
+    def __call__(
+        self, xs: Float[Array, "T d_model"], state: tuple[()] = (), *, reset=None
+    ) -> tuple[Float[Array, "T d_model"], tuple[()]]:
+        """Outputs `[T, d_model]`; T is a square.
+
+        **Raises:** `ValueError` if it is not, or with resets.
+        """
+        side = math.isqrt(xs.shape[0])
+        if side * side != xs.shape[0]:
+            raise ValueError(
+                f"ImageMixer: a sequence of {xs.shape[0]} steps is no square image, "
+                f"row by row. The nearest would have {side * side}."
+            )
+        if reset is not None:
+            raise ValueError("ImageMixer: an image has no resets.")
+        image = self.layer(xs.reshape(side, side, -1))
+        return image.reshape(xs.shape), state

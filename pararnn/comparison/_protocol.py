@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import json
+import operator
 from types import MappingProxyType
 
 import jax
 
+from .._checks import is_count
 from .tasks import Lengths, Task
 
 
@@ -86,7 +88,7 @@ class Protocol:
         values.pop("learning_rates", None)
         values["jax"] = jax.__version__
         values["device"] = jax.devices()[0].device_kind
-        text = json.dumps(values, sort_keys=True)
+        text = json.dumps(values, sort_keys=True, default=operator.index)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -112,7 +114,7 @@ COST = ("parameters", "state", "depth", "seed", *ONLY_COST)
 def _fits(value, least: float) -> bool:
     if isinstance(least, float):
         return isinstance(value, int | float) and least < value < float("inf")
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return is_count(value, int(least))
 
 
 BUDGETS: MappingProxyType[str, Protocol] = MappingProxyType(

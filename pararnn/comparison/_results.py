@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._records import Record, find, read_records
+from .._jsonl import Record, find, read_records
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.random as jr
 
-from .._specs import parse_spec
+from .._option_strings import parse_spec
 from ._layers import heads, make_shapes
 from ._model import SequenceModel, count_layer_state, count_parameters, count_state
 from ._protocol import Protocol

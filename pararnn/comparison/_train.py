@@ -15,11 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..solver import Ladder, Newton
 from ..training import OptimiserConfig
-from ..training._optimiser import make_optimiser
-from ._data import Data
+from ..training._build import make_optimiser
+from ._data import Data, key_of, over_seeds, run_once
 from ._model import SequenceModel, has_solver, with_solver
-from ._once import run_once
-from ._seeds import key_of, over_seeds
 from ._sizes import Size
 from .tasks import Example, Metric
 
@@ -93,7 +91,7 @@ class Trainer:
             losses = []
             for start, stop in pieces:
                 batches = self.data.training(start, stop - start)
-                program, seconds = self._jaxpr(state, batches)
+                program, seconds = self._program(state, batches)
                 compiling += seconds
                 begin = time.perf_counter()
                 state, found = jax.block_until_ready(

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from .._records import Record
+from .._jsonl import Record
 
 HEADER = (
     "System",

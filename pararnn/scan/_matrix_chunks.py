@@ -27,7 +27,7 @@ from ._choose import choose_backend
 from ._chunks import Chunk, invert_unit_lower, matmul, summarise
 from ._in_turn import linear_map
 from ._linear_scan import linear_scan
-from ._matrix_steps import Terms, take_noted_steps
+from ._matrix_steps import Terms, step_and_record
 from ._prefix import running_max
 from ._time_axis import shift, spread, time_shards
 from ._transitions import BlockDiagonal, Diagonal
@@ -127,7 +127,7 @@ def _follow(way: Way):
     """`(queries, terms, start, reset) -> _Course` over chunks, with its derivative."""
 
     def by_steps(*given):
-        return _Course(*take_noted_steps(*given, every=way.every, emit=way.emit))
+        return _Course(*step_and_record(*given, every=way.every, emit=way.emit))
 
     value = by_steps if way.stepped else ft.partial(_by_chunks, way)
     if way.in_turn:

@@ -44,7 +44,7 @@ def _take_steps(every: int, emit: str, start, at):
     return lax.scan(body, start, (queries, (_each_key(terms), reset)))
 
 
-def take_noted_steps(queries, terms: Terms, start, reset, *, every: int, emit: str):
+def step_and_record(queries, terms: Terms, start, reset, *, every: int, emit: str):
     """The same of chunks, `[chunks, Q or C, ...]`, and what their derivative needs.
 
     **Returns:** outputs `[chunks, Q, heads, V]`; the states that the chunks start from,

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import operator
 from pathlib import Path
 from typing import Any, Literal
+
+from .._checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,9 @@ class Config:
 
     def to_json(self) -> str:
         """The configuration as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        values = dataclasses.asdict(self)
+        # The function for other types is for NumPy's integers.
+        return json.dumps(values, indent=2, default=operator.index)
 
     def save(self, path: Path) -> None:
         """Write the JSON to a file, at once or not at all."""
@@ -171,11 +176,7 @@ def _check_counts(config: Config) -> None:
     }
     values = _flat(dataclasses.asdict(config))
     for name, bound in least.items():
-        if not isinstance(values[name], int) or values[name] < bound:
-            raise ValueError(
-                f"Config: `{name}` is {values[name]!r}, expected a whole number of at "
-                f"least {bound}."
-            )
+        check_count("Config", name, values[name], least=bound)
     positive = ("optimiser.learning_rate", "optimiser.clip")
     for name in positive:
         if not 0 < values[name] < float("inf"):

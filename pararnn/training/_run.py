@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from ._build import abstract_state, new_state
+from .._progress import Progress
+from ._build import Placement, abstract_state, make_in_place, make_optimiser, new_state
 from ._checkpoints import Checkpoints
 from ._config import Config
-from ._curves import draw_curves
 from ._data import (
     Data,
     bits_per_nat,
@@ -21,13 +21,9 @@ from ._data import (
     training_batches,
     validation_batches,
 )
-from ._evaluate import bits_per_byte
-from ._interrupts import Interrupts
-from ._metrics import MetricLog, read_metrics
-from ._optimiser import make_optimiser
-from ._placement import Placement, make_in_place
-from ._progress import Progress
-from ._step import Batch, TrainState, make_train_step, make_validation
+from ._metrics import MetricLog, draw_curves, read_metrics
+from ._signals import Interrupts
+from ._step import Batch, TrainState, bits_per_byte, make_train_step, make_validation
 
 CONFIG = "config.json"
 
@@ -52,7 +48,7 @@ class Outcome:
     checkpoint: Path | None
 
 
-class Taken(NamedTuple):
+class StepRecord(NamedTuple):
     """A step that is under way or done: what it will say, and how long it took."""
 
     step: int
@@ -79,6 +75,7 @@ class Run:
         self.log = MetricLog(folder, self.step) if self.leads else None
         self.seconds = _seconds_of(read_metrics(folder))
         self.bits_per_byte: float | None = None
+        self.last_numbers = ""
         optimiser = make_optimiser(config.optimiser, config.steps)
         self.train_step = make_train_step(
             optimiser, config.model.precision, self.placement.state
@@ -109,8 +106,9 @@ class Run:
 
     def go(self, interrupts: Interrupts, show_progress: bool) -> Outcome:
         """Train until the last step, or until a signal asks to stop."""
-        bar = Progress(self.config.steps, self.step, show_progress and self.leads)
+        bar = Progress(show_progress and self.leads)
         with self.placement.context(), bar as progress:
+            progress.begin("compiling", self.config.steps, self.step)
             self._loop(interrupts, progress)
         self.checkpoints.wait()
         if self.leads:
@@ -138,7 +136,7 @@ class Run:
             if saving or interrupts.asked:
                 jax.block_until_ready(metrics)
             now = time.perf_counter()
-            pending, started = Taken(self.step, metrics, now - started), now
+            pending, started = StepRecord(self.step, metrics, now - started), now
             if saving or interrupts.asked:
                 self._record(pending, progress)
                 self._save(progress, validate=validating)
@@ -158,7 +156,7 @@ class Run:
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
-    def _record(self, taken: Taken, progress: Progress) -> None:
+    def _record(self, taken: StepRecord, progress: Progress) -> None:
         """Write the metrics of a step, once it has been taken."""
         metrics = {name: float(value) for name, value in taken.metrics.items()}
         if not all(math.isfinite(metrics[k]) for k in ("loss", "gradient_norm")):
@@ -181,14 +179,18 @@ class Run:
         }
         if self.log is not None:
             self.log.write(taken.step, values)
-        progress.show_step(taken.step, values)
+        self.last_numbers = _describe_step(values)
+        progress.show_step(taken.step, self.last_numbers)
 
     def _save(self, progress: Progress, *, validate: bool) -> None:
         score = self._validate() if validate else None
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), score)
         if score is not None:
             self.bits_per_byte = score
-            progress.show_validation(self.step, score)
+            progress.print(
+                f"step {self.step}: {score:.4f} bits/byte in validation; "
+                f"{self.last_numbers}"
+            )
         if score is not None and self.log is not None:
             self.log.write(self.step, {"validation_bits_per_byte": score})
             draw_curves(self.folder)
@@ -209,6 +211,18 @@ class Run:
         # What could not be written has been said by `wait`, or is being said.
         with contextlib.suppress(OSError):
             self.checkpoints.close()
+
+
+def _describe_step(values: dict[str, Any]) -> str:
+    """The numbers of a step that are shown beside the progress bar."""
+    parts = [
+        f"loss {values['loss']:.3f}",
+        f"{values['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if "newton_steps" in values:
+        parts.append(f"Newton {values['newton_steps']:.0f}")
+        parts.append(f"residual {values['residual']:.0e}")
+    return ", ".join(parts)
 
 
 def _seconds_of(lines: list[dict[str, Any]]) -> float:

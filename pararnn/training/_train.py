@@ -1,13 +1,18 @@
-"""Training runs: a folder with the configuration, the checkpoints and the log."""
+"""Training runs: start one, continue it, and load its model."""
 
 from pathlib import Path
 
 import equinox as eqx
 import jax
 
-from ._config import Config, differences
-from ._interrupts import Interrupts
+from ..models import LanguageModel
+from ._build import Placement, abstract_state
+from ._checkpoints import Checkpoints
+from ._config import Config, MeshConfig, differences
+from ._data import make_tokenizer
 from ._run import CONFIG, Outcome, Run, TrainingFailed
+from ._signals import Interrupts
+from .data import Tokenizer
 
 
 def train(
@@ -81,3 +86,36 @@ def _check_claim(config: Config, folder: Path, resume: bool) -> None:
                 f"train: {folder} holds the run of another model or other data: "
                 f"{listed}. Leave these options as they were, or choose another folder."
             )
+
+
+def load_model(
+    folder: str | Path, *, best: bool = True
+) -> tuple[LanguageModel, Tokenizer]:
+    """The model of a run, and its tokenizer.
+
+    **Arguments:** `folder` of the run; `best`, the checkpoint that validated best
+    rather than the newest.
+
+    **Raises:** `FileNotFoundError` if there is no run or no checkpoint; `ValueError` if
+    a checkpoint is of another model than `config.json` says.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"load_model: {folder} holds no run: there is no config.json in it."
+        )
+    config = Config.load(folder / CONFIG)
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep)
+    step = checkpoints.best() if best else None
+    step = checkpoints.latest() if step is None else step
+    if step is None:
+        raise FileNotFoundError(
+            f"load_model: the run in {folder} has no checkpoint yet. Let it go on."
+        )
+    tokenizer = make_tokenizer(config)
+    state, _ = checkpoints.restore(
+        step,
+        Placement(MeshConfig()).describe(abstract_state(config, tokenizer.vocab_size)),
+    )
+    checkpoints.close()
+    return state.model, tokenizer

@@ -9,9 +9,7 @@ from jax import lax
 from jaxtyping import Int
 
 from ..._parameters import check_size
-from ._draw import integers, within
-from ._metric import Metric
-from ._task import Example, Lengths, Sampler, Task
+from ._task import Example, Lengths, Metric, Sampler, Task, integers, within
 
 Generators = Literal["all", "swaps", "cycles"]
 Permutation = tuple[int, ...]

@@ -11,9 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ..._parameters import check_size
-from ._draw import within
-from ._metric import Metric
-from ._task import Example, Lengths, Task
+from ._task import Example, Lengths, Metric, Task, within
 
 PACKAGES = (
     "asyncio",

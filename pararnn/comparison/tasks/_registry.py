@@ -1,20 +1,24 @@
 """Tasks by name."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from types import MappingProxyType
 
-from ..._specs import parse_spec
-from ._arithmetic import modular_arithmetic, modular_arithmetic_brackets
-from ._arrows import arrow_pointing
-from ._copying import copying, selective_copying
-from ._counting import count_modulo, cycle_navigation, even_pairs, parity, sum_modulo
-from ._digits import digits
+from ..._option_strings import parse_spec
+from ..._registry import make_by_name
+from ._formal import (
+    count_modulo,
+    cycle_navigation,
+    even_pairs,
+    modular_arithmetic,
+    modular_arithmetic_brackets,
+    parity,
+    sum_modulo,
+)
 from ._groups import GROUPS, word_problem
+from ._images import arrow_pointing, digits
 from ._library import library_package, library_text
-from ._numbers import adding, oscillators
-from ._recall import mqar
+from ._memory import adding, copying, mqar, oscillators, selective_copying
 from ._task import Task
 
 # The short forms of `make_task`: what an option without a value stands for.
@@ -70,16 +74,4 @@ def make_task(spec: str) -> Task:
     what the task raises; `ImportError` for the digits without scikit-learn.
     """
     name, options = parse_spec("make_task", spec, FLAGS)
-    if name not in TASKS:
-        raise ValueError(
-            f"make_task: unknown task {name!r}; there are {', '.join(TASKS)}."
-        )
-    known = inspect.signature(TASKS[name]).parameters
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        existing = ", ".join(known) or "none"
-        raise ValueError(
-            f"make_task: {name!r} has no option {', '.join(unknown)}; there are "
-            f"{existing}."
-        )
-    return TASKS[name](**options)
+    return make_by_name("make_task", "task", TASKS, name, {}, options)

@@ -5,9 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from ._checks import check_count
-from ._grain import grain
+from ..._checks import check_count
 from ._packed import Packed, Window
+
+try:
+    import grain
+except ImportError as error:
+    raise ImportError(
+        f"pararnn.training needs grain, which could not be imported ({error}). "
+        "Likely cause: the extra is not installed: `pip install 'pararnn[train]'`."
+    ) from error
 
 # Windows that no run ever reads, and that a float still counts exactly.
 ENDLESS = 2**52
@@ -61,11 +68,11 @@ def make_batches(
             f"make_batches: `packed` is {packed!r:.80}, expected "
             "`Packed(corpus, tokenizer, length)`."
         )
-    check_count("make_batches", "batch_size", batch_size, 1)
-    check_count("make_batches", "threads", threads, 0)
-    check_count("make_batches", "prefetch", prefetch, 0)
+    check_count("make_batches", "batch_size", batch_size, least=1)
+    check_count("make_batches", "threads", threads)
+    check_count("make_batches", "prefetch", prefetch)
     if epochs is not None:
-        check_count("make_batches", "epochs", epochs, 1)
+        check_count("make_batches", "epochs", epochs, least=1)
     _check_seed(seed)
     index, count = _check_shard(shard)
     windows = grain.MapDataset.source(_Divisible(packed, count))[index::count]
@@ -92,7 +99,8 @@ def make_batches(
 
 
 def _check_seed(seed: int) -> None:
-    if check_count("make_batches", "seed", seed, 0) >= 2**32:
+    check_count("make_batches", "seed", seed)
+    if seed >= 2**32:
         raise ValueError(
             f"make_batches: `seed` is {seed}, expected less than 2**32: grain draws "
             "the order of windows from 32 bits."
@@ -105,8 +113,9 @@ def _check_shard(shard: tuple[int, int]) -> tuple[int, int]:
             f"make_batches: `shard` is {shard!r:.80}, expected `(index, count)`, for "
             "instance `(jax.process_index(), jax.process_count())`."
         )
-    count = check_count("make_batches", "shard[1]", shard[1], 1)
-    index = check_count("make_batches", "shard[0]", shard[0], 0)
+    index, count = shard
+    check_count("make_batches", "shard[1]", count, least=1)
+    check_count("make_batches", "shard[0]", index)
     if index >= count:
         raise ValueError(
             f"make_batches: `shard` is {shard}: of {count} hosts the last has index "

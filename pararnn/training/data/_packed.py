@@ -7,11 +7,9 @@ from typing import Any, SupportsIndex, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from ._checks import check_count
-from ._corpus import Corpus
-from ._encoded import encode_corpus
-from ._hash import hashed
-from ._stream import Stream
+from ..._checks import check_count
+from ._corpus import Corpus, stable_hash
+from ._encoded import Stream, encode_corpus
 from ._tokenizer import Tokenizer
 
 
@@ -85,11 +83,12 @@ class Packed:
         _check_corpus(corpus)
         _check_tokenizer(tokenizer)
         self.corpus, self.tokenizer = corpus, tokenizer
-        self.length = check_count("Packed", "length", length, 1)
-        self.seed = check_count("Packed", "seed", seed, 0)
+        check_count("Packed", "length", length, least=1)
+        check_count("Packed", "seed", seed)
+        self.length, self.seed = int(length), int(seed)
         encoded = encode_corpus(corpus, tokenizer, cache)
         names = corpus.names
-        keys = np.array([hashed("order", self.seed, n) for n in names], np.uint64)
+        keys = np.array([stable_hash("order", self.seed, n) for n in names], np.uint64)
         order = np.argsort(keys, kind="stable")
         self._stream = Stream(encoded, order, tokenizer.begin)
         self._scored = int(encoded.lengths.sum())
