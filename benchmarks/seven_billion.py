@@ -61,7 +61,7 @@ def measure(fsdp: int, shares: int, depth: int) -> dict[str, float]:
     config = configure(fsdp, shares, depth)
     placement = Placement(config.mesh)
     shapes = eqx.filter_eval_shape(lambda: new_state(config, VOCAB))
-    state = placement.describe(shapes)
+    state = placement.with_shardings(shapes)
     step = make_train_step(
         make_optimiser(config.optimiser, config.steps),
         config.model.precision,

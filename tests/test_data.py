@@ -318,7 +318,7 @@ def test_a_place_in_other_data_is_refused(change, windows, tmp_path):
     tokenizer, length, order = ByteTokenizer(), now.pop("length"), now.pop("order")
     other = Packed(corpus, tokenizer, length, seed=order)
     iterator = iter(make_batches(other, **now))
-    with pytest.raises(ValueError, match="a place in other data"):
+    with pytest.raises(ValueError, match="a position in other data"):
         iterator.set_state(state)
 
 
@@ -446,7 +446,7 @@ WRONG = {
     "a state without a place": (
         lambda w: iter(make_batches(w, 2)).set_state({"next_index": 0}),
         ValueError,
-        ["a place in other data"],
+        ["a position in other data"],
     ),
 }
 

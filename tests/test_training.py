@@ -306,5 +306,5 @@ def test_another_run_in_the_folder(corpus, finished, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no configuration of this version"):
+    with pytest.raises(ValueError, match="not a configuration of this version"):
         load_model(tmp_path)

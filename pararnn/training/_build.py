@@ -1,4 +1,4 @@
-"""What a configuration asks for: model, optimiser, state, and where they lie."""
+"""Make what a configuration asks for: model, optimiser and state, on devices."""
 
 import contextlib
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ from ._step import TrainState, fresh_state
 
 
 def make_solver(config: ModelConfig) -> AbstractSolver:
-    """The solver of nonlinear mixers."""
+    """Return the solver of nonlinear mixers."""
     if config.solver == "newton":
         return Newton(segments=config.segments)
     return Sequential() if config.solver == "sequential" else Auto()
 
 
 def make_model(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel:
-    """The model before training. **Raises:** as [`pararnn.LanguageModel`][]."""
+    """Make the model. **Raises:** as [`pararnn.LanguageModel`][]."""
     return LanguageModel(
         vocab_size,
         config.d_model,
@@ -42,12 +42,12 @@ def make_model(config: ModelConfig, vocab_size: int, seed: int) -> LanguageModel
 
 
 def abstract_state(config: Config, vocab_size: int) -> TrainState:
-    """The shapes and dtypes of `new_state`."""
+    """Return the shapes and dtypes of `new_state`."""
     return eqx.filter_eval_shape(lambda: new_state(config, vocab_size))
 
 
 def new_state(config: Config, vocab_size: int) -> TrainState:
-    """The state before the first step."""
+    """Make the state before the first step."""
     model = make_model(config.model, vocab_size, config.seed)
     return fresh_state(model, make_optimiser(config.optimiser, config.steps))
 
@@ -55,7 +55,7 @@ def new_state(config: Config, vocab_size: int) -> TrainState:
 def make_optimiser(
     config: OptimiserConfig, steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW behind clipping; the rate rises linearly, then falls as a cosine to a
+    """Make AdamW with clipping; the rate rises linearly, then falls as a cosine to a
     tenth at `steps`.
 
     **Raises:** `ValueError` if the warm-up is not shorter than the run.
@@ -85,9 +85,9 @@ def make_optimiser(
 
 
 def decays(parameters: PyTree) -> PyTree[bool]:
-    """Which leaves decay: matrices, not vectors and not the embedding.
+    """Mark the leaves that decay: matrices, but neither vectors nor the embedding.
 
-    Biases, norms, decay rates and the like are vectors for each block; blocks are
+    Biases, norms, decay rates and the like are vectors in each block. Blocks are
     stacked, which adds an axis.
     """
 
@@ -105,9 +105,9 @@ Tree = TypeVar("Tree")
 
 
 class Placement:
-    """What the mesh of a configuration means for states and batches.
+    """Puts states and batches onto the mesh of a configuration.
 
-    **Raises:** `ValueError` if the mesh has another number of devices than there are.
+    **Raises:** `ValueError` if the mesh needs another number of devices than there are.
     """
 
     def __init__(self, config: MeshConfig):
@@ -117,24 +117,24 @@ class Placement:
             self.mesh = make_mesh(data=config.data, fsdp=config.fsdp, time=config.time)
 
     def context(self) -> contextlib.AbstractContextManager:
-        """In which programs are traced and run."""
+        """The context in which programs are traced and run."""
         return (
             contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
         )
 
     def state(self, state: Tree) -> Tree:
-        """The state in its place; also within `jit`."""
+        """Shard the state; also within `jit`."""
         return state if self.mesh is None else shard_parameters(state, self.mesh)
 
     def batch(self, batch: Mapping[str, Any], batch_axis: int) -> Mapping[str, Any]:
-        """The batch in its place: sequences along `batch_axis`, time behind it."""
+        """Shard the batch: sequences along `batch_axis`, time along the next axis."""
         if self.mesh is None:
             return batch
         axes = {"batch_axis": batch_axis, "time_axis": batch_axis + 1}
         return shard_batch(dict(batch), self.mesh, **axes)
 
-    def describe(self, shapes: PyTree) -> PyTree:
-        """Shapes and dtypes together with the places, for what is read from a file."""
+    def with_shardings(self, shapes: PyTree) -> PyTree:
+        """Add shardings to shapes and dtypes, for a state that is read from a file."""
 
         def one(leaf):
             if not isinstance(leaf, jax.ShapeDtypeStruct):
@@ -148,7 +148,7 @@ class Placement:
         return jax.tree.map(one, shapes)
 
 
-def make_in_place(make, placement: Placement):
-    """What `make()` returns, never whole on one device."""
+def make_sharded(make, placement: Placement):
+    """Return `make()`, which is never whole on one device."""
     with placement.context():
         return eqx.filter_jit(lambda: placement.state(make()))()

@@ -12,16 +12,17 @@ from .._jsonl import read_records, write_records
 
 LOG = "metrics.jsonl"
 
-# What the same run gives again, bit for bit; the others are times.
+# Metrics that differ when a run is repeated; all others are the same bit for bit.
 TIMES = ("seconds", "tokens_per_second")
 
 
 class MetricLog:
     """Appends lines to `metrics.jsonl`; each has a `"step"`.
 
-    **Arguments:** `folder`; `step`, the number of steps that the run has: lines of
-    later ones, and one that was cut by a crash, are dropped. TensorBoard's files are
-    written too where `tensorboardX` is installed.
+    TensorBoard's files are written too if `tensorboardX` is installed.
+
+    **Arguments:** `folder`; `step`, how many steps the run has taken: lines of later
+    steps, and a line that was cut off by a crash, are dropped.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -47,9 +48,9 @@ class MetricLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log, without one that was cut by a crash.
+    """Return the lines of a run's log, without one that was cut off by a crash.
 
-    **Raises:** `ValueError` if a complete line is no JSON object.
+    **Raises:** `ValueError` if a complete line is not a JSON object.
     """
     return read_records(folder / LOG)
 
@@ -67,7 +68,7 @@ def draw_curves(folder: str | Path) -> Path:
 
     **Arguments:** `folder` of the run.
 
-    **Returns:** the picture, `curves.png` in the folder.
+    **Returns:** the path of the picture, `curves.png` in the folder.
 
     **Raises:** `ValueError` if the log is broken.
     """
@@ -89,7 +90,7 @@ def draw_curves(folder: str | Path) -> Path:
         label="validation",
     )
     if steps:
-        # The first steps, at eight bits, would flatten everything that follows.
+        # The first steps, at eight bits, would make the rest look flat.
         values = [line["bits_per_byte"] for line in steps]
         axes[0].set_ylim(0.95 * min(values), np.quantile(values, 0.98) * 1.05)
         axes[0].legend(frameon=False)
