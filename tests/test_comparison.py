@@ -277,11 +277,11 @@ def test_states_are_equal(layer):
 @pytest.mark.parametrize(
     "layer, state, parts",
     [
-        ("rwkv7", 100, ["cannot be set apart", "`d_key`"]),
-        ("lru:n=8", 100, ["cannot be set apart", "not be given them already"]),
-        ("mamba2", 20, ["at the least", "`state` is 20"]),
+        ("rwkv7", 100, ["cannot be set independently", "`d_key`"]),
+        ("lru:n=8", 100, ["cannot be set independently", "not be given them already"]),
+        ("mamba2", 20, ["at least", "`state` is 20"]),
         ("gru", 200, ["parameters at the smallest width", "'gru:d_state=200'"]),
-        ("plstm_grid", 100, ["state of 0 numbers", "one on images"]),
+        ("plstm_grid", 100, ["at least 0 numbers", "one on images"]),
     ],
 )
 def test_states_that_cannot_be(layer, state, parts):
@@ -308,7 +308,7 @@ def test_layers_on_images_are_trained():
     xs = jax.random.normal(jax.random.key(0), (9, mixer.layer.d_model))
     image = xs.reshape(3, 3, -1)
     np.testing.assert_allclose(mixer(xs)[0].reshape(image.shape), mixer.layer(image))
-    for given, message in (((xs[:8],), "no square image"), ((xs,), "no resets")):
+    for given, message in (((xs[:8],), "not a square image"), ((xs,), "no resets")):
         reset = jnp.zeros(9, bool) if message == "no resets" else None
         with refusal(ValueError, [message]):
             mixer(*given, reset=reset)

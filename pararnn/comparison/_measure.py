@@ -13,12 +13,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ._data import Data, key_of, over_seeds, run_once
+from ._data import Data, map_over_seeds, named_key, run_once
 from ._layers import make_layer, needs_images
 from ._protocol import Protocol
 from .tasks import Example, Metric
 
-# Points of a curve over lengths.
+# The number of points of a curve over lengths.
 BINS = 64
 
 Scores = list[float | None]
@@ -27,10 +27,11 @@ Scores = list[float | None]
 class Evaluation(NamedTuple):
     """Scores of every seed; `None` where a seed diverged or nothing was asked.
 
-    **Attributes:** `validation`, mean losses at the lengths of training; `score`, over
-    the lengths beyond training (the last length, if there is none); `lengths` and
-    `by_length`, those of the test, and `[lengths][seeds]`; `curve_lengths` and `curve`,
-    finer, where every prefix of a sequence is an instance of the task.
+    **Attributes:** `validation`, mean losses at the lengths of training; `score`, that
+    of all lengths beyond training (of the last length, if there are none); `lengths`,
+    those of the test, and `by_length`, their scores `[lengths][seeds]`;
+    `curve_lengths` and `curve`, finer, if every prefix of a sequence is an instance of
+    the task.
     """
 
     validation: Scores
@@ -42,7 +43,7 @@ class Evaluation(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """Over sequences, for every step: of `Metric.values`, of losses, and answers."""
+    """Sums over sequences, for every step: `Metric.values`, losses, and answers."""
 
     values: Float[np.ndarray, "seeds size"]
     losses: Float[np.ndarray, "seeds size"]
@@ -50,19 +51,23 @@ class _Sums(NamedTuple):
 
 
 class Evaluator:
-    """Compiled once for a layer and a task."""
+    """Computes scores; compiled once for a layer and a task."""
 
     def __init__(self, data: Data):
         self.data, self.metric = data, data.task.metric
         self._sum = eqx.filter_jit(_sum)
 
     def run(self, models: PyTree, diverged: list[int | None]) -> Evaluation:
-        """The scores of models whose arrays are stacked over the seeds."""
+        """Return the scores of models whose arrays are stacked over the seeds."""
         lost = np.array([step is not None for step in diverged])
         sums = self._collect(models, self.data.validation)
         validation = sums.losses.sum(1) / max(sums.answers.sum(), 1)
         tests = [self._collect(models, test) for test in self.data.tests]
-        find = self._alone if self.data.task.scored_alone() else self._prefixes
+        find = (
+            self._score_lengths
+            if self.data.task.scored_alone()
+            else self._score_prefixes
+        )
         score, by_length, curve_lengths, curve = find(tests)
         return Evaluation(
             _known(validation, lost),
@@ -73,8 +78,8 @@ class Evaluator:
             [_known(row, lost) for row in curve],
         )
 
-    def _alone(self, tests: list[_Sums]):
-        """Of sequences for every length; the score is the mean of the longer ones."""
+    def _score_lengths(self, tests: list[_Sums]):
+        """Score sequences of every length; the result is the mean over longer ones."""
         lengths = self.data.lengths.test
         rows = [self._score(sums, slice(None)) for sums in tests]
         beyond = [
@@ -82,8 +87,8 @@ class Evaluator:
         ]
         return np.mean(beyond or rows[-1:], 0), rows, [float(n) for n in lengths], rows
 
-    def _prefixes(self, tests: list[_Sums]):
-        """Of sequences of the greatest length, whose prefixes have all lengths."""
+    def _score_prefixes(self, tests: list[_Sums]):
+        """Score sequences of the greatest length, whose prefixes have all lengths."""
         lengths, (sums,) = self.data.lengths, tests
         size, edges = lengths.test[-1], [0, *lengths.test]
         rows = [self._score(sums, slice(*pair)) for pair in itertools.pairwise(edges)]
@@ -110,7 +115,7 @@ class Evaluator:
 
 
 def _sum(models: PyTree, metric: Metric, batches: Example) -> tuple[Array, Array]:
-    """Over all sequences, `[seeds, T]`: values and losses."""
+    """Sum values and losses over all sequences, `[seeds, T]`."""
 
     def of_seed(model):
         def of_batch(batch):
@@ -121,9 +126,9 @@ def _sum(models: PyTree, metric: Metric, batches: Example) -> tuple[Array, Array
 
         return tuple(jnp.sum(f, 0) for f in lax.map(of_batch, batches))
 
-    # One seed after the other: a test is a small part of the time, and its long
-    # sequences would need the memory of all seeds at once.
-    return over_seeds(of_seed, models, False)
+    # One seed after the other: tests take little of the time, and long sequences of
+    # all seeds at once would need much memory.
+    return map_over_seeds(of_seed, models, False)
 
 
 def _known(values: Any, lost: np.ndarray) -> Scores:
@@ -131,22 +136,22 @@ def _known(values: Any, lost: np.ndarray) -> Scores:
     return [v if np.isfinite(v) else None for v in values.tolist()]
 
 
-# A time is the least of so many calls, or of those that fit into so many seconds.
+# A time is the least of this many calls, or of those that fit into this many seconds.
 REPEATS, SECONDS = 5, 1.0
 
 
 def measure_costs(layer: str, d_model: int, protocol: Protocol) -> dict[str, Any]:
-    """Seconds and bytes of a layer alone, at every length of the protocol.
+    """Measure time and memory of a layer alone, at every length of the protocol.
 
-    **Arguments:** `layer`, as of `expand_layer`; `d_model`; `protocol`, for its
+    **Arguments:** `layer`, as from `expand_layer`; `d_model`; `protocol`, for its
     lengths and batch. Images have the largest squares up to the lengths.
 
-    **Returns:** `lengths`, and for each of `forward_seconds`, `backward_seconds` (the
-    gradient of the parameters, the forward pass included), `forward_bytes` and
-    `backward_bytes` (what the compiled program allocates beside its arguments) a list
-    along them. Bytes are `None` where the platform does not tell.
+    **Returns:** `lengths`, and lists along them: `forward_seconds`, `backward_seconds`
+    (the gradient with respect to the parameters, including the forward pass),
+    `forward_bytes` and `backward_bytes` (what the compiled program allocates besides
+    its arguments). Bytes are `None` if the platform does not report them.
     """
-    key = key_of(protocol.seed, "costs")
+    key = named_key(protocol.seed, "costs")
     model = run_once(lambda key: make_layer(layer, d_model, key=key), key)
     found: dict[str, list] = {f"{n}_{unit}": [] for n in PROGRAMS for unit in UNITS}
     lengths = list(protocol.cost_lengths)
@@ -175,7 +180,7 @@ UNITS = ("seconds", "bytes")
 
 
 def _time(compiled, *inputs) -> float:
-    # The first call may touch memory for the first time.
+    # The first call may be slower: memory is touched for the first time.
     jax.block_until_ready(compiled(*inputs))
     times = []
     while len(times) < REPEATS and sum(times) < SECONDS:

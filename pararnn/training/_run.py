@@ -92,7 +92,7 @@ class Run:
         self.batches.set_state(place)
         return step, state
 
-    def describe_last_checkpoint(self) -> str:
+    def resume_point(self) -> str:
         """Return a sentence that says where to continue from."""
         # A write may still be in progress; one that fails leaves nothing on disk.
         with contextlib.suppress(OSError):
@@ -161,9 +161,9 @@ class Run:
             raise TrainingFailed(
                 f"train: step {record.step} has a loss of {metrics['loss']} and a "
                 f"gradient of norm {metrics['gradient_norm']}. "
-                f"{self.describe_last_checkpoint()} Likely causes: (a) the learning rate "
-                "is too high, or the warm-up too short; (b) a cell whose state grows without bound. Lower "
-                "`optimiser.learning_rate`, and call again with `resume`."
+                f"{self.resume_point()} Likely causes: (a) the learning rate is too "
+                "high, or the warm-up too short; (b) a cell whose state grows without "
+                "bound. Lower `optimiser.learning_rate`, and call again with `resume`."
             )
         data = self.config.data
         tokens = data.length * data.batch * self.config.optimiser.accumulate

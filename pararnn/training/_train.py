@@ -48,14 +48,14 @@ def train(
         except OSError as error:
             raise TrainingFailed(
                 f"train: cannot write to {folder}: {error}. Likely cause: the disk is "
-                f"full or a quota is reached. {run.describe_last_checkpoint()} Make "
-                "room, and call again with `resume`."
+                f"full or a quota is reached. {run.resume_point()} Make room, and call "
+                "again with `resume`."
             ) from error
         except (jax.errors.JaxRuntimeError, eqx.EquinoxRuntimeError) as error:
             raise TrainingFailed(
                 f"train: a step after step {run.step - 1} failed: {error}\n"
-                f"{run.describe_last_checkpoint()} Likely causes: (a) the learning rate "
-                "is too high, so that parameters or states are no longer finite: lower "
+                f"{run.resume_point()} Likely causes: (a) the learning rate is too "
+                "high, so that parameters or states are no longer finite: lower "
                 "`optimiser.learning_rate`; (b) memory: lower `data.batch` and "
                 "accumulate, or set `model.rematerialise`."
             ) from error

@@ -1,4 +1,4 @@
-"""Problems that tell recurrences apart, generated or from real bytes and images."""
+"""Tasks that tell recurrences apart, generated or from real bytes and images."""
 
 from ._registry import (
     IMAGE_TASKS as IMAGE_TASKS,

@@ -17,7 +17,7 @@ EVERY_STEP = "The answer is asked for after every step, not only after the last.
 
 
 def _sums(steps: tuple[int, ...], modulus: int) -> Sampler:
-    """Tokens of which each adds its own number to a sum."""
+    """Sample tokens, each of which adds its number to a sum."""
 
     def sample(key, size, length):
         inputs = integers(key, size, len(steps))
@@ -74,7 +74,7 @@ def count_modulo(*, modulus: int = 3) -> Task:
 
 
 def cycle_navigation(*, modulus: int = 5) -> Task:
-    """Where one is on a cycle after steps forwards, backwards and none."""
+    """The place on a cycle after steps forwards, backwards and none."""
     modulus = check_size("cycle_navigation", "modulus", modulus, 2)
     return _sum_task(
         "cycle_navigation",
@@ -107,20 +107,20 @@ def even_pairs() -> Task:
     )
 
 
-# Tokens are the digits, and these behind them.
+# The tokens after the digits.
 SYMBOLS = "+-*()"
 PLUS, MINUS, _, OPEN, CLOSE = range(len(SYMBOLS))
 
-# How often a bracket opens, or closes, where both that and something else may stand.
+# How often a bracket opens or closes where another token is possible too.
 BRACKET = 0.3
 
 
 def _write(modulus: int, brackets: bool, key, size: int, length):
-    """The tokens of an expression of `length`, an odd number of tokens.
+    """Write an expression of `length` tokens, an odd number.
 
-    From left to right; a bracket opens only if what is left suffices to close it. With
-    d brackets open, an operand needs d + 1 tokens at least up to the end, and every
-    choice leaves a number of tokens that is d, or d + 1, and a multiple of 2.
+    It is written from left to right; a bracket opens only if enough tokens are left to
+    close it. With d open brackets, an operand needs at least d + 1 tokens up to the
+    end, and every choice leaves d or d + 1 tokens plus a multiple of 2.
     """
 
     def write(carry, inputs):
@@ -151,10 +151,10 @@ def _write(modulus: int, brackets: bool, key, size: int, length):
 
 
 def _evaluate(modulus: int, tokens, depths: int):
-    """The value after every token, and whether the expression is complete there.
+    """Return the value after every token, and whether the expression may end there.
 
-    A bracket's value is `total + term` of what is inside: `term` is the product that
-    is being read, with its sign, and `total` the sum of those before it.
+    A bracket's value is `total + term` of its contents: `term` is the product that is
+    being read, with its sign, and `total` the sum of the products before it.
     """
 
     def read(carry, token):
@@ -185,7 +185,7 @@ def _expressions(modulus: int, brackets: bool) -> Sampler:
         length = length - (1 - length % 2)
         tokens = _write(modulus, brackets, key, size, length)
         inside = within(size, length)
-        # Behind the end the rules may close more than was opened.
+        # After the end, more brackets may be closed than were opened.
         tokens = jnp.where(inside, tokens, 0)
         values, complete = _evaluate(modulus, tokens, size // 2 + 1)
         return Example(tokens, values, complete & inside)
@@ -222,12 +222,12 @@ def modular_arithmetic(*, modulus: int = 5) -> Task:
 
 
 def modular_arithmetic_brackets(*, modulus: int = 5) -> Task:
-    """As `modular_arithmetic`, with brackets, which no finite state suffices for."""
+    """Like `modular_arithmetic`, with brackets, for which no finite state suffices."""
     return _task(
         "modular_arithmetic_brackets",
         modulus,
         True,
         "an expression of digits, +, -, * and brackets",
         "In training the value is asked for wherever the expression could end; the "
-        "test counts the end only. There is no sign in front of a number.",
+        "test counts only the end. Numbers have no sign.",
     )

@@ -13,12 +13,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ..._parameters import check_size
 from ._task import Example, Lengths, Metric, Sampler, Task, within
 
-# Of the images, for training and for validation; the rest is the test.
+# Fractions of the images for training and for validation; the rest is the test.
 TRAIN, VALIDATION = 0.7, 0.1
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    """Pixels, float32 `[images, 64]` in [0, 1], and classes, int32 `[images]`."""
+    """Load pixels, float32 `[images, 64]` in [0, 1], and classes, int32 `[images]`."""
     try:
         datasets = importlib.import_module("sklearn.datasets")
     except ImportError as error:
@@ -33,10 +33,10 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw(pixels, classes, key, size, length):
-    """A random image; a pytree of its first two arguments."""
+    """Draw a random image; as a sampler, a pytree of its first two arguments."""
     image = jr.randint(key, (), 0, len(classes), jnp.int32)
     inputs = jnp.zeros((size, 1), pixels.dtype).at[: pixels.shape[1], 0]
-    # No other length has a meaning: an image is a sequence of all its pixels.
+    # An image is always a sequence of all its pixels, whatever `length` says.
     last = jnp.arange(size, dtype=jnp.int32) == pixels.shape[1] - 1
     return Example(
         inputs.set(pixels[image]), jnp.full(size, classes[image], jnp.int32), last
@@ -75,19 +75,19 @@ def digits(*, permuted: bool = False) -> Task:
     )
 
 
-# In pixels, of half of the arrow, its barbs, half of a line, the disc, and how far
-# centres are from the border and, where there is room, from each other.
+# In pixels: half the arrow, its barbs, half the width of a line, the radius of the disc,
+# and the distance of centres from the border and, if there is room, from each other.
 SHAFT, BARB, THICK, RADIUS, MARGIN, APART = 3.0, 2.5, 0.5, 2.0, 4.0, 8.0
-# Of the barbs against the shaft, and how far an arrow is off at the least that points
-# elsewhere, in radians.
+# In radians: the angle between barbs and shaft, and how far an arrow that points
+# elsewhere is off at least.
 SPREAD, OFF = 0.6, jnp.pi / 6
-# Of places that are drawn until two are apart.
+# How many pairs of places are drawn, to find one that is far enough apart.
 TRIES = 16
 
 
 class Scene(NamedTuple):
-    """Centres in pixels from the upper left corner, rows first, the direction of the
-    arrow, and whether it points at the disc."""
+    """Centres of arrow and disc in pixels from the upper left corner, rows first, the
+    direction of the arrow, and whether it points at the disc."""
 
     arrow: Float[Array, "2"]
     disc: Float[Array, "2"]
@@ -96,8 +96,8 @@ class Scene(NamedTuple):
 
 
 def draw_scene(key: PRNGKeyArray, extent: Float[Array, ""]) -> Scene:
-    """An arrow and a disc on a square of `extent` pixels; half of the arrows point at
-    the disc, the others are at least 30 degrees off."""
+    """Draw an arrow and a disc on a square of `extent` pixels; half of the arrows point
+    at the disc, and the others are at least 30 degrees off."""
     place, turn, choice = jr.split(key, 3)
     pairs = MARGIN + jr.uniform(place, (TRIES, 2, 2)) * (extent - 2 * MARGIN)
     apart = jnp.linalg.norm(pairs[:, 1] - pairs[:, 0], axis=-1)
@@ -110,14 +110,14 @@ def draw_scene(key: PRNGKeyArray, extent: Float[Array, ""]) -> Scene:
 
 
 def render(scene: Scene, pixels: Float[Array, "*pixels 2"]) -> Float[Array, "*pixels"]:
-    """Brightness at the centres of pixels, from 0 to 1."""
+    """Return the brightness at the centres of pixels, from 0 to 1."""
     tip, tail = scene.arrow + SHAFT * scene.heading, scene.arrow - SHAFT * scene.heading
     strokes = [(tail, tip)]
     for side in (SPREAD, -SPREAD):
         strokes.append((tip, tip - BARB * _rotate(scene.heading, side)))
     inside = [THICK - _distance(pixels, *stroke) for stroke in strokes]
     inside.append(RADIUS - jnp.linalg.norm(pixels - scene.disc, axis=-1))
-    # A pixel whose centre is on an edge is half covered.
+    # A pixel whose centre lies on an edge is half covered.
     return jnp.clip(jnp.max(jnp.stack(inside), 0) + 0.5, 0, 1)
 
 
@@ -127,7 +127,7 @@ def _rotate(v: Float[Array, "2"], angle) -> Float[Array, "2"]:
 
 
 def _distance(pixels, start, end) -> Array:
-    """From every pixel to a line between two places."""
+    """Return the distance of every pixel from the line between two places."""
     line = end - start
     along = jnp.sum((pixels - start) * line, -1) / jnp.sum(line**2)
     nearest = start + jnp.clip(along, 0, 1)[..., None] * line
@@ -135,7 +135,7 @@ def _distance(pixels, start, end) -> Array:
 
 
 def _pixels(size: int, side: Int[Array, ""], patch: int) -> Float[Array, "T d 2"]:
-    """Centres of the pixels of each patch, row by row within rows of patches."""
+    """Return the centres of the pixels of each patch, both row by row."""
     step = jnp.arange(size, dtype=jnp.int32)
     corner = patch * jnp.stack([step // side, step % side], -1)
     inner = jnp.arange(patch * patch, dtype=jnp.int32)

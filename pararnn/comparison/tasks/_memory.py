@@ -8,7 +8,7 @@ from ._task import Example, Lengths, Metric, Sampler, Task, integers, within
 
 
 def _copying(symbols: int, items: int, selective: bool) -> Sampler:
-    """Tokens `[0, symbols)` are what is to be copied, then a blank and the signal."""
+    """Sample tokens: `[0, symbols)` are to be copied; then a blank and the signal."""
     blank, signal = symbols, symbols + 1
 
     def sample(key, size, length):
@@ -19,7 +19,7 @@ def _copying(symbols: int, items: int, selective: bool) -> Sampler:
         start = length - items
         places = jnp.arange(items, dtype=jnp.int32)
         if selective:
-            # The places of the smallest of random numbers are a random subset.
+            # The places of the smallest random numbers are a random subset.
             chance = jr.uniform(scatter, (size,), jnp.float32)
             order = jnp.argsort(jnp.where(step < start - 1, chance, jnp.inf))
             places = jnp.sort(order[:items]).astype(jnp.int32)
@@ -41,8 +41,8 @@ def _task(name: str, symbols, items, selective: bool, source: str, which: str) -
 
     return Task(
         name=name,
-        summary=f"{items} symbols {which}, blanks, a signal; then the symbols are to "
-        "be said in order.",
+        summary=f"{items} symbols {which}, blanks, a signal; then the symbols have to "
+        "be repeated in order.",
         source=source,
         differs="Sequences are shorter, and of random length in training.",
         vocabulary=symbols + 2,
@@ -56,19 +56,19 @@ def _task(name: str, symbols, items, selective: bool, source: str, which: str) -
 
 
 def copying(*, symbols: int = 8, items: int = 10) -> Task:
-    """Symbols at the beginning, to be said again at the end."""
+    """Symbols at the beginning, to be repeated at the end."""
     source = "Hochreiter and Schmidhuber (1997), as in Arjovsky et al. (1511.06464)"
     return _task("copying", symbols, items, False, source, "at the beginning")
 
 
 def selective_copying(*, symbols: int = 8, items: int = 10) -> Task:
-    """Symbols scattered among blanks, to be said again at the end."""
+    """Symbols scattered among blanks, to be repeated at the end."""
     source = 'Gu and Dao, "Mamba" (2312.00752), section 4.1'
     return _task("selective_copying", symbols, items, True, source, "among blanks")
 
 
 def _recall(keys: int, values: int) -> Sampler:
-    """Tokens `[0, keys)` are keys, those behind them values."""
+    """Sample tokens: `[0, keys)` are keys, those after them values."""
 
     def sample(key, size, length):
         order, draw, ask = jr.split(key, 3)
@@ -88,7 +88,7 @@ def _recall(keys: int, values: int) -> Sampler:
 
 
 def mqar(*, keys: int = 64, values: int = 64) -> Task:
-    """Pairs of a key and a value, then keys, to which the values are to be said."""
+    """Pairs of a key and a value, then keys, whose values have to be recalled."""
     keys = check_size("mqar", "keys", keys, 2)
     values = check_size("mqar", "values", values, 2)
     lengths, short = (
@@ -99,15 +99,15 @@ def mqar(*, keys: int = 64, values: int = 64) -> Task:
     if longest < lengths.test[-1]:
         raise ValueError(
             f"mqar: `keys` is {keys}, but sequences of {lengths.test[-1]} steps hold "
-            f"{lengths.test[-1] // 4} different keys. Take at least so many."
+            f"{lengths.test[-1] // 4} different keys. Take at least that many."
         )
     return Task(
         name="mqar",
         summary="A quarter as many pairs of key and value as there are steps; then "
         "keys are asked for at random, and the answer is the value.",
         source='Arora et al., "Zoology" (2312.04927)',
-        differs="Queries are uniform over the keys and fill the second half, where the "
-        "source spreads few of them, the sooner the likelier, among fillers.",
+        differs="Queries are uniform over the keys and fill the second half. In the "
+        "source, few queries stand among fillers, and early ones are likelier.",
         vocabulary=keys + values,
         outputs=values,
         metric=Metric("accuracy", 1 / values),
@@ -133,7 +133,7 @@ def _add(key, size, length):
 
 
 def adding() -> Task:
-    """The sum of the two marked ones among random numbers."""
+    """The sum of the two marked numbers among random ones."""
     return Task(
         name="adding",
         summary="The sum of two marked numbers, one in each half of random numbers in "
@@ -158,12 +158,12 @@ SEEN = 400
 
 
 def _oscillate(count: int, start: int, starts: int) -> Sampler:
-    """Windows of one signal that begin at a time of `starts` from `start` on."""
+    """Sample sequences of one signal, which begin within `starts` steps of `start`."""
 
     def sample(key, size, length):
         begin = start + jr.randint(key, (), 0, starts, jnp.int32)
         time = begin + jnp.arange(size + 1, dtype=jnp.int32)
-        # Phases of whole steps, within float32 at any time that is reached here.
+        # Whole steps, so that phases are precise in float32 at all times used here.
         angle = time.astype(jnp.float32)[:, None] * jnp.asarray(
             FREQUENCIES[:count], jnp.float32
         ).reshape(1, count)
@@ -178,7 +178,7 @@ def oscillators(*, count: int = 5) -> Task:
     count = check_size("oscillators", "count", count)
     if count > len(FREQUENCIES):
         raise ValueError(
-            f"oscillators: `count` is {count}; frequencies are known for up to "
+            f"oscillators: `count` is {count}; there are frequencies for at most "
             f"{len(FREQUENCIES)}."
         )
     window = 100
@@ -187,7 +187,7 @@ def oscillators(*, count: int = 5) -> Task:
         summary=f"The next value of a sum of {count} sines.",
         source="Multiple superimposed oscillators: Jaeger (2004); eight of them in "
         "Roeschies and Igel (2010)",
-        differs="One step ahead is predicted, from windows of the first "
+        differs="The next step is predicted, from sequences of the first "
         f"{SEEN} steps in training and of later ones in the test, instead of running "
         "freely.",
         features=1,

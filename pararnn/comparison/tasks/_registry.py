@@ -21,7 +21,7 @@ from ._library import library_package, library_text
 from ._memory import adding, copying, mqar, oscillators, selective_copying
 from ._task import Task
 
-# The short forms of `make_task`: what an option without a value stands for.
+# Flags of `make_task`, and the option and value that each stands for.
 FLAGS = {
     "swaps": ("generators", "swaps"),
     "cycles": ("generators", "cycles"),
@@ -51,19 +51,19 @@ TASKS: MappingProxyType[str, Callable[..., Task]] = MappingProxyType(
 )
 
 
-# Those whose sequences are images, unless they are permuted.
+# Tasks whose sequences are images, unless permuted.
 IMAGE_TASKS = ("digits", "arrow_pointing")
 
 
 def list_tasks() -> tuple[str, ...]:
-    """The names that [`pararnn.comparison.make_task`][] knows."""
+    """Return the names that [`pararnn.comparison.make_task`][] knows."""
     return tuple(TASKS)
 
 
 def make_task(spec: str) -> Task:
-    """A task by its name and options.
+    """Make a task by its name and options.
 
-    **Arguments:** `spec`, a name of `list_tasks()` and options behind colons:
+    **Arguments:** `spec`, a name of `list_tasks()` and options after colons:
     `"parity"`, `"sum_modulo:modulus=5"`, `"s5:generators=swaps:tokens=2"`; `swaps`,
     `cycles` and `permuted` are short for `generators=swaps`, `generators=cycles` and
     `permuted=True`.

@@ -38,9 +38,9 @@ def ngram_bits_per_byte(
 ) -> float:
     r"""Return the bits per byte of Witten and Bell's n-gram model of bytes.
 
-    The model is interpolated. With N(c, b) the number of times that byte b followed context c in `train`, N(c) its
-    sum over b, D(c) the number of different bytes that did, and c' the context without
-    its oldest byte,
+    The model is interpolated. With N(c, b) the number of times that byte b followed
+    context c in `train`, N(c) its sum over b, D(c) the number of different bytes that
+    did, and c' the context without its oldest byte,
 
     $$
     P(b \mid c) = \frac{N(c, b) + D(c) \, P(b \mid c')}{N(c) + D(c)},
