@@ -68,8 +68,8 @@ def fit_size(task: Task, layer: str, protocol: Protocol) -> Size:
         raise ValueError(
             f"fit_size: {spec(multiple)!r} on {task.name!r} has {least:,} parameters "
             f"at the smallest width, {multiple}, but `parameters` is {parameters:,}. "
-            "Ask for at least that many, give the layer smaller options, or, if there is a "
-            "`state`, ask for a smaller one."
+            "Ask for at least that many, give the layer smaller options, or ask for a "
+            "smaller `state`, if there is one."
         )
 
     def fits(n: int) -> bool:

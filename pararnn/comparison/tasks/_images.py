@@ -75,8 +75,8 @@ def digits(*, permuted: bool = False) -> Task:
     )
 
 
-# In pixels: half the arrow, its barbs, half the width of a line, the radius of the disc,
-# and the distance of centres from the border and, if there is room, from each other.
+# In pixels: half the arrow, its barbs, half the width of a line, the disc's radius, and
+# the distance of centres from the border and, if there is room, from each other.
 SHAFT, BARB, THICK, RADIUS, MARGIN, APART = 3.0, 2.5, 0.5, 2.0, 4.0, 8.0
 # In radians: the angle between barbs and shaft, and how far an arrow that points
 # elsewhere is off at least.
