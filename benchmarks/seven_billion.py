@@ -21,10 +21,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 import pararnn
-from pararnn.training._build import new_state
+from pararnn.training._build import Placement, make_optimiser, new_state
 from pararnn.training._config import Config, MeshConfig, ModelConfig, OptimiserConfig
-from pararnn.training._optimiser import make_optimiser
-from pararnn.training._placement import Placement
 from pararnn.training._step import make_train_step
 
 VOCAB, LENGTH, WIDTH, DEPTH = 32_000, 2**15, 4096, 34
@@ -63,7 +61,7 @@ def measure(fsdp: int, shares: int, depth: int) -> dict[str, float]:
     config = configure(fsdp, shares, depth)
     placement = Placement(config.mesh)
     shapes = eqx.filter_eval_shape(lambda: new_state(config, VOCAB))
-    state = placement.describe(shapes)
+    state = placement.with_shardings(shapes)
     step = make_train_step(
         make_optimiser(config.optimiser, config.steps),
         config.model.precision,

@@ -1,4 +1,4 @@
-"""What a long run was done on, for the record."""
+"""The machine that a long run was done on, for its records."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
-    """The device, the processor, its cores, the system, and versions."""
+    """Return the device, the processor, its cores, the system and versions."""
     device = jax.devices()[0]
     return {
         "device": f"{device.platform}: {device.device_kind}",

@@ -1,4 +1,4 @@
-"""The progress bar of many runs."""
+"""Progress bars of long runs."""
 
 from rich.console import Console
 from rich.progress import (
@@ -12,12 +12,15 @@ from rich.progress import (
 
 
 class Progress:
-    """A bar for all runs and one for the steps of this one; silent where not wanted.
+    """A bar for the steps of a run, and one for all runs if there are several.
 
-    A line for each result stays, also where there is no terminal for the bars.
+    Lines that are printed stay, also where there is no terminal for the bars.
+
+    **Arguments:** `visible`, whether to show anything; `runs`, how many runs there
+    are; `None` for a single one.
     """
 
-    def __init__(self, runs: int, visible: bool):
+    def __init__(self, visible: bool, runs: int | None = None):
         self._console, self._visible = Console(), visible
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -28,7 +31,7 @@ class Progress:
             console=self._console,
             disable=not (visible and self._console.is_terminal),
         )
-        self._all = self._bar.add_task("all runs", total=runs)
+        self._all = self._bar.add_task("all runs", total=runs, visible=runs is not None)
         self._one = self._bar.add_task("", total=1, visible=False)
 
     def __enter__(self) -> "Progress":
@@ -38,17 +41,22 @@ class Progress:
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
-    def begin(self, what: str, steps: int) -> None:
-        """A run of so many steps begins."""
-        self._bar.reset(self._one, total=steps, description=what, visible=True)
+    def begin(self, text: str, steps: int, done: int = 0) -> None:
+        """Begin a run of `steps` steps, of which `done` have been taken."""
+        self._bar.reset(
+            self._one, total=steps, completed=done, description=text, visible=True
+        )
 
-    def show_step(self, what: str, step: int, loss: float) -> None:
-        """Move the bar of the run."""
-        text = f"{what}, loss {loss:.4f}"
+    def show_step(self, step: int, text: str) -> None:
+        """Move the bar of the run, and describe it by `text`."""
         self._bar.update(self._one, completed=step, description=text)
 
-    def finish(self, what: str) -> None:
+    def finish(self, text: str) -> None:
         """Move the bar of all runs, and print a line that stays."""
         self._bar.advance(self._all)
+        self.print(text)
+
+    def print(self, text: str) -> None:
+        """Print a line that stays."""
         if self._visible:
-            self._console.print(what, highlight=False, soft_wrap=True)
+            self._console.print(text, highlight=False, soft_wrap=True)

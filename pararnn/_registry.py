@@ -1,8 +1,8 @@
-"""Classes by name, for scripts that take a cell or a layer as an argument."""
+"""Cells, layers, tasks and the like, made by name as scripts are given it."""
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 Made = TypeVar("Made")
@@ -11,34 +11,43 @@ Made = TypeVar("Made")
 def make_by_name(
     where: str,
     kind: str,
-    classes: Mapping[str, type[Made]],
+    makers: Mapping[str, Callable[..., Made]],
     name: str,
     sizes: dict[str, Any],
     options: dict[str, Any],
 ) -> Made:
-    """`classes[name](**sizes, **options)`, with errors that list what there is.
+    """Return `makers[name](**sizes, **options)`, with errors that list the choices.
 
-    **Arguments:** `where` and `kind`, how the caller and an entry are called in errors;
-    `sizes`, the caller's own arguments; `options`, further ones of its user.
+    **Arguments:** `where`, the caller, and `kind`, what an entry is, for errors;
+    `makers`, classes or functions by name; `sizes`, the caller's own arguments;
+    `options`, those that its user gave.
 
-    **Raises:** `ValueError` on an unknown name or option, and what the constructor
-    raises.
+    **Raises:** `ValueError` on an unknown name or option, and what the class or
+    function raises.
     """
-    if not isinstance(name, str) or name not in classes:
-        near = difflib.get_close_matches(str(name).lower(), classes, n=1)
-        raise ValueError(
-            f"{where}: unknown {kind} {name!r}; there are {', '.join(classes)}."
-            + "".join(f" Did you mean {n!r}?" for n in near)
-        )
-    known = [
-        option
-        for option in inspect.signature(classes[name].__init__).parameters
-        if option not in ("self", *sizes)
-    ]
+    check_name(where, kind, name, makers)
+    made = makers[name]
+    # The signature of a class of Equinox is that of its metaclass.
+    signature = inspect.signature(made.__init__ if isinstance(made, type) else made)
+    known = [n for n in signature.parameters if n not in ("self", *sizes)]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
             f"{where}: {name!r} has no option {', '.join(unknown)}; there are "
-            f"{', '.join(known)}."
+            f"{', '.join(known) or 'none'}."
         )
-    return classes[name](**sizes, **options)
+    return made(**sizes, **options)
+
+
+def check_name(where: str, kind: str, name: Any, names: Iterable[str]) -> None:
+    """Refuse a name that is not among `names`.
+
+    **Raises:** `ValueError` that lists them and suggests the nearest.
+    """
+    names = tuple(names)
+    if not isinstance(name, str) or name not in names:
+        near = difflib.get_close_matches(str(name).lower(), names, n=1)
+        raise ValueError(
+            f"{where}: unknown {kind} {name!r}; there are {', '.join(names)}."
+            + "".join(f" Did you mean {n!r}?" for n in near)
+        )

@@ -27,9 +27,8 @@ from pararnn.comparison import (
     read_records,
     write_report,
 )
-from pararnn.comparison._costs import measure_costs
 from pararnn.comparison._data import Data
-from pararnn.comparison._evaluate import Evaluator
+from pararnn.comparison._measure import Evaluator, measure_costs
 from pararnn.comparison._model import SequenceModel, count_parameters
 from pararnn.comparison._results import load_results
 from pararnn.comparison._sizes import fit_size
@@ -278,11 +277,11 @@ def test_states_are_equal(layer):
 @pytest.mark.parametrize(
     "layer, state, parts",
     [
-        ("rwkv7", 100, ["cannot be set apart", "`d_key`"]),
-        ("lru:n=8", 100, ["cannot be set apart", "not be given them already"]),
-        ("mamba2", 20, ["at the least", "`state` is 20"]),
+        ("rwkv7", 100, ["cannot be set independently", "`d_key`"]),
+        ("lru:n=8", 100, ["cannot be set independently", "not be given them already"]),
+        ("mamba2", 20, ["at least", "`state` is 20"]),
         ("gru", 200, ["parameters at the smallest width", "'gru:d_state=200'"]),
-        ("plstm_grid", 100, ["state of 0 numbers", "one on images"]),
+        ("plstm_grid", 100, ["at least 0 numbers", "one on images"]),
     ],
 )
 def test_states_that_cannot_be(layer, state, parts):
@@ -309,7 +308,7 @@ def test_layers_on_images_are_trained():
     xs = jax.random.normal(jax.random.key(0), (9, mixer.layer.d_model))
     image = xs.reshape(3, 3, -1)
     np.testing.assert_allclose(mixer(xs)[0].reshape(image.shape), mixer.layer(image))
-    for given, message in (((xs[:8],), "no square image"), ((xs,), "no resets")):
+    for given, message in (((xs[:8],), "not a square image"), ((xs,), "no resets")):
         reset = jnp.zeros(9, bool) if message == "no resets" else None
         with refusal(ValueError, [message]):
             mixer(*given, reset=reset)
@@ -503,7 +502,7 @@ def test_broken_and_missing_results(tmp_path):
     with pytest.raises(ValueError, match="no comparison has begun"):
         write_report(tmp_path)
     (tmp_path / "results.jsonl").write_text('{"kind": "run"}\n{"kind"\n{}\n')
-    with pytest.raises(ValueError, match=r"line 2, is no JSON object"):
+    with pytest.raises(ValueError, match=r"line 2, is not a JSON object"):
         read_records(tmp_path / "results.jsonl")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pararnn.comparison import Lengths, Metric, Task, draw_batch, list_tasks, make_task
-from pararnn.comparison.tasks import IMAGE_TASKS, _arrows as arrows
+from pararnn.comparison.tasks import IMAGE_TASKS, _images as arrows
 from pararnn.comparison.tasks._groups import multiplication_table
 from tests.helpers import refusal
 

@@ -318,7 +318,7 @@ def test_a_place_in_other_data_is_refused(change, windows, tmp_path):
     tokenizer, length, order = ByteTokenizer(), now.pop("length"), now.pop("order")
     other = Packed(corpus, tokenizer, length, seed=order)
     iterator = iter(make_batches(other, **now))
-    with pytest.raises(ValueError, match="a place in other data"):
+    with pytest.raises(ValueError, match="a position in other data"):
         iterator.set_state(state)
 
 
@@ -368,7 +368,7 @@ WRONG = {
     "all of it": (lambda w: w.corpus.split(1.0), ValueError, ["fraction", "1.0"]),
     "nothing of it": (lambda w: w.corpus.split(0), ValueError, ["fraction", "0"]),
     "no number": (lambda w: w.corpus.split("5%"), ValueError, ["fraction", "5%"]),
-    "a seed of a half": (lambda w: w.corpus.split(seed=0.5), TypeError, ["seed"]),
+    "a seed of a half": (lambda w: w.corpus.split(seed=0.5), ValueError, ["seed"]),
     "one byte": (
         lambda w: Corpus(Path("."), ("a",), *3 * [np.ones(1, int)]).split(),
         ValueError,
@@ -419,8 +419,8 @@ WRONG = {
         ["Packed(corpus"],
     ),
     "an empty batch": (lambda w: make_batches(w, 0), ValueError, ["batch_size", "0"]),
-    "a batch of 1.5": (lambda w: make_batches(w, 1.5), TypeError, ["batch_size"]),
-    "a true batch": (lambda w: make_batches(w, True), TypeError, ["batch_size"]),
+    "a batch of 1.5": (lambda w: make_batches(w, 1.5), ValueError, ["batch_size"]),
+    "a true batch": (lambda w: make_batches(w, True), ValueError, ["batch_size"]),
     "a seed of 33 bits": (
         lambda w: make_batches(w, 2, seed=2**32),
         ValueError,
@@ -446,7 +446,7 @@ WRONG = {
     "a state without a place": (
         lambda w: iter(make_batches(w, 2)).set_state({"next_index": 0}),
         ValueError,
-        ["a place in other data"],
+        ["a position in other data"],
     ),
 }
 

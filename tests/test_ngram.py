@@ -72,7 +72,7 @@ def test_the_score_is_that_of_the_equation(documents, T, context, chunk):
         packed(validation, T) as scored,
     ):
         # All that is counted in one go, or little by little.
-        patch.setattr(_ngram, "CHUNK", chunk)
+        patch.setattr(_ngram, "TOKENS_AT_ONCE", chunk)
         score = ngram_bits_per_byte(counted, scored, context=context)
         windows = [scored[i] for i in range(len(scored))]
     expected = naive_bits(train, windows, context)

@@ -235,7 +235,7 @@ def test_two_processes_may_encode_at_once(corpus, tmp_path):
 
 def test_bytes_that_are_no_text_are_reported(path, tmp_path):
     corpus = find_corpus(write(tmp_path / "corpus", [b"a\xff", b"good"]))
-    with pytest.warns(UserWarning, match=r"1 documents are no UTF-8.*'0\.txt'"):
+    with pytest.warns(UserWarning, match=r"1 documents are not valid UTF-8.*'0\.txt'"):
         packed = Packed(corpus, FileTokenizer(path), 2, cache=tmp_path / "cache")
     assert documents_of(packed) == ["a\ufffd".encode(), b"good"]
 
@@ -280,7 +280,7 @@ WRONG = {
     "a folder": (
         lambda p: FileTokenizer(p.parent),
         FileNotFoundError,
-        ["the folder was given"],
+        ["this is its folder"],
     ),
     "another file": (
         lambda p: FileTokenizer(__file__),

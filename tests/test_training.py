@@ -26,8 +26,8 @@ from pararnn.training import (
     read_metrics,
     train,
 )
+from pararnn.training._build import decays, make_optimiser
 from pararnn.training._metrics import TIMES, MetricLog
-from pararnn.training._optimiser import decays, make_optimiser
 from pararnn.training._step import fresh_state, make_train_step, summed_loss
 
 VOCAB, T = 7, 6
@@ -262,7 +262,7 @@ def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
     log.close()
     assert [line["loss"] for line in read_metrics(tmp_path)] == [1.0, 0.5, 5.0]
     (tmp_path / "metrics.jsonl").write_text("no json\n")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not a JSON"):
         read_metrics(tmp_path)
 
 
@@ -306,5 +306,5 @@ def test_another_run_in_the_folder(corpus, finished, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no configuration of this version"):
+    with pytest.raises(ValueError, match="not a configuration of this version"):
         load_model(tmp_path)

@@ -1,6 +1,6 @@
 """Comparing recurrences; needs `pip install 'pararnn[compare]'`."""
 
-from .._records import read_records as read_records
+from .._jsonl import read_records as read_records
 from ._compare import compare as compare
 from ._layers import expand_layer as expand_layer, list_layers as list_layers
 from ._protocol import BUDGETS as BUDGETS, Protocol as Protocol

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._jsonl import Record, Records
 from .._machine import describe_machine
 from .._progress import Progress
-from .._records import Record, Records
-from ._costs import measure_costs
 from ._data import Data
-from ._evaluate import Evaluator
 from ._layers import expand_layer, needs_images
+from ._measure import Evaluator, measure_costs
 from ._protocol import Protocol
 from ._sizes import Size, fit_size
 from ._train import Trainer
@@ -30,28 +29,28 @@ def compare(
     command: str = "",
     visible: bool = True,
 ) -> Path:
-    """Train every layer on every task, and write down how it went.
+    """Train every layer on every task, and record the results.
 
-    A line goes to `results.jsonl` in the folder after every layer, task and learning
-    rate; what the file has from an earlier call, under the same protocol, on the same
-    kind of device and version of JAX, is not run again. The same seed gives the same
-    scores. A layer that diverges, or whose solver gives up, has a line that says so.
+    After every layer, task and learning rate, a line is added to `results.jsonl` in the
+    folder. A run whose line is already there, from the same protocol, kind of device
+    and version of JAX, is not repeated. The same seed gives the same scores. If a layer
+    diverges, or its solver fails, its line says so.
 
     **Arguments:**
 
     - `layers`: names with options, as for [`pararnn.comparison.expand_layer`][].
     - `tasks`: names with options, as for [`pararnn.comparison.make_task`][].
-    - `folder`: made if it does not exist.
+    - `folder`: created if it does not exist.
     - `protocol`: what is the same for all of them.
-    - `command`: how this was called, for the report.
-    - `visible`: show a progress bar, and a line for each result.
+    - `command`: the command that called this, for the report.
+    - `visible`: whether to show a progress bar, and a line for each result.
 
     **Returns:** the path of the results, for
     [`pararnn.comparison.write_report`][].
 
-    **Raises:** `ValueError` on unknown layers, tasks or options, listing those that
-    exist, a layer on images with a task that is none, or a model that cannot be as
-    small as the protocol asks, before anything is trained; `OSError` if
+    **Raises:** before anything is trained, `ValueError` on unknown layers, tasks or
+    options, listing those that exist, on a layer of images with a task that is not one
+    of images, or on a model that cannot be as small as the protocol asks; `OSError` if
     results cannot be written.
     """
     _check_given("layers", layers)
@@ -68,7 +67,7 @@ def compare(
     records = Records(Path(folder) / RESULTS_FILE)
     records.append(_header(specs, made, protocol, command))
     runs = len(specs) * (len(made) * len(protocol.learning_rates) + 1)
-    with Progress(runs, visible) as progress:
+    with Progress(visible, runs) as progress:
         for layer in specs:
             _add_costs(records, layer, sizes[layer, tasks[0]], protocol, progress)
         for name, task in made.items():
@@ -93,7 +92,7 @@ def _check_given(name: str, values: Sequence[str]) -> None:
 def _check_pair(layer: str, spec: str, name: str, task: Task) -> None:
     if needs_images(spec) and not task.image:
         raise ValueError(
-            f"compare: {layer!r} takes images, and {name!r} is none. Give it tasks of "
+            f"compare: {layer!r} takes images, and {name!r} has none. Give it tasks of "
             f"images: {', '.join(IMAGE_TASKS)}."
         )
 
@@ -142,7 +141,7 @@ def _add_costs(
         "fingerprint": protocol.fingerprint(),
     }
     if records.find(**fields):
-        progress.finish(f"{what}: there already")
+        progress.finish(f"{what}: already there")
         return
     progress.begin(what, 1)
     try:
@@ -157,14 +156,14 @@ def _add_costs(
 
 
 class _Run:
-    """A layer on a task; compiled only if a result is missing."""
+    """A layer on a task, compiled only if a result is missing."""
 
     def __init__(self, records, layer: str, name: str, data: Data, size: Size):
         self.records, self.layer, self.name = records, layer, name
         self.data, self.size = data, size
 
     def add_trainings(self, protocol: Protocol, progress: Progress) -> None:
-        """Train with the learning rates that are missing."""
+        """Train with the learning rates whose results are missing."""
         programs = None
         for rate in protocol.learning_rates:
             what = f"{self.layer} on {self.name}, rate {rate:g}"
@@ -176,7 +175,7 @@ class _Run:
                 "fingerprint": protocol.fingerprint(self.data.task),
             }
             if self.records.find(**fields):
-                progress.finish(f"{what}: there already")
+                progress.finish(f"{what}: already there")
                 continue
             if programs is None:
                 trainer = Trainer(self.data, self.size)
@@ -191,11 +190,12 @@ class _Run:
         record: Record = {"spec": sizes.pop("layer"), **sizes}
         try:
             training = trainer.run(
-                rate, lambda step, loss: progress.show_step(what, step, loss)
+                rate,
+                lambda step, loss: progress.show_step(step, f"{what}, loss {loss:.4f}"),
             )
             evaluation = evaluator.run(training.models, training.diverged)
         except RuntimeError as error:
-            # A solver refuses states that are not finite, for all seeds at once.
+            # A solver raises on states that are not finite, for all seeds at once.
             return record | {"status": "failed", "error": _first_line(error)}
         curves = training._asdict()
         del curves["models"]

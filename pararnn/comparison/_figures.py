@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from .._records import Record
+from .._jsonl import Record
 from ._results import Results
 
 STYLES = ("-", "--", ":", "-.")
@@ -19,7 +19,7 @@ COST_PANELS = {
 
 
 def draw_task(results: Results, task: str) -> str:
-    """The score against the length, and the loss against steps and seconds."""
+    """Draw the score over the length, and the loss over steps and seconds."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     about = results.describe(task)
@@ -27,12 +27,12 @@ def draw_task(results: Results, task: str) -> str:
         rows = [results.scores(record, task, row) for row in record["curve"]]
         left.plot(record["curve_lengths"], np.median(rows, 1), **style)
         losses = _median_losses(record)
-        # A loss of zero has no place on a logarithmic axis.
+        # A loss of zero cannot be drawn on a logarithmic axis.
         losses = np.where(losses > 0, losses, np.nan)
         middle.plot(record["steps"], losses, **style)
         right.plot(record["seconds"], losses, **style)
     if about["metric"].endswith("accuracy"):
-        # All of it, so that noise about guessing looks small.
+        # The whole range, so that noise around guessing looks small.
         left.set_ylim(-0.05, 1.05)
     left.axvspan(*about["train"], color="0.9", lw=0)
     left.axhline(about["guessing"], color="0.6", lw=0.8)
@@ -47,7 +47,7 @@ def draw_task(results: Results, task: str) -> str:
 
 
 def draw_costs(results: Results) -> str:
-    """Time and memory against the length."""
+    """Draw time and memory over the length."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axes, (name, panel) in zip(
         figure.subplots(2, 2).flat, COST_PANELS.items(), strict=True
@@ -69,7 +69,7 @@ def draw_costs(results: Results) -> str:
 
 
 def draw_newton(results: Results) -> str | None:
-    """Newton's steps over training, where there is a nonlinear layer."""
+    """Draw Newton's steps over training; `None` if no layer is nonlinear."""
     runs = [
         (task, style, record)
         for task in results.tasks
@@ -106,7 +106,7 @@ def _style(results: Results, layer: str) -> dict[str, str]:
 
 
 def _median_losses(record: Record) -> np.ndarray:
-    """Over the seeds that have not diverged by then; NaN if all have."""
+    """Take the median over the seeds that have not diverged yet; NaN if all have."""
     rows = [[v for v in row if v is not None] for row in record["losses"]]
     return np.array([np.median(row) if row else np.nan for row in rows])
 
@@ -122,7 +122,7 @@ def _as_svg(figure: Figure) -> str:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     text = io.StringIO()
-    # Without a salt and with a date, the same results would make another file.
+    # The salt and no date, so that the same results make the same file.
     with matplotlib.rc_context({"svg.hashsalt": "pararnn"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

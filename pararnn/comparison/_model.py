@@ -1,4 +1,4 @@
-"""The model of the comparison: inputs of either kind, blocks, an answer a step."""
+"""The model of the comparison: tokens or features in, blocks, an answer a step."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class SequenceModel(eqx.Module):
       y_t = H \, \mathrm{norm}(x^L_t) + c$$
 
     The blocks are those of [`pararnn.LanguageModel`][]: a mixer over time and a gated
-    MLP, each behind an RMSNorm. Everything but the mixer is the same for all layers.
+    MLP, each after an RMSNorm. Everything except the mixer is the same for all layers.
     """
 
     embedding: Float[Array, "inputs d_model"]
@@ -45,9 +45,9 @@ class SequenceModel(eqx.Module):
         solver: AbstractSolver = Auto(),
         key: PRNGKeyArray,
     ):
-        """**Arguments:** `task`, for the kinds of inputs and outputs; `layer`, as of
+        """**Arguments:** `task`, for the kinds of inputs and outputs; `layer`, as from
         `expand_layer`; `d_model`, `d_hidden` and `depth`, width, width of the
-        MLPs and number of blocks; `solver`, of nonlinear layers; `key`, of
+        MLPs and number of blocks; `solver`, for nonlinear layers; `key`, a key of
         `jax.random`. Embeddings are drawn from $\\mathcal{N}(0, 1)$, maps uniformly
         within $\\pm 1 / \\sqrt{\\text{fan-in}}$.
 
@@ -60,7 +60,7 @@ class SequenceModel(eqx.Module):
         else:
             shape = (task.features or 1, d_model)
             (self.embedding,) = uniform(inwards, 1, shape, shape[0] ** -0.5, dtype)
-            # Without it the norm would make all numbers of one sign the same.
+            # Without a bias, the norm would map all numbers of one sign to one value.
             (self.bias,) = uniform(shift, 1, (d_model,), 1.0, dtype)
 
         def make(key: PRNGKeyArray) -> Block:
@@ -75,16 +75,16 @@ class SequenceModel(eqx.Module):
         self.offset = jnp.zeros(task.outputs, dtype)
 
     def init_state(self) -> PyTree[Array]:
-        """The fresh state of all mixers, stacked over the depth."""
+        """Return the fresh state of all mixers, stacked over the depth."""
         return eqx.filter_vmap(lambda block: block.mixer.init_state())(self.blocks)
 
     def __call__(
         self, inputs: Array
     ) -> tuple[Float[Array, "T outputs"], dict[str, Array]]:
-        """Answers at every step, `[T, outputs]`, and statistics of the solves if there
-        were any, stacked over the depth.
+        """Return answers at every step, `[T, outputs]`, and statistics of the solves,
+        if there were any, stacked over the depth.
 
-        **Arguments:** `inputs`, int `[T]` or real `[T, features]`, as of the task; use
+        **Arguments:** `inputs`, int `[T]` or real `[T, features]`, as in the task; use
         `jax.vmap` for a batch.
         """
         blocks, static = eqx.partition(self.blocks, eqx.is_array)
@@ -106,7 +106,7 @@ class SequenceModel(eqx.Module):
 
 
 def with_solver(model: SequenceModel, solver: AbstractSolver) -> SequenceModel:
-    """The model with another solver in its cells, which it must have."""
+    """Replace the solver of the cells, which the model must have."""
     return eqx.tree_at(
         lambda m: m.blocks.mixer.rnn.solver,
         model,
@@ -121,25 +121,25 @@ def has_solver(model: SequenceModel) -> bool:
 
 
 def count_parameters(model: PyTree) -> int:
-    """How many real numbers are learned."""
+    """Count the real numbers that are learned."""
     leaves = jax.tree.leaves(eqx.filter(model, _is_learned))
     return sum(leaf.size * (1 + jnp.iscomplexobj(leaf)) for leaf in leaves)
 
 
 def count_state(model: SequenceModel) -> int:
-    """How many real numbers the recurrences carry for one sequence."""
+    """Count the real numbers that the recurrences carry for one sequence."""
     shapes = eqx.filter_eval_shape(lambda m: m.init_state(), model)
     return _count_recurrent(model.blocks.mixer, shapes)
 
 
 def count_layer_state(layer: Any) -> int:
-    """How many real numbers the recurrence of a layer carries."""
+    """Count the real numbers that the recurrence of a layer carries."""
     shapes = eqx.filter_eval_shape(lambda m: m.init_state(), layer)
     return _count_recurrent(layer, shapes)
 
 
 def _count_recurrent(layer: Any, state: PyTree) -> int:
-    # Windows of convolutions are left out where a layer tells them apart.
+    # The last inputs, for convolutions, are left out if a layer tells them apart.
     if hasattr(layer, "recurrent_state"):
         state = layer.recurrent_state(state)
     return sum(

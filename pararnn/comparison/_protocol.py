@@ -1,12 +1,14 @@
-"""Under which conditions all layers are compared."""
+"""The conditions under which all layers are compared."""
 
 import dataclasses
 import hashlib
 import json
+import operator
 from types import MappingProxyType
 
 import jax
 
+from .._checks import is_count
 from .tasks import Lengths, Task
 
 
@@ -14,42 +16,41 @@ from .tasks import Lengths, Task
 class Protocol:
     """What is the same for every layer and task of a comparison.
 
-    **Raises:** `ValueError` on a value outside of its range.
+    **Raises:** `ValueError` on a value outside its range.
     """
 
     parameters: int = 16_000
-    """Of a model, maps in and out included."""
+    """Parameters of a model, maps in and out included."""
     state: int | None = None
-    """Real numbers that the recurrence of each layer carries, where all should have as
-    many, without windows of convolutions; what the width of the model makes of it if
-    not given."""
+    """Real numbers that the recurrence of each layer carries, without the last inputs
+    for convolutions. Defaults to what follows from the width of the model."""
     depth: int = 1
-    """Blocks."""
+    """Number of blocks."""
     steps: int = 1_500
-    """Of the optimiser."""
+    """Steps of the optimiser."""
     batch: int = 32
-    """Sequences of a step."""
+    """Sequences in a step."""
     learning_rates: tuple[float, ...] = (1e-2, 3e-2)
-    """Each layer is trained with all of them, and shown with the one whose loss in
-    validation has the lowest median."""
+    """Each layer is trained with all of them; the report shows the one whose validation
+    loss has the lowest median."""
     weight_decay: float = 0.01
-    """Of matrices."""
+    """Weight decay of matrices."""
     seeds: int = 3
     """Independent runs."""
     side_by_side: bool = True
-    """Train the seeds at once, by `jax.vmap`; one after the other if not."""
+    """Train all seeds at once, by `jax.vmap`, rather than one after the other."""
     short: bool = True
-    """Take a task's shorter lengths where it has some."""
+    """Use the shorter lengths of a task if it has some."""
     test_sequences: int = 256
-    """For each length."""
+    """Sequences in the test, for each length."""
     points: int = 20
-    """Of the curves over training."""
+    """Points of the curves over training."""
     cost_lengths: tuple[int, ...] = (128, 512, 2048)
-    """At which time and memory are measured."""
+    """Lengths at which time and memory are measured."""
     cost_batch: int = 8
-    """Sequences when time and memory are measured."""
+    """Sequences in the measurement of time and memory."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of everything that is drawn."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -67,30 +68,30 @@ class Protocol:
         if not 0 <= self.weight_decay < 1:
             raise ValueError(
                 f"Protocol: `weight_decay` is {self.weight_decay!r}, expected a number "
-                "from 0 up to, but without, 1."
+                "in [0, 1)."
             )
 
     def lengths(self, task: Task) -> Lengths:
-        """The lengths of a task under this protocol."""
+        """Return the lengths of a task under this protocol."""
         return task.short if self.short and task.short else task.lengths
 
     def fingerprint(self, task: Task | None = None) -> str:
-        """A hash of all that results depend on: this, the lengths, JAX, the device."""
+        """Hash all that results depend on: this, the lengths, JAX and the device."""
         values = dataclasses.asdict(self)
         if task is None:
             values = {k: v for k, v in values.items() if k in COST}
         else:
             values = {k: v for k, v in values.items() if k not in ONLY_COST}
             values["lengths"] = dataclasses.asdict(self.lengths(task))
-        # Which rates there are beside it changes nothing for a run with one of them.
+        # A run with one rate does not depend on which others there are.
         values.pop("learning_rates", None)
         values["jax"] = jax.__version__
         values["device"] = jax.devices()[0].device_kind
-        text = json.dumps(values, sort_keys=True)
+        text = json.dumps(values, sort_keys=True, default=operator.index)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-# Least values: 0.0 of numbers above it, others of whole numbers from there.
+# Lower bounds: 0.0 is excluded, and for numbers; the others are for whole numbers.
 LEAST = {
     "parameters": 1,
     "state": 1,
@@ -112,7 +113,7 @@ COST = ("parameters", "state", "depth", "seed", *ONLY_COST)
 def _fits(value, least: float) -> bool:
     if isinstance(least, float):
         return isinstance(value, int | float) and least < value < float("inf")
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return is_count(value, int(least))
 
 
 BUDGETS: MappingProxyType[str, Protocol] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""What a comparison found: the records of its last call, sorted."""
+"""The results of a comparison: the records of its last call, sorted."""
 
 import dataclasses
 import math
@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from .._records import Record, find, read_records
+from .._jsonl import Record, find, read_records
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
     """The records that belong to the last call of `compare` in a file.
 
-    **Attributes:** `header`, what was asked for, and where it ran; `trainings`, for
-    each layer and task the records of all learning rates, as far as there are any;
-    `costs`, for each layer its record, if there is one.
+    **Attributes:** `header`, the arguments of the call and the machine; `trainings`,
+    the records of all learning rates for each layer and task, as far as there are any;
+    `costs`, the record of each layer, if there is one.
     """
 
     header: Record
@@ -25,21 +25,21 @@ class Results:
 
     @property
     def layers(self) -> list[str]:
-        """As they were asked for."""
+        """In the order of the call."""
         return self.header["layers"]
 
     @property
     def tasks(self) -> list[str]:
-        """As they were asked for."""
+        """In the order of the call."""
         return self.header["tasks"]
 
     def describe(self, task: str) -> dict[str, Any]:
-        """The task's summary, source, metric and lengths."""
+        """Return the task's summary, source, metric and lengths."""
         return self.header["descriptions"][task]
 
     def best(self, layer: str, task: str) -> Record | None:
-        """The run whose learning rate has the lowest median loss in validation; `None`
-        if none has finished."""
+        """Return the run whose learning rate has the lowest median validation loss;
+        `None` if none has finished."""
         finished = [
             record
             for record in self.trainings[layer, task]
@@ -48,7 +48,7 @@ class Results:
         return min(finished, key=validation_loss, default=None)
 
     def scores(self, record: Record, task: str, values: list[float | None]):
-        """Scores of the seeds, where one that diverged counts as guessing.
+        """Return the scores of the seeds; one that diverged counts as guessing.
 
         **Returns:** float `[seeds]`; NaN where nothing was asked.
         """
@@ -62,19 +62,19 @@ class Results:
         )
 
     def best_of(self, scores: np.ndarray, task: str) -> float:
-        """The best of the seeds' scores."""
+        """Return the best of the seeds' scores."""
         higher = self.describe(task)["higher_is_better"]
         return float(np.max(scores) if higher else np.min(scores))
 
 
 def validation_loss(record: Record) -> float:
-    """The median over the seeds; a seed that diverged has an infinite loss."""
+    """Return the median over the seeds; one that diverged has an infinite loss."""
     losses = [math.inf if v is None else v for v in record["validation"]]
     return float(np.median(losses))
 
 
 def load_results(path: Path) -> Results:
-    """The results in a file that `compare` has written.
+    """Load the results from a file of `compare`.
 
     **Raises:** `ValueError` if there are none, or a line is broken.
     """
@@ -83,8 +83,7 @@ def load_results(path: Path) -> Results:
     if header is None:
         raise ValueError(
             f"load_results: no comparison has begun in {path}. Likely cause: another "
-            "folder than that of the comparison. Give the folder that `compare` was "
-            "given."
+            "folder than that of the comparison. Pass the `folder` of `compare`."
         )
     trainings = {
         (layer, task): _runs(records, header, layer, task)
@@ -107,7 +106,7 @@ def load_results(path: Path) -> Results:
 
 
 def _runs(records: list[Record], header: Record, layer: str, task: str) -> list[Record]:
-    """Those of a layer on a task, in the order of the learning rates."""
+    """Return the runs of a layer on a task, in the order of the learning rates."""
     fields = {"kind": "training", "layer": layer, "task": task}
     fields["fingerprint"] = header["fingerprints"][task]
     rates = header["learning_rates"]

@@ -1,24 +1,34 @@
 """The tables of the report."""
 
+import json
 import math
+from importlib.resources import files
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._records import Record
-from ._document import Table
+from .._jsonl import Record
+from .._option_strings import parse_spec
 from ._results import Results, validation_loss
 
 
+class Table(NamedTuple):
+    """Rows of texts under a header."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
 def number(value: float | None) -> str:
-    """A score or a loss."""
+    """Write a score or a loss."""
     if value is None or not math.isfinite(value):
         return "-"
-    # No minus in front of a zero that was rounded.
+    # No minus sign before a rounded zero.
     return f"{value:.3f}".replace("-0.000", "0.000")
 
 
 def overview(results: Results) -> Table:
-    """The median score of every layer on every task, the best seed's behind it."""
+    """Return the median score of every layer on every task, and the best seed's."""
     rows = []
     for layer in results.layers:
         cells = [_score_cell(results, layer, task) for task in results.tasks]
@@ -48,7 +58,7 @@ def _diverged(record: Record) -> str:
 
 
 def by_length(results: Results, task: str) -> Table:
-    """The score at every length of the test: the median over the seeds."""
+    """Return the score at every length of the test: the median over the seeds."""
     edges, rows = results.describe(task)["test"], []
     for layer in results.layers:
         record = results.best(layer, task)
@@ -65,7 +75,7 @@ def by_length(results: Results, task: str) -> Table:
 
 
 def sweep(results: Results) -> Table:
-    """Every run: sizes, loss in validation, score, divergence and time."""
+    """Return every run: validation loss, score, divergence and time."""
     header = (
         "task",
         "layer",
@@ -102,7 +112,7 @@ def _sweep_cells(results: Results, task: str, record: Record) -> tuple[str, ...]
 
 
 def sizes(results: Results) -> Table:
-    """Widths, parameters, and numbers in the state."""
+    """Return widths, parameters, and numbers in the state."""
     rows = []
     for task in results.tasks:
         for layer in results.layers:
@@ -115,7 +125,7 @@ def sizes(results: Results) -> Table:
 
 
 def costs(results: Results, longest: bool = False) -> Table:
-    """Time and memory of the layer alone, at every length, or at the longest."""
+    """Return time and memory of the layer alone, at every length or the longest."""
     header = (
         "layer",
         "width",
@@ -147,3 +157,48 @@ def costs(results: Results, longest: bool = False) -> Table:
 
 
 PASSES = ("forward", "backward")
+
+
+def load_published() -> list[dict[str, Any]]:
+    """Load the entries of `published.json`.
+
+    Each has `task` and `layers` (our names of the published layer, as from
+    `expand_layer`, with no option except the range of eigenvalues), `published` (its
+    published name, or what was proved), `value` (`None` for a proof), `metric`,
+    `setting`, `source`, and `read_at`, the page it was read from.
+    """
+    text = files(__package__ or "").joinpath("published.json").read_text("utf-8")
+    return json.loads(text)
+
+
+def compare_with_published(results: Results) -> Table:
+    """Return published numbers of these layers and tasks beside ours."""
+    rows = [
+        _row(results, entry, layer, record)
+        for entry in load_published()
+        if entry["task"] in results.tasks
+        for layer in results.layers
+        if (record := results.best(layer, entry["task"])) is not None
+        and _kind(record["spec"]) in map(_kind, entry["layers"])
+    ]
+    header = ("task", "published", "ours, median", "metric published", "setting")
+    return Table(header, rows)
+
+
+def _row(results: Results, entry, layer: str, record: Record) -> tuple[str, ...]:
+    task, value = entry["task"], entry["value"]
+    published = "" if value is None else f": {number(value)}"
+    scores = results.scores(record, task, record["score"])
+    return (
+        task,
+        entry["published"] + published,
+        f"{layer}: {number(float(np.median(scores)))}",
+        entry["metric"],
+        f"{entry['setting']}; {entry['source']}, read at {entry['read_at']}",
+    )
+
+
+def _kind(layer: str) -> tuple[str, Any]:
+    """Return what decides in theory: the layer, and its range of eigenvalues."""
+    name, options = parse_spec("_kind", layer)
+    return name, options.get("eigenvalues")

@@ -15,22 +15,20 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ..solver import Ladder, Newton
 from ..training import OptimiserConfig
-from ..training._optimiser import make_optimiser
-from ._data import Data
+from ..training._build import make_optimiser
+from ._data import Data, map_over_seeds, named_key, run_once
 from ._model import SequenceModel, has_solver, with_solver
-from ._once import run_once
-from ._seeds import key_of, over_seeds
 from ._sizes import Size
 from .tasks import Example, Metric
 
-# Newton's method is watched up to so many steps.
+# The most steps of Newton's method that are counted.
 NEWTON_LIMIT = 32
-# Batches that are drawn, and steps that are taken, by one call.
+# The most batches that are drawn, and steps that are taken, by one call.
 MOST_STEPS = 50
 
 
 class _State(NamedTuple):
-    """Of one seed; `diverged` is the step at which it did, or -1."""
+    """The state of one seed; `diverged` is the step at which it diverged, or -1."""
 
     model: SequenceModel
     moments: PyTree
@@ -39,12 +37,13 @@ class _State(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What a training run leaves; lists along its points have an entry for each seed.
+    """The result of a training run; lists inside lists have an entry for each seed.
 
     **Attributes:** `models`, arrays stacked over the seeds; `diverged`, the step at
-    which a seed did, or `None`; `steps`, `losses`, `seconds` and `newton_steps`, the
-    points of the curves: the loss is a mean since the point before, Newton's steps are
-    those that full Newton needs on a batch, up to a limit, empty for linear layers.
+    which each seed diverged, or `None`; `steps`, `losses`, `seconds` and
+    `newton_steps`, the points of the curves: a loss is a mean since the last point;
+    Newton's steps are those that full Newton needs on some sequences, up to a limit,
+    and empty for linear layers.
     """
 
     models: PyTree
@@ -57,11 +56,11 @@ class Training(NamedTuple):
 
 
 class Trainer:
-    """Compiled once for a layer and a task, for any learning rate."""
+    """Trains; compiled once for a layer and a task, for any learning rate."""
 
     def __init__(self, data: Data, size: Size):
         self.data, self.task, self.protocol = data, data.task, data.protocol
-        key = key_of(self.protocol.seed, self.task.name, "model")
+        key = named_key(self.protocol.seed, self.task.name, "model")
 
         @eqx.filter_vmap
         def make(key):
@@ -70,8 +69,8 @@ class Trainer:
             return SequenceModel(self.task, layer, d_model, d_hidden, depth, key=key)
 
         self.models = run_once(make, jr.split(key, self.protocol.seeds))
-        # The schedule is proportional to the rate, and so is the step: with a rate of
-        # one, one program serves them all.
+        # The schedule and the step are proportional to the rate, so one program, with
+        # a rate of one, serves all rates.
         self._optimiser = make_optimiser(
             OptimiserConfig(
                 learning_rate=1.0,
@@ -81,19 +80,19 @@ class Trainer:
             self.protocol.steps,
         )
         self._programs: dict[int, Any] = {}
-        self._watch = eqx.filter_jit(self._count_newton_steps)
+        self._newton = eqx.filter_jit(self._count_newton_steps)
 
     def run(self, rate: float, on_point: Callable[[int, float], None]) -> Training:
         """Train; `on_point(step, loss)` is called at the points of the curves.
 
-        **Raises:** `RuntimeError` if a layer's solver refuses what it is given.
+        **Raises:** `RuntimeError` if a layer's solver fails.
         """
         state, trained, spent, compiling = self._fresh(), [], 0.0, 0.0
-        for pieces in self._stretches():
+        for calls in self._intervals():
             losses = []
-            for start, stop in pieces:
+            for start, stop in calls:
                 batches = self.data.training(start, stop - start)
-                program, seconds = self._jaxpr(state, batches)
+                program, seconds = self._program(state, batches)
                 compiling += seconds
                 begin = time.perf_counter()
                 state, found = jax.block_until_ready(
@@ -102,7 +101,7 @@ class Trainer:
                 spent += time.perf_counter() - begin
                 losses.append(np.asarray(found))
             mean = np.concatenate(losses, 1).mean(1)
-            step = pieces[-1][1]
+            step = calls[-1][1]
             trained.append((step, _numbers(mean), spent, self._newton_steps(state)))
             on_point(step, float(mean.min()))
         steps, losses, seconds, newton = map(list, zip(*trained, strict=True))
@@ -117,17 +116,17 @@ class Trainer:
             compiling,
         )
 
-    def _stretches(self) -> list[list[tuple[int, int]]]:
-        """For each point of the curves the pieces of training that lead up to it."""
+    def _intervals(self) -> list[list[tuple[int, int]]]:
+        """Return, for each point of the curves, the calls `(start, stop)` up to it."""
         steps = self.protocol.steps
-        stretch = -(-steps // self.protocol.points)
-        piece = -(-stretch // -(-stretch // MOST_STEPS))
+        interval = -(-steps // self.protocol.points)
+        call = -(-interval // -(-interval // MOST_STEPS))
         return [
             [
-                (n, min(n + piece, start + stretch, steps))
-                for n in range(start, min(start + stretch, steps), piece)
+                (n, min(n + call, start + interval, steps))
+                for n in range(start, min(start + interval, steps), call)
             ]
-            for start in range(0, steps, stretch)
+            for start in range(0, steps, interval)
         ]
 
     def _fresh(self) -> _State:
@@ -137,7 +136,7 @@ class Trainer:
         return _State(self.models, moments, zeros, zeros - 1)
 
     def _program(self, state: _State, batches: Example) -> tuple[Any, float]:
-        """As many steps as there are batches, and how long compiling them took."""
+        """Return the program of a step for each batch, and the time to compile it."""
         count = batches.mask.shape[1]
         if count in self._programs:
             return self._programs[count], 0.0
@@ -147,7 +146,7 @@ class Trainer:
         return self._programs[count], time.perf_counter() - begin
 
     def _several(self, state: _State, batches: Example, rate: Float[Array, ""]):
-        """The state after all batches, and losses `[seeds, count]`."""
+        """Return the state after all batches, and losses `[seeds, count]`."""
         arrays, static = eqx.partition(state, eqx.is_array)
 
         def train(inputs):
@@ -158,7 +157,7 @@ class Trainer:
 
             return lax.scan(body, *inputs)
 
-        arrays, losses = over_seeds(
+        arrays, losses = map_over_seeds(
             train, (arrays, batches), self.protocol.side_by_side
         )
         return eqx.combine(arrays, static), losses
@@ -167,7 +166,7 @@ class Trainer:
         value_and_grad = eqx.filter_value_and_grad(_mean_loss)
         loss, gradient = value_and_grad(state.model, self.task.metric, batch)
         parameters = eqx.filter(state.model, eqx.is_inexact_array)
-        # optax relies on implicit promotion, which may be an error elsewhere.
+        # optax relies on implicit promotion, which the user may have disabled.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = self._optimiser.update(
                 gradient, state.moments, parameters
@@ -176,8 +175,8 @@ class Trainer:
         updates = jax.tree.map(lambda u: u * rate.astype(u.dtype), updates)
         model = eqx.apply_updates(state.model, updates)
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.diverged < 0)
-        # A seed that diverged stays where it was, so that the others can go on: a
-        # solver refuses states that are not finite, for all of them at once.
+        # A seed that diverged keeps its model, so that the others can continue: a
+        # solver raises on states that are not finite, for all seeds at once.
         model, moments = _select(good, (model, moments), (state.model, state.moments))
         first = ~good & (state.diverged < 0)
         diverged = jnp.where(first, state.step, state.diverged)
@@ -185,10 +184,12 @@ class Trainer:
         return _State(model, moments, state.step + 1, diverged), loss
 
     def _newton_steps(self, state: _State) -> list[float]:
-        """For each seed the mean of Newton's steps on a batch; none if linear."""
+        """Return the mean of Newton's steps for each seed; empty for linear layers."""
         if not has_solver(self.models):
             return []
-        return np.asarray(self._watch(state.model, self.data.watched.inputs)).tolist()
+        return np.asarray(
+            self._newton(state.model, self.data.newton_sample.inputs)
+        ).tolist()
 
     def _count_newton_steps(self, models, inputs) -> Float[Array, " seeds"]:
         newton = Ladder((Newton(),), max_steps=NEWTON_LIMIT)
@@ -197,13 +198,13 @@ class Trainer:
             _, stats = jax.vmap(with_solver(model, newton))(inputs)
             return jnp.mean(stats["num_steps"].astype(jnp.float32))
 
-        return over_seeds(count, models, self.protocol.side_by_side)
+        return map_over_seeds(count, models, self.protocol.side_by_side)
 
 
 def _mean_loss(
     model: SequenceModel, metric: Metric, batch: Example
 ) -> Float[Array, ""]:
-    """Over all answers in a batch."""
+    """Return the mean over all answers in a batch."""
     outputs, _ = jax.vmap(model)(batch.inputs)
     losses = metric.losses(outputs, batch.targets)
     count = jnp.sum(batch.mask.astype(losses.dtype))
@@ -218,5 +219,5 @@ def _select(condition: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 
 
 def _numbers(values: Array) -> list[float | None]:
-    """JSON knows no NaN."""
+    """Write NaN, which JSON does not have, as `None`."""
     return [v if np.isfinite(v) else None for v in np.asarray(values).tolist()]

@@ -15,12 +15,12 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from .._jsonl import Record, Records
 from .._machine import describe_machine
+from .._option_strings import parse_spec
 from .._parameters import check_size
 from .._progress import Progress
-from .._records import Record, Records
 from .._registry import make_by_name
-from .._specs import parse_spec
 from ..cells import ALRNNCell, make_cell
 from ..solver import AbstractSolver, Auto, check_solver
 from ._fit import Forcing, GeneralisedForcing, Recipe, SparseForcing, fit
@@ -117,7 +117,8 @@ def reconstruct(
         observed = len(SYSTEMS[name].start)
         eqx.filter_eval_shape(lambda: _make_models(cell, study, observed, jr.key(0)))
     records = Records(Path(folder) / RESULTS_FILE)
-    with Progress(len(systems) * len(cells) * len(forcings), visible) as progress:
+    runs = len(systems) * len(cells) * len(forcings)
+    with Progress(visible, runs) as progress:
         for name in systems:
             data = _observe(SYSTEMS[name], study)
             run = _Run(records, data, study, Path(folder), progress)
@@ -208,7 +209,9 @@ class _Run:
             self.study.recipe,
             solver=self.study.solver,
             key=second,
-            on_point=lambda step, loss: self.progress.show_step(what, step, loss),
+            on_point=lambda step, loss: self.progress.show_step(
+                step, f"{what}, loss {loss:.4f}"
+            ),
         )
         each = _separate(fitted.models, self.study.runs)
         values = self.data.test.values

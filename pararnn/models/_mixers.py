@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray, PyTree
 
+from .._option_strings import parse_spec
 from .._parameters import check_size, uniform
-from .._registry import make_by_name
+from .._registry import check_name, make_by_name
 from .._rnn import RNN
-from .._specs import parse_spec
 from ..cells import CELLS, make_cell
 from ..solver import AbstractSolver, Auto, check_solver
 from ._block import project
@@ -147,12 +147,9 @@ def make_mixer(
     if name in CELLS:
         solving = {"solver": solver, "throw": throw}
         return CellMixer(d_model, name, dtype=dtype, key=key, **solving, **options)
-    for layers in registered_layers().values():
-        if name in layers:
-            if dtype is not None:
-                options["dtype"] = dtype
-            sizes = {"d_model": d_model, "key": key}
-            return make_by_name("make_mixer", "mixer", layers, name, sizes, options)
-    raise ValueError(
-        f"make_mixer: unknown mixer {name!r}; there are {', '.join(list_mixers())}."
-    )
+    check_name("make_mixer", "mixer", name, list_mixers())
+    layers = next(found for found in registered_layers().values() if name in found)
+    if dtype is not None:
+        options["dtype"] = dtype
+    sizes = {"d_model": d_model, "key": key}
+    return make_by_name("make_mixer", "mixer", layers, name, sizes, options)

@@ -7,12 +7,10 @@ from ._config import (
     ModelConfig as ModelConfig,
     OptimiserConfig as OptimiserConfig,
 )
-from ._curves import draw_curves as draw_curves
-from ._evaluate import evaluate as evaluate
-from ._load import load_model as load_model
-from ._metrics import read_metrics as read_metrics
+from ._metrics import draw_curves as draw_curves, read_metrics as read_metrics
 from ._run import Outcome as Outcome, TrainingFailed as TrainingFailed
-from ._train import train as train
+from ._step import evaluate as evaluate
+from ._train import load_model as load_model, train as train
 from .data import (
     ByteTokenizer as ByteTokenizer,
     Corpus as Corpus,

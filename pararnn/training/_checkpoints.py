@@ -1,4 +1,4 @@
-"""Checkpoints: the training state, the position in the data, and nothing that runs."""
+"""Checkpoints: the training state and the position in the data, without any code."""
 
 import contextlib
 import math
@@ -20,18 +20,18 @@ METRIC = "bits_per_byte"
 
 
 def _score(metrics: dict[str, float]) -> float:
-    """Lower is better; a checkpoint that was not validated is never the best."""
+    """Return a score, lower is better; an unvalidated checkpoint is never the best."""
     return metrics.get(METRIC, math.inf)
 
 
 class Checkpoints:
-    """A folder of checkpoints: the newest ones, and the best.
+    """A folder with the newest checkpoints and the best one.
 
-    A checkpoint appears under its name only when it is complete, so that a run that is
-    killed while it writes leaves none that is broken. Arrays are stored by the name of
-    their place in the state, positions as JSON: loading executes no code.
+    A checkpoint appears under its name only when it is complete, so a run that is
+    killed while it writes leaves no broken one. Arrays are stored by their path in the
+    state, and the position in the data as JSON: loading executes no code.
 
-    **Arguments:** `folder`, made if missing; `keep`, how many of the newest to keep.
+    **Arguments:** `folder`, created if missing; `keep`, how many of the newest to keep.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -59,56 +59,55 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
+        """Return the step of the newest checkpoint; it may still be being written."""
         return self._manager.latest_step()
 
     def on_disk(self) -> int | None:
-        """The newest checkpoint that is written to its end: `latest` counts one that
-        is still being written, and may fail."""
+        """Return the step of the newest checkpoint that is completely on disk."""
         names = [path.name for path in self.folder.iterdir()]
         return max((int(name) for name in names if name.isdigit()), default=None)
 
     def best(self) -> int | None:
-        """The step of the checkpoint that validated best; `None` if none did."""
+        """Return the step with the best validation; `None` if there was none."""
         step = self._manager.best_step()
         validated = step is not None and METRIC in (self._manager.metrics(step) or {})
         return step if validated else None
 
     def path(self, step: int) -> Path:
-        """The folder of one checkpoint."""
+        """Return the folder of one checkpoint."""
         return self.folder / str(step)
 
     def save(
         self, step: int, state: PyTree, data: Any, bits_per_byte: float | None
     ) -> None:
-        """Start to write a checkpoint; the arrays may be given away afterwards.
+        """Start writing a checkpoint; the arrays may be donated afterwards.
 
-        **Arguments:** `state`, any pytree; `data`, the position in the data, as JSON;
-        `bits_per_byte`, of a validation at this step, if there was one.
+        **Arguments:** `state`, any pytree; `data`, the position in the data, for JSON;
+        `bits_per_byte`, the result of the validation at this step, if there was one.
 
         **Raises:** `OSError` if this or an earlier one cannot be written.
         """
-        with _writing():
+        with _as_os_errors():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_by_place(state)),  # pyright: ignore[reportCallIssue]
+                    state=ocp.args.StandardSave(_by_path(state)),  # pyright: ignore[reportCallIssue]
                     data=ocp.args.JsonSave(data),  # pyright: ignore[reportCallIssue]
                 ),
                 metrics={} if bits_per_byte is None else {METRIC: bits_per_byte},
             )
 
     def restore(self, step: int, like: PyTree) -> tuple[PyTree, Any]:
-        """The state and the position in the data of a checkpoint.
+        """Return the state and the position in the data of a checkpoint.
 
         **Arguments:** `like`, a pytree of the shapes, dtypes and shardings to restore;
         its arrays are not read.
 
-        **Raises:** `ValueError` if the checkpoint is of another model, with the first
+        **Raises:** `ValueError` if the checkpoint is of another model; it lists some
         differences.
         """
         arrays, rest = eqx.partition(like, _has_shape)
-        wanted = _by_place(arrays)
+        wanted = _by_path(arrays)
         stored = self._stored(step)
         _check_same(self.path(step), stored, wanted)
         restored = self._manager.restore(
@@ -120,7 +119,7 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        leaves = [restored["state"][place] for place in wanted]
+        leaves = [restored["state"][path] for path in wanted]
         arrays = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
         return eqx.combine(arrays, rest), restored["data"]
 
@@ -130,22 +129,22 @@ class Checkpoints:
         return dict(getattr(tree, "tree", tree))
 
     def wait(self) -> None:
-        """Until everything is written. **Raises:** `OSError` if it cannot be."""
-        with _writing():
+        """Wait for all writes to finish. **Raises:** `OSError` if one failed."""
+        with _as_os_errors():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Wait, and let go of the folder. **Raises:** as `wait`."""
-        with _writing():
+        """Wait, and release the folder. **Raises:** as `wait`."""
+        with _as_os_errors():
             self._manager.close()
 
 
 @contextlib.contextmanager
-def _writing():
-    """One kind of error for a file system that refuses, of Python's and tensorstore's.
+def _as_os_errors():
+    """Turn all errors of the file system into `OSError`.
 
-    The latter are `ValueError`s, some of them raised again by the next call.
+    Those of tensorstore are `ValueError`s; the next call raises some of them again.
     """
     try:
         yield
@@ -157,8 +156,8 @@ def _has_shape(leaf: Any) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def _by_place(tree: PyTree) -> dict[str, Any]:
-    """The array leaves by their places, such as `.model.embedding`."""
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    """Return the array leaves by their paths, such as `.model.embedding`."""
     leaves, _ = jtu.tree_flatten_with_path(eqx.filter(tree, _has_shape))
     return {jtu.keystr(path): leaf for path, leaf in leaves}
 

@@ -1,9 +1,12 @@
-"""What a training run is: everything that its numbers depend on."""
+"""The configuration of a training run: everything that its numbers depend on."""
 
 import dataclasses
 import json
+import operator
 from pathlib import Path
 from typing import Any, Literal
+
+from .._checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,24 +14,24 @@ class ModelConfig:
     """The model."""
 
     mixer: tuple[str, ...] = ("paragru",)
-    """Layers that take turns, by name, with options behind colons."""
+    """Layers that alternate, by name, with options after colons."""
     d_model: int = 192
     """Width."""
     depth: int = 2
     """Blocks."""
     d_hidden: int | None = None
-    """Width of the MLPs; 8/3 of d_model if not given, 0 for none."""
+    """Width of the MLPs; defaults to 8/3 of d_model, 0 for none."""
     solver: Literal["auto", "newton", "sequential"] = "auto"
-    """Of nonlinear mixers."""
+    """Solver of nonlinear mixers."""
     segments: int | None = None
-    """Of Newton's method; every step its own if not given."""
+    """Segments of Newton's method; defaults to one for each step."""
     tied: bool = True
     """Use the embedding as the output matrix."""
     rematerialise: bool = False
     """Keep only the inputs of blocks for the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and of the parameters they meet; solves, scans, norms, logits and
-    the optimiser stay in float32."""
+    """Dtype of activations and of the parameters in their products; solves, scans,
+    norms, logits and the optimiser stay in float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +39,17 @@ class DataConfig:
     """The corpus and how it is cut."""
 
     corpus: str | None = None
-    """A file, folder or glob; Python's standard library if not given."""
+    """A file, folder or glob; defaults to Python's standard library."""
     tokenizer: str | None = None
-    """A file of Hugging Face's tokenizers; bytes if not given."""
+    """A file of Hugging Face's tokenizers; defaults to bytes."""
     length: int = 1024
     """Tokens of a sequence."""
     batch: int = 8
     """Sequences of a microbatch, over all devices."""
     validation: float = 0.05
-    """Share of the documents that is kept for validation."""
+    """Fraction of the documents that is kept for validation."""
     validation_batches: int = 16
-    """Batches to validate on; fewer if there are not so many."""
+    """Batches to validate on, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +60,13 @@ class OptimiserConfig:
     warmup: int = 100
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
-    """Of matrices; vectors and embeddings do not decay."""
+    """Weight decay of matrices; vectors and embeddings do not decay."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     beta1: float = 0.9
     beta2: float = 0.95
     accumulate: int = 1
-    """Microbatches a step."""
+    """Microbatches in a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +74,11 @@ class MeshConfig:
     """How many devices each axis has; all 1 for one device."""
 
     data: int = 1
-    """Sequences of a batch."""
+    """Shards of the sequences of a batch."""
     fsdp: int = 1
-    """Parameters and optimiser state (and sequences of a batch)."""
+    """Shards of parameters and optimiser state (and of the sequences of a batch)."""
     time: int = 1
-    """Steps of a sequence."""
+    """Shards of the steps of a sequence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,23 +92,25 @@ class Config:
     steps: int = 1000
     """Steps of the optimiser."""
     seed: int = 0
-    """Of parameters, the split and the order of the data."""
+    """Seed of parameters, of the split and of the order of the data."""
     validate_every: int = 250
     """Steps between validations."""
     checkpoint_every: int = 250
     """Steps between checkpoints."""
     keep: int = 3
-    """Newest checkpoints to keep, beside the best."""
+    """How many of the newest checkpoints to keep, besides the best."""
 
     def __post_init__(self):
         _check_counts(self)
 
     def to_json(self) -> str:
-        """The configuration as JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        """Return the configuration as JSON."""
+        values = dataclasses.asdict(self)
+        # The function for other types is for NumPy's integers.
+        return json.dumps(values, indent=2, default=operator.index)
 
     def save(self, path: Path) -> None:
-        """Write the JSON to a file, at once or not at all."""
+        """Write the JSON to a file, all at once or not at all."""
         fresh = path.with_suffix(".tmp")
         fresh.write_text(self.to_json() + "\n")
         fresh.replace(path)
@@ -114,20 +119,20 @@ class Config:
     def load(path: Path) -> "Config":
         """Read what `save` wrote.
 
-        **Raises:** `ValueError` if the file is no configuration of this version.
+        **Raises:** `ValueError` if the file is not a configuration of this version.
         """
         try:
             return _build(Config, json.loads(path.read_text()))
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(
-                f"Config.load: {path} is no configuration of this version: {error}. "
+                f"Config.load: {path} is not a configuration of this version: {error}. "
                 "Likely causes: (a) another version of pararnn wrote it, (b) it was "
                 "edited by hand."
             ) from error
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ, by their dotted names: old and new value."""
+    """Return the fields that differ, by their dotted names: old and new value."""
     before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
     return {k: (before[k], after[k]) for k in before if before[k] != after[k]}
 
@@ -171,11 +176,7 @@ def _check_counts(config: Config) -> None:
     }
     values = _flat(dataclasses.asdict(config))
     for name, bound in least.items():
-        if not isinstance(values[name], int) or values[name] < bound:
-            raise ValueError(
-                f"Config: `{name}` is {values[name]!r}, expected a whole number of at "
-                f"least {bound}."
-            )
+        check_count("Config", name, values[name], least=bound)
     positive = ("optimiser.learning_rate", "optimiser.clip")
     for name in positive:
         if not 0 < values[name] < float("inf"):

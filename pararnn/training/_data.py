@@ -1,4 +1,4 @@
-"""The batches that a configuration asks for."""
+"""Make the batches that a configuration asks for."""
 
 import math
 from collections.abc import Iterator
@@ -25,12 +25,12 @@ class Data(NamedTuple):
 
 
 def bits_per_nat(packed: Packed) -> float:
-    """What a mean loss in nats is multiplied by to be in bits per byte."""
+    """Return the factor from a mean loss in nats to bits per byte."""
     return 1 / (math.log(2) * packed.bytes_per_target)
 
 
 def make_tokenizer(config: Config) -> Tokenizer:
-    """Bytes, or the file of the configuration. **Raises:** as `FileTokenizer`."""
+    """Make the tokenizer. **Raises:** as `FileTokenizer`."""
     file = config.data.tokenizer
     return ByteTokenizer() if file is None else FileTokenizer(file)
 
@@ -50,18 +50,19 @@ def open_data(config: Config) -> Data:
 
 
 def training_batches(config: Config, data: Data):
-    """An endless iterator of windows `[microbatches * batch, T]`, whose place can be
-    saved.
+    """Return an endless iterator of windows `[microbatches * batch, T]`, whose position
+    can be saved.
 
-    Every host reads all of them and gives its devices their parts: reading is some
-    thousand times faster than training, and any division of batch and time will do.
+    Every host reads all of them and gives its devices their shards: reading is about a
+    thousand times faster than training, and batch and time can be sharded in any way.
     """
     size = config.data.batch * config.optimiser.accumulate
     return iter(make_batches(data.training, size, seed=config.seed))
 
 
 def validation_batches(config: Config, data: Data) -> Iterator[Window]:
-    """The same windows at every call, `[batch, T]`, at most `validation_batches`."""
+    """Yield the same windows at every call, `[batch, T]`, at most
+    `validation_batches` batches."""
     batches = make_batches(
         data.validation,
         config.data.batch,

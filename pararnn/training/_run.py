@@ -1,4 +1,4 @@
-"""A run while it is in memory: the loop."""
+"""The training loop."""
 
 import contextlib
 import dataclasses
@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from ._build import abstract_state, new_state
+from .._progress import Progress
+from ._build import Placement, abstract_state, make_optimiser, make_sharded, new_state
 from ._checkpoints import Checkpoints
 from ._config import Config
-from ._curves import draw_curves
 from ._data import (
     Data,
     bits_per_nat,
@@ -21,13 +21,9 @@ from ._data import (
     training_batches,
     validation_batches,
 )
-from ._evaluate import bits_per_byte
-from ._interrupts import Interrupts
-from ._metrics import MetricLog, read_metrics
-from ._optimiser import make_optimiser
-from ._placement import Placement, make_in_place
-from ._progress import Progress
-from ._step import Batch, TrainState, make_train_step, make_validation
+from ._metrics import MetricLog, draw_curves, read_metrics
+from ._signals import Interrupts
+from ._step import Batch, TrainState, bits_per_byte, make_train_step, make_validation
 
 CONFIG = "config.json"
 
@@ -40,9 +36,9 @@ class TrainingFailed(RuntimeError):
 class Outcome:
     """How a call of `train` ended.
 
-    `step` counts the optimiser's steps so far; `finished` is whether these are all;
-    `signal` names the signal that ended it early; `bits_per_byte` is the last
-    validation's; `checkpoint` the newest checkpoint.
+    `step` is the number of the optimiser's steps so far; `finished` is whether these
+    are all; `signal` is the name of the signal that ended it early; `bits_per_byte` is
+    the result of the last validation; `checkpoint` is the newest checkpoint.
     """
 
     step: int
@@ -52,8 +48,8 @@ class Outcome:
     checkpoint: Path | None
 
 
-class Taken(NamedTuple):
-    """A step that is under way or done: what it will say, and how long it took."""
+class StepRecord(NamedTuple):
+    """The number of a step, its metrics (perhaps still computed) and its duration."""
 
     step: int
     metrics: dict[str, Array]
@@ -65,20 +61,21 @@ class Run:
 
     def __init__(self, config: Config, folder: Path):
         self.config, self.folder = config, folder
-        # Before anything is written: most mistakes in a configuration show here.
+        # Before anything is written: most mistakes in a configuration show up here.
         self.data: Data = open_data(config)
         self.placement = Placement(config.mesh)
         folder.mkdir(parents=True, exist_ok=True)
         self.batches = training_batches(config, self.data)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep)
         self.step, self.state = self._restore()
-        # Of several hosts one writes; checkpoints are written by all.
-        self.leads = jax.process_index() == 0
-        if self.leads:
+        # One host writes the log; all of them write checkpoints.
+        self.is_main_process = jax.process_index() == 0
+        if self.is_main_process:
             config.save(folder / CONFIG)
-        self.log = MetricLog(folder, self.step) if self.leads else None
+        self.log = MetricLog(folder, self.step) if self.is_main_process else None
         self.seconds = _seconds_of(read_metrics(folder))
         self.bits_per_byte: float | None = None
+        self.last_numbers = ""
         optimiser = make_optimiser(config.optimiser, config.steps)
         self.train_step = make_train_step(
             optimiser, config.model.precision, self.placement.state
@@ -89,17 +86,15 @@ class Run:
         size = self.data.tokenizer.vocab_size
         step = self.checkpoints.latest()
         if step is None:
-            return 0, make_in_place(
-                lambda: new_state(self.config, size), self.placement
-            )
-        like = self.placement.describe(abstract_state(self.config, size))
+            return 0, make_sharded(lambda: new_state(self.config, size), self.placement)
+        like = self.placement.with_shardings(abstract_state(self.config, size))
         state, place = self.checkpoints.restore(step, like)
         self.batches.set_state(place)
         return step, state
 
-    def last_good(self) -> str:
-        """Where to go on from, as a sentence."""
-        # The newest may still be under way; one that fails is not on the disk.
+    def resume_point(self) -> str:
+        """Return a sentence that says where to continue from."""
+        # A write may still be in progress; one that fails leaves nothing on disk.
         with contextlib.suppress(OSError):
             self.checkpoints.wait()
         step = self.checkpoints.on_disk()
@@ -107,13 +102,14 @@ class Run:
             return "There is no checkpoint yet."
         return f"The last good checkpoint is {self.checkpoints.path(step)}."
 
-    def go(self, interrupts: Interrupts, show_progress: bool) -> Outcome:
+    def train(self, interrupts: Interrupts, show_progress: bool) -> Outcome:
         """Train until the last step, or until a signal asks to stop."""
-        bar = Progress(self.config.steps, self.step, show_progress and self.leads)
+        bar = Progress(show_progress and self.is_main_process)
         with self.placement.context(), bar as progress:
+            progress.begin("compiling", self.config.steps, self.step)
             self._loop(interrupts, progress)
         self.checkpoints.wait()
-        if self.leads:
+        if self.is_main_process:
             draw_curves(self.folder)
         newest = self.checkpoints.latest()
         return Outcome(
@@ -132,24 +128,24 @@ class Run:
             self.step += 1
             validating = self._is_due(self.config.validate_every)
             saving = validating or self._is_due(self.config.checkpoint_every)
-            # One step behind, so that the next is under way while this is written.
+            # One step late, so that the next step runs while this one is written.
             if pending is not None:
-                self._record(pending, progress)
+                self._write_record(pending, progress)
             if saving or interrupts.asked:
                 jax.block_until_ready(metrics)
             now = time.perf_counter()
-            pending, started = Taken(self.step, metrics, now - started), now
+            pending, started = StepRecord(self.step, metrics, now - started), now
             if saving or interrupts.asked:
-                self._record(pending, progress)
+                self._write_record(pending, progress)
                 self._save(progress, validate=validating)
                 pending, started = None, time.perf_counter()
         if pending is not None:
-            # A signal that came after the last look at it.
-            self._record(pending, progress)
+            # A signal came after the loop last checked for one.
+            self._write_record(pending, progress)
             self._save(progress, validate=False)
 
     def next_batch(self) -> Batch:
-        """What the next step is taken on: leaves `[microbatches, batch, T]`."""
+        """Return the batch of the next step: leaves `[microbatches, batch, T]`."""
         count = self.config.optimiser.accumulate
         window: dict[str, Any] = dict(next(self.batches))
         cut = {k: v.reshape(count, -1, v.shape[-1]) for k, v in window.items()}
@@ -158,37 +154,41 @@ class Run:
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
-    def _record(self, taken: Taken, progress: Progress) -> None:
-        """Write the metrics of a step, once it has been taken."""
-        metrics = {name: float(value) for name, value in taken.metrics.items()}
+    def _write_record(self, record: StepRecord, progress: Progress) -> None:
+        """Write the metrics of a step; waits until it is done."""
+        metrics = {name: float(value) for name, value in record.metrics.items()}
         if not all(math.isfinite(metrics[k]) for k in ("loss", "gradient_norm")):
             raise TrainingFailed(
-                f"train: step {taken.step} has a loss of {metrics['loss']} and a "
-                f"gradient of norm {metrics['gradient_norm']}. {self.last_good()} "
-                "Likely causes: (a) the learning rate is too high, or the warm-up too "
-                "short; (b) a cell whose state grows without bound. Lower "
-                "`optimiser.learning_rate`, and call again with `resume`."
+                f"train: step {record.step} has a loss of {metrics['loss']} and a "
+                f"gradient of norm {metrics['gradient_norm']}. "
+                f"{self.resume_point()} Likely causes: (a) the learning rate is too "
+                "high, or the warm-up too short; (b) a cell whose state grows without "
+                "bound. Lower `optimiser.learning_rate`, and call again with `resume`."
             )
         data = self.config.data
         tokens = data.length * data.batch * self.config.optimiser.accumulate
-        self.seconds += taken.seconds
+        self.seconds += record.seconds
         values = {
             "loss": metrics["loss"],
             "bits_per_byte": metrics["loss"] * bits_per_nat(self.data.training),
             **metrics,
-            "tokens_per_second": tokens / taken.seconds,
+            "tokens_per_second": tokens / record.seconds,
             "seconds": self.seconds,
         }
         if self.log is not None:
-            self.log.write(taken.step, values)
-        progress.show_step(taken.step, values)
+            self.log.write(record.step, values)
+        self.last_numbers = _describe_step(values)
+        progress.show_step(record.step, self.last_numbers)
 
     def _save(self, progress: Progress, *, validate: bool) -> None:
         score = self._validate() if validate else None
         self.checkpoints.save(self.step, self.state, self.batches.get_state(), score)
         if score is not None:
             self.bits_per_byte = score
-            progress.show_validation(self.step, score)
+            progress.print(
+                f"step {self.step}: {score:.4f} bits/byte in validation; "
+                f"{self.last_numbers}"
+            )
         if score is not None and self.log is not None:
             self.log.write(self.step, {"validation_bits_per_byte": score})
             draw_curves(self.folder)
@@ -203,12 +203,24 @@ class Run:
         )
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         if self.log is not None:
             self.log.close()
-        # What could not be written has been said by `wait`, or is being said.
+        # `wait` has raised, or is raising, what could not be written.
         with contextlib.suppress(OSError):
             self.checkpoints.close()
+
+
+def _describe_step(values: dict[str, Any]) -> str:
+    """Return the numbers of a step that the progress bar shows."""
+    parts = [
+        f"loss {values['loss']:.3f}",
+        f"{values['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if "newton_steps" in values:
+        parts.append(f"Newton {values['newton_steps']:.0f}")
+        parts.append(f"residual {values['residual']:.0e}")
+    return ", ".join(parts)
 
 
 def _seconds_of(lines: list[dict[str, Any]]) -> float:

@@ -1,23 +1,26 @@
-"""One step of training, and a validation: compiled, on batches of windows."""
+"""One step of training, and validation: compiled, on batches of sequences."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int32, PyTree
 
 from .._parameters import wide_dtype
 from ..models import LanguageModel, cast
+from ._data import bits_per_nat
+from .data import Packed, make_batches
 
 # Leaves [microbatches, batch, T]; see `Window`.
 Batch = Mapping[str, Any]
 
-# Metrics of the solves of all blocks, sequences and microbatches: the statistic, and
-# how it is taken together.
+# Metrics over the solves of all blocks, sequences and microbatches: the statistic of a
+# solve, and the reduction.
 OVER_SOLVES = {
     "newton_steps": ("num_steps", jnp.max),
     "mean_newton_steps": ("num_steps", jnp.mean),
@@ -27,7 +30,7 @@ OVER_SOLVES = {
 
 
 class TrainState(eqx.Module):
-    """What a step changes: the model, the optimiser's state, and the steps so far."""
+    """What a step updates: the model, the optimiser's state, and the steps so far."""
 
     model: LanguageModel
     optimiser: PyTree
@@ -37,7 +40,7 @@ class TrainState(eqx.Module):
 def fresh_state(
     model: LanguageModel, optimiser: optax.GradientTransformation
 ) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     moments = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
     return TrainState(model, moments, jnp.zeros((), jnp.int32))
 
@@ -45,11 +48,11 @@ def fresh_state(
 def summed_loss(
     model: LanguageModel, batch: Batch, precision: DTypeLike
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """The sum of all scored tokens' losses in nats, and statistics of the solves.
+    """Return the summed loss of scored tokens in nats, and statistics of the solves.
 
     **Arguments:** `batch`, leaves `[batch, T]`: `tokens` and `targets` (integer),
     `reset` (bool), `weights` (real: 1 for a target that is scored, else 0);
-    `precision`, the dtype of activations and of the parameters they meet.
+    `precision`, the dtype of activations and of the parameters in their products.
     """
     lower = cast(model, precision)
 
@@ -64,7 +67,7 @@ def summed_loss(
 
 
 def _summarise(stats: tuple[dict[str, Array], ...]) -> dict[str, Array]:
-    """Over the solves of all blocks and sequences; nothing if there were none."""
+    """Reduce over the solves of all blocks and sequences; empty if there were none."""
     solves = [s for s in stats if s]
     if not solves:
         return {}
@@ -80,12 +83,10 @@ def make_train_step(
     precision: DTypeLike,
     place: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """A compiled `(state, batch) -> (state, metrics)`; it consumes its arguments.
-
-    `place` says where the new state lies.
+    """Make a compiled `(state, batch) -> (state, metrics)` that donates its arguments.
 
     The gradient is that of the mean loss over all scored tokens of all microbatches,
-    which are taken one after the other.
+    which are processed one after the other. `place` shards the new state.
     """
 
     @eqx.filter_jit(donate="all")
@@ -103,7 +104,7 @@ def make_train_step(
         )
         (loss, grads), stats = lax.scan(accumulate, zeros, batch)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        # optax relies on implicit promotion, which may be an error elsewhere.
+        # optax relies on implicit promotion, which the user may have disabled.
         with jax.numpy_dtype_promotion("standard"):
             updates, moments = optimiser.update(
                 grads, state.optimiser, eqx.filter(model, eqx.is_inexact_array)
@@ -117,7 +118,7 @@ def make_train_step(
 
 
 def make_validation(precision: DTypeLike) -> Callable[[Any, Batch], tuple]:
-    """A compiled `(model, batch) -> (summed loss, number of scored tokens)`."""
+    """Make a compiled `(model, batch) -> (summed loss, number of scored tokens)`."""
 
     @eqx.filter_jit
     def validate(model: LanguageModel, batch: Batch):
@@ -125,3 +126,41 @@ def make_validation(precision: DTypeLike) -> Callable[[Any, Batch], tuple]:
         return loss, jnp.sum(batch["weights"].astype(jnp.float32))
 
     return validate
+
+
+def evaluate(
+    model: LanguageModel,
+    packed: Packed,
+    *,
+    batch_size: int = 8,
+    precision: DTypeLike = "float32",
+) -> float:
+    """Return the bits per byte of all windows, each read from a fresh state.
+
+    **Arguments:** `model`; `packed`, the windows, such as those of validation;
+    `batch_size`, how many to read at once; `precision`, dtype of the activations.
+
+    **Raises:** `ValueError` if the model knows fewer tokens than the tokenizer has, and
+    what `make_batches` raises.
+    """
+    if packed.tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"evaluate: the tokenizer has {packed.tokenizer.vocab_size} tokens, the "
+            f"model knows {model.vocab_size}. Likely cause: the model was trained with "
+            "another tokenizer."
+        )
+    batches = make_batches(packed, batch_size, shuffle=False, epochs=1)
+    return bits_per_byte(make_validation(precision), model, batches, packed)
+
+
+def bits_per_byte(
+    validate: Callable[[Any, Batch], tuple],
+    model: LanguageModel,
+    batches: Iterable[Any],
+    packed: Packed,
+) -> float:
+    """Return the mean over the scored tokens of batches of `packed`."""
+    # Fetched at the end, so that a batch is read while the previous one is computed.
+    sums = [validate(model, batch) for batch in batches]
+    losses, counts = np.asarray(sums, np.float64).sum(0)
+    return float(losses / counts) * bits_per_nat(packed)

@@ -1,6 +1,5 @@
-"""Problems that tell recurrences apart, generated or from real bytes and images."""
+"""Tasks that tell recurrences apart, generated or from real bytes and images."""
 
-from ._metric import Metric as Metric
 from ._registry import (
     IMAGE_TASKS as IMAGE_TASKS,
     list_tasks as list_tasks,
@@ -9,6 +8,7 @@ from ._registry import (
 from ._task import (
     Example as Example,
     Lengths as Lengths,
+    Metric as Metric,
     Sampler as Sampler,
     Scored as Scored,
     Task as Task,

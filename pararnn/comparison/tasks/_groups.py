@@ -9,9 +9,7 @@ from jax import lax
 from jaxtyping import Int
 
 from ..._parameters import check_size
-from ._draw import integers, within
-from ._metric import Metric
-from ._task import Example, Lengths, Sampler, Task
+from ._task import Example, Lengths, Metric, Sampler, Task, integers, within
 
 Generators = Literal["all", "swaps", "cycles"]
 Permutation = tuple[int, ...]
@@ -42,12 +40,12 @@ GROUPS = {
 
 TRAIN, LONG = 128, (128, 192, 256, 384, 512)
 
-# By how many points an element moves: a swap is what moves two, a cycle three.
+# How many points an element moves: a swap moves two, a cycle three.
 MOVED = {"all": None, "swaps": 2, "cycles": 3}
 
 
 def multiplication_table(elements: list[Permutation]) -> Int[np.ndarray, "n n"]:
-    """Entry `[i, j]` is the number of the element that is j after i."""
+    """Return the table with the index of "element j after element i" at `[i, j]`."""
     places = {element: number for number, element in enumerate(elements)}
     return np.array(
         [[places[tuple(q[i] for i in p)] for q in elements] for p in elements],
@@ -64,23 +62,23 @@ def _generate(where: str, elements: list[Permutation], kind: str) -> np.ndarray:
     chosen = [n for n, m in enumerate(moved) if MOVED[kind] in (None, m)]
     if not chosen:
         raise ValueError(
-            f"{where}: the group has no {kind}; take another group, or another kind of "
+            f"{where}: the group has no {kind}; take another group, or other "
             f"`generators`; there are {', '.join(MOVED)}."
         )
     return np.array(chosen, np.int32)
 
 
 def _reached(table: np.ndarray, generators: np.ndarray) -> int:
-    """How many elements a long product may be, if its length is known."""
+    """Count the elements that a long product of a known length may be."""
     reached = np.array([0])
-    # A subgroup of at most 120 elements: all of them are reached long before that.
+    # The subgroup has at most 120 elements, all of which are reached long before that.
     for _ in range(len(table)):
         reached = np.unique(table[np.ix_(reached, generators)])
     return len(reached)
 
 
 def _words(table: np.ndarray, generators: np.ndarray, tokens: int) -> Sampler:
-    """Each element as its token, then `tokens - 1` fillers: the last token there is."""
+    """Sample elements, each as its token and `tokens - 1` fillers (the last token)."""
 
     def sample(key, size, length):
         numbers = integers(key, -(-size // tokens), len(generators))

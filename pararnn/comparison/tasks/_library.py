@@ -11,9 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ..._parameters import check_size
-from ._draw import within
-from ._metric import Metric
-from ._task import Example, Lengths, Task
+from ._task import Example, Lengths, Metric, Task, within
 
 PACKAGES = (
     "asyncio",
@@ -26,27 +24,27 @@ PACKAGES = (
     "xml",
 )
 PAD = 256
-# Functions of fewer bytes say little about where they come from.
+# Functions of fewer bytes say little about their package.
 SHORTEST = 64
 SOURCE = "The bytes of the standard library that runs this"
 
 
 def _corpus():
-    # Grain and Orbax come with it, which other tasks need not wait for.
+    # This also imports grain and Orbax, which other tasks do not need.
     from ...training.data import find_corpus
 
     return find_corpus()
 
 
 def _split(names: Sequence[bytes]) -> np.ndarray:
-    """For each 0, 1 or 2, by a hash of it: training, validation and test."""
+    """Return 0 (training), 1 (validation) or 2 (test) for each name, by its hash."""
     hashes = [hashlib.sha256(name).digest()[:8] for name in names]
-    share = np.array([int.from_bytes(h, "big") / 2**64 for h in hashes])
-    return np.digitize(share, (0.8, 0.9))
+    fractions = np.array([int.from_bytes(h, "big") / 2**64 for h in hashes])
+    return np.digitize(fractions, (0.8, 0.9))
 
 
-def _stretch(data, ends, key, size, length):
-    """A window of a stream, up to the end of the document that it begins in."""
+def _read_window(data, ends, key, size, length):
+    """Draw a sequence from a stream; its mask ends where the first document does."""
     start = jr.randint(key, (), 0, len(data) - size - 1, jnp.int32)
     step = start + jnp.arange(size + 1, dtype=jnp.int32)
     window = data[step].astype(jnp.int32)
@@ -57,7 +55,7 @@ def _stretch(data, ends, key, size, length):
 
 @functools.cache
 def _streams(megabytes: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """For training, validation and test: bytes, and where documents end in them."""
+    """Return bytes, and where documents end, for training, validation and test."""
     corpus = _corpus()
     sides = _split([name.encode() for name in corpus.names])
     order = np.random.default_rng(0).permutation(len(corpus))
@@ -78,7 +76,7 @@ def library_text(*, megabytes: int = 4) -> Task:
     """The next byte of Python source."""
     megabytes = check_size("library_text", "megabytes", megabytes)
     train, validation, test = (
-        jtu.Partial(_stretch, jnp.asarray(data), jnp.asarray(ends))
+        jtu.Partial(_read_window, jnp.asarray(data), jnp.asarray(ends))
         for data, ends in _streams(megabytes)
     )
     return Task(
@@ -99,7 +97,7 @@ def library_text(*, megabytes: int = 4) -> Task:
 
 
 def _functions(source: bytes) -> list[bytes]:
-    """The source of every function and method that is not inside of another one."""
+    """Return the source of every function and method that is not inside another."""
     lines, found = source.splitlines(keepends=True), []
 
     def visit(node):
@@ -115,7 +113,7 @@ def _functions(source: bytes) -> list[bytes]:
 
 @functools.cache
 def _functions_by_package() -> tuple[tuple[tuple[bytes, ...], ...], ...]:
-    """For training, validation and test, and every package: functions."""
+    """Return the functions of every package, for training, validation and test."""
     corpus = _corpus()
     found = [[[] for _ in PACKAGES] for _ in range(3)]
     for document, name in enumerate(corpus.names):
@@ -123,16 +121,16 @@ def _functions_by_package() -> tuple[tuple[tuple[bytes, ...], ...], ...]:
         if package in PACKAGES and "/" in name:
             text = corpus.read(document, 0, int(corpus.sizes[document]))
             functions = _functions(text)
-            # Some packages have few files, so functions are split, not files. A
-            # function that stands in several places is on one side.
+            # Some packages have few files, so functions are split rather than files.
+            # All copies of a function are on the same side.
             for side, function in zip(_split(functions), functions, strict=True):
                 found[side][PACKAGES.index(package)].append(function)
     return tuple(tuple(map(tuple, side)) for side in found)
 
 
 def _pack(packages: tuple[tuple[bytes, ...], ...], size: int):
-    """The first `size` bytes of functions, int16 `[packages, functions, size]`, their
-    lengths, and how many functions a package has; padded with the last."""
+    """Return the first `size` bytes of functions, int16 `[packages, functions, size]`
+    padded with `PAD`, their lengths, and how many functions a package has."""
     counts = np.array([len(functions) for functions in packages], np.int32)
     texts = np.full((len(packages), counts.max(), size), PAD, np.int16)
     lengths = np.zeros(texts.shape[:2], np.int32)
@@ -146,7 +144,7 @@ def _pack(packages: tuple[tuple[bytes, ...], ...], size: int):
 
 def _classify(texts, lengths, counts, key, size, length):
     which, draw = jr.split(key)
-    # Each package is as likely as any other, however many functions it has.
+    # All packages are equally likely, however many functions they have.
     package = jr.randint(which, (), 0, len(counts), jnp.int32)
     function = jr.randint(draw, (), 0, counts[package], jnp.int32)
     inputs = texts[package, function, :size].astype(jnp.int32)
@@ -164,7 +162,7 @@ def library_package() -> Task:
         raise ValueError(
             f"library_package: no functions in {', '.join(sorted(empty))}. Likely "
             "cause: this Python was installed without the source of parts of its "
-            "library. Install it whole, or leave this task out."
+            "library. Install all of it, or leave this task out."
         )
     lengths, short = (
         Lengths((256, 256), (64, 128, 256, 512)),

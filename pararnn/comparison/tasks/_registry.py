@@ -1,23 +1,27 @@
 """Tasks by name."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from types import MappingProxyType
 
-from ..._specs import parse_spec
-from ._arithmetic import modular_arithmetic, modular_arithmetic_brackets
-from ._arrows import arrow_pointing
-from ._copying import copying, selective_copying
-from ._counting import count_modulo, cycle_navigation, even_pairs, parity, sum_modulo
-from ._digits import digits
+from ..._option_strings import parse_spec
+from ..._registry import make_by_name
+from ._formal import (
+    count_modulo,
+    cycle_navigation,
+    even_pairs,
+    modular_arithmetic,
+    modular_arithmetic_brackets,
+    parity,
+    sum_modulo,
+)
 from ._groups import GROUPS, word_problem
+from ._images import arrow_pointing, digits
 from ._library import library_package, library_text
-from ._numbers import adding, oscillators
-from ._recall import mqar
+from ._memory import adding, copying, mqar, oscillators, selective_copying
 from ._task import Task
 
-# The short forms of `make_task`: what an option without a value stands for.
+# Flags of `make_task`, and the option and value that each stands for.
 FLAGS = {
     "swaps": ("generators", "swaps"),
     "cycles": ("generators", "cycles"),
@@ -47,19 +51,19 @@ TASKS: MappingProxyType[str, Callable[..., Task]] = MappingProxyType(
 )
 
 
-# Those whose sequences are images, unless they are permuted.
+# Tasks whose sequences are images, unless permuted.
 IMAGE_TASKS = ("digits", "arrow_pointing")
 
 
 def list_tasks() -> tuple[str, ...]:
-    """The names that [`pararnn.comparison.make_task`][] knows."""
+    """Return the names that [`pararnn.comparison.make_task`][] knows."""
     return tuple(TASKS)
 
 
 def make_task(spec: str) -> Task:
-    """A task by its name and options.
+    """Make a task by its name and options.
 
-    **Arguments:** `spec`, a name of `list_tasks()` and options behind colons:
+    **Arguments:** `spec`, a name of `list_tasks()` and options after colons:
     `"parity"`, `"sum_modulo:modulus=5"`, `"s5:generators=swaps:tokens=2"`; `swaps`,
     `cycles` and `permuted` are short for `generators=swaps`, `generators=cycles` and
     `permuted=True`.
@@ -70,16 +74,4 @@ def make_task(spec: str) -> Task:
     what the task raises; `ImportError` for the digits without scikit-learn.
     """
     name, options = parse_spec("make_task", spec, FLAGS)
-    if name not in TASKS:
-        raise ValueError(
-            f"make_task: unknown task {name!r}; there are {', '.join(TASKS)}."
-        )
-    known = inspect.signature(TASKS[name]).parameters
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        existing = ", ".join(known) or "none"
-        raise ValueError(
-            f"make_task: {name!r} has no option {', '.join(unknown)}; there are "
-            f"{existing}."
-        )
-    return TASKS[name](**options)
+    return make_by_name("make_task", "task", TASKS, name, {}, options)

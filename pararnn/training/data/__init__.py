@@ -1,13 +1,12 @@
 """Data for language models: files to batches of tokens."""
 
 from ._batches import make_batches as make_batches
-from ._corpus import Corpus as Corpus
-from ._find import find_corpus as find_corpus
+from ._corpus import Corpus as Corpus, find_corpus as find_corpus
 from ._ngram import ngram_bits_per_byte as ngram_bits_per_byte
 from ._packed import Packed as Packed, Window as Window
-from ._stream_text import stream_text as stream_text
 from ._tokenizer import (
     ByteTokenizer as ByteTokenizer,
     FileTokenizer as FileTokenizer,
     Tokenizer as Tokenizer,
+    stream_text as stream_text,
 )

@@ -1,4 +1,4 @@
-"""The tokens of every document: bytes as they are, others encoded once and kept."""
+"""The tokens of all documents, encoded once, and read as one stream."""
 
 import hashlib
 import json
@@ -14,21 +14,21 @@ import numpy as np
 from ._corpus import Corpus
 from ._tokenizer import ByteTokenizer, Tokenizer
 
-# A document is encoded in pieces of at least this many bytes, so that one of any size
-# fits in memory. Part of the key of the cache, as a cut may change the tokens at it.
+# Documents are encoded in pieces of at least this many bytes, so that any size fits in
+# memory. Part of the cache's key, because a cut may change the tokens beside it.
 PIECE = 1 << 24
 
 
 class Encoded(Protocol):
-    """Tokens by document: how many, int64 `[documents]`, and any stretch of them."""
+    """Tokens by document: how many, int64 `[documents]`, and any range of them."""
 
     lengths: np.ndarray
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray: ...
 
 
-class Bytes:
-    """A byte is a token: nothing to encode, and nothing to keep."""
+class BytesAsTokens:
+    """Every byte is a token: there is nothing to encode or to cache."""
 
     def __init__(self, corpus: Corpus):
         self.corpus = corpus
@@ -38,20 +38,19 @@ class Bytes:
         return np.frombuffer(self.corpus.read(document, start, stop), np.uint8)
 
 
-class Kept:
-    """Tokens in a folder: `tokens.npy`, mapped, and `lengths.npy`."""
+class CachedTokens:
+    """Tokens in a folder: `tokens.npy`, memory-mapped, and `lengths.npy`."""
 
     def __init__(self, folder: Path):
         self.lengths = np.load(folder / "lengths.npy")
         self.ends = np.cumsum(self.lengths)
-        # Mapped safely: these files are written before they get their name, and never
-        # after.
+        # Mapping is safe: these files are never written after they get their name.
         self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         if self.tokens.shape != (self.lengths.sum(),):
             raise ValueError(
-                f"Packed: the encoded documents kept in {str(folder)!r} are damaged "
+                f"Packed: the encoded documents in {str(folder)!r} are damaged "
                 f"({self.lengths.sum()} tokens expected, {self.tokens.shape} found). "
-                "Delete the folder; they are then encoded again."
+                "Delete the folder, so that they are encoded again."
             )
 
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -62,9 +61,9 @@ class Kept:
 def encode_corpus(
     corpus: Corpus, tokenizer: Tokenizer, cache: str | os.PathLike[str] | None
 ) -> Encoded:
-    """The tokens of a corpus, from the cache if they are there."""
+    """Return the tokens of a corpus, from the cache if they are there."""
     if isinstance(tokenizer, ByteTokenizer):
-        return Bytes(corpus)
+        return BytesAsTokens(corpus)
     parent = Path(cache).expanduser() if cache is not None else _default_cache()
     folder = parent / _key(corpus, tokenizer)
     if not folder.exists():
@@ -76,10 +75,10 @@ def encode_corpus(
             try:
                 os.rename(made, folder)
             except OSError:
-                # Another process was faster, and wrote the same.
+                # Another process was faster and wrote the same.
                 if not folder.exists():
                     raise
-    return Kept(folder)
+    return CachedTokens(folder)
 
 
 def _default_cache() -> Path:
@@ -109,15 +108,15 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
                 _check_tokens(tokens, tokenizer, name)
                 lengths[document] += len(tokens)
                 file.write(tokens.astype(dtype).tobytes())
-        # NumPy leaves room in the header for a longer shape.
+        # NumPy pads the header, so that a longer shape fits.
         file.seek(0)
         _write_header(file, dtype, int(lengths.sum()))
     np.save(folder / "lengths.npy", lengths)
     if broken:
         warnings.warn(
-            f"Packed: {len(set(broken))} documents are no UTF-8 throughout, "
-            f"{broken[0]!r} for instance; bytes that are not became U+FFFD, since the "
-            "tokenizer is one of text. ByteTokenizer takes any bytes.",
+            f"Packed: {len(set(broken))} documents are not valid UTF-8, "
+            f"{broken[0]!r} for instance; invalid bytes became U+FFFD, because the "
+            "tokenizer takes text. ByteTokenizer takes any bytes.",
             stacklevel=4,
         )
 
@@ -128,12 +127,12 @@ def _write_header(file, dtype: np.dtype, length: int) -> None:
 
 
 def _pieces(corpus: Corpus, document: int) -> Iterator[bytes]:
-    """A document of text, cut at ends of lines where it is long."""
+    """Yield a document, cut at the ends of lines if it is long."""
     size, start, rest = int(corpus.sizes[document]), 0, b""
     while start < size:
         stop = min(start + PIECE, size)
         data = rest + corpus.read(document, start, stop)
-        # Never within a character: without a line's end, before the last lead byte.
+        # Never within a character: without a newline, cut before the last lead byte.
         end = data.rfind(b"\n") + 1 or _last_lead(data)
         if stop == size:
             end = len(data)
@@ -142,7 +141,7 @@ def _pieces(corpus: Corpus, document: int) -> Iterator[bytes]:
 
 
 def _last_lead(data: bytes) -> int:
-    """Where the last character of UTF-8 starts."""
+    """Return where the last UTF-8 character starts."""
     for back in range(1, min(len(data), 4) + 1):
         if data[-back] & 0xC0 != 0x80:
             return len(data) - back
@@ -156,3 +155,40 @@ def _check_tokens(tokens: np.ndarray, tokenizer: Tokenizer, name: str) -> None:
             f"{tokens.max()} for {name!r}, but its `vocab_size` is "
             f"{tokenizer.vocab_size}."
         )
+
+
+class Stream:
+    """All documents in a row, each after a begin token, read by position.
+
+    `starts`, int64 `[documents + 1]`, holds the position of each begin token, then the
+    length of the stream.
+    """
+
+    def __init__(self, encoded: Encoded, order: np.ndarray, begin: int):
+        self.encoded, self.order, self.begin = encoded, order, begin
+        self.starts = np.zeros(len(order) + 1, np.int64)
+        np.cumsum(encoded.lengths[order] + 1, out=self.starts[1:])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens `[start, stop)`, int32, and where documents begin, bool."""
+        tokens = np.empty(stop - start, np.int32)
+        begins = np.zeros(stop - start, bool)
+        place = int(np.searchsorted(self.starts, start, side="right")) - 1
+        at = start
+        while at < stop:
+            base, end = int(self.starts[place]), int(self.starts[place + 1])
+            if at == base:
+                tokens[at - start], begins[at - start] = self.begin, True
+                at += 1
+            end = min(end, stop)
+            # The document's own tokens come after the begin token.
+            first = base + 1
+            if at < end:
+                document = int(self.order[place])
+                found = self.encoded.read(document, at - first, end - first)
+                tokens[at - start : end - start] = found
+            at, place = end, place + 1
+        return tokens, begins

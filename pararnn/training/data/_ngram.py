@@ -1,4 +1,4 @@
-"""What counting short contexts achieves: the score that a model has to beat."""
+"""An n-gram model of bytes: the score that a model has to beat."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,19 +6,19 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from ._checks import check_count
+from ..._checks import check_count
 from ._packed import Packed
 from ._tokenizer import ByteTokenizer
 
 SYMBOLS = 257
-# Seven symbols of 257 are the most that an int64 holds.
+# An int64 holds at most seven symbols of 257.
 LONGEST = 6
-# Tokens at a time; some tens of bytes of memory for each.
-CHUNK = 1 << 22
+# Tokens to process at a time, at a few tens of bytes of memory for each.
+TOKENS_AT_ONCE = 1 << 22
 
 
 class Counts(NamedTuple):
-    """How often each gram, a context and the byte behind it, occurred."""
+    """How often each gram (a context and the byte after it) occurred."""
 
     grams: Int64[np.ndarray, " grams"]
     counts: Int64[np.ndarray, " grams"]
@@ -36,31 +36,31 @@ class Counts(NamedTuple):
 def ngram_bits_per_byte(
     train: Packed, validation: Packed, *, context: int = 2
 ) -> float:
-    r"""Bits per byte of an interpolated n-gram model of bytes, by Witten and Bell.
+    r"""Return the bits per byte of Witten and Bell's n-gram model of bytes.
 
-    With N(c, b) the number of times that byte b followed context c in `train`, N(c) its
-    sum over b, D(c) the number of different bytes that did, and c' the context without
-    its oldest byte,
+    The model is interpolated. With N(c, b) the number of times that byte b followed
+    context c in `train`, N(c) its sum over b, D(c) the number of different bytes that
+    did, and c' the context without its oldest byte,
 
     $$
     P(b \mid c) = \frac{N(c, b) + D(c) \, P(b \mid c')}{N(c) + D(c)},
     $$
 
-    down to the empty context, behind which is the uniform distribution 1/256. What a
-    context with many different successors saw is trusted less. There is nothing to
-    tune. Kneser and Ney's counts would come out somewhat lower, for more code.
+    down to the empty context, whose c' has the uniform distribution 1/256. The counts
+    of a context with many different successors are trusted less. There is nothing to
+    tune. Kneser and Ney's counts would give somewhat fewer bits, for more code.
 
-    The score is that of a model on the same windows: the mean of $-\log_2 P$ over all
-    targets of weight 1 in `validation`, given only what the window and the document
-    have shown, begin token included. Contexts at their starts are shorter.
+    The score is comparable with that of a model on the same windows: the mean of
+    $-\log_2 P$ over all targets of weight 1 in `validation`, given only the bytes
+    before them in the window and the document, begin token included. At the starts of
+    both, contexts are shorter.
 
     **Arguments:**
 
-    - `train`: what is counted, windows or not: all of the stream. Its `length` does not
-        matter.
-    - `validation`: what is scored; `length` as for the model that is compared.
-    - `context`: bytes of context, 0 to 6. "Order 3" is `context=2` where n-grams of
-        three bytes are counted (trigrams), and `context=3` in data compression.
+    - `train`: what is counted: the whole stream, so its `length` does not matter.
+    - `validation`: what is scored; `length` as for the model to compare with.
+    - `context`: bytes of context, 0 to 6. "Order 3" is `context=2` for n-grams of
+        three bytes (trigrams), and `context=3` in data compression.
 
     **Returns:** bits per byte, comparable with
     $\ell / (\log 2 \cdot \mathrm{bytes\_per\_target})$ of a model of any tokenizer on
@@ -75,7 +75,7 @@ def ngram_bits_per_byte(
     """
     for name, packed in (("train", train), ("validation", validation)):
         _check_bytes(name, packed)
-    check_count("ngram_bits_per_byte", "context", context, 0)
+    check_count("ngram_bits_per_byte", "context", context)
     if context > LONGEST:
         raise ValueError(
             f"ngram_bits_per_byte: `context` is {context}, expected at most {LONGEST}: "
@@ -96,7 +96,7 @@ def ngram_bits_per_byte(
 
 
 class _Table:
-    """The counts of one length of context, for lookup."""
+    """The counts for one length of context, for lookup."""
 
     def __init__(self, counts: Counts):
         self.grams, self.counts = counts
@@ -107,7 +107,7 @@ class _Table:
         self.distinct = np.diff(first, append=len(contexts))
 
     def refine(self, keys: np.ndarray, shorter: np.ndarray) -> np.ndarray:
-        """P(b | c) from P(b | c'); the same where c was never seen."""
+        """Return P(b | c) from P(b | c'); the same if c was never seen."""
         total = _find(self.contexts, self.totals, keys // SYMBOLS)
         distinct = _find(self.contexts, self.distinct, keys // SYMBOLS)
         count = _find(self.grams, self.counts, keys)
@@ -116,7 +116,7 @@ class _Table:
 
 
 def _find(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 for those that are not there."""
+    """Return the value of each wanted key, 0 for missing ones."""
     if not len(keys):
         return np.zeros_like(wanted)
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
@@ -124,25 +124,25 @@ def _find(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarra
 
 
 def _count(train: Packed, context: int) -> list[Counts]:
-    """The counts for each length of context, the empty one first."""
+    """Count the grams for each length of context, the empty one first."""
     none = np.zeros(0, np.int64)
     found = [Counts(none, none)] * (context + 1)
-    for start in range(0, train.num_tokens, CHUNK):
+    for start in range(0, train.num_tokens, TOKENS_AT_ONCE):
         overlap = min(start, context)
-        stop = min(start + CHUNK, train.num_tokens)
+        stop = min(start + TOKENS_AT_ONCE, train.num_tokens)
         tokens, begins = train.read(start - overlap, stop)
         grams = _grams(tokens[None], begins[None], context)
         for length, (keys, known) in enumerate(grams):
-            # What overlaps is context here, and was counted before.
+            # The overlap is only context: it was counted before.
             known[:, :overlap] = False
             found[length] = found[length].add(keys[known])
     return found
 
 
 def _windows(packed: Packed) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All windows, tokens and begins `[n, T + 1]`, some at a time."""
+    """Yield all windows, tokens and begins `[n, T + 1]`, some at a time."""
     T = packed.length
-    some = max(1, CHUNK // T)
+    some = max(1, TOKENS_AT_ONCE // T)
     for first in range(0, len(packed), some):
         last = min(first + some, len(packed))
         stream = packed.read(first * T, last * T + 1)
@@ -156,10 +156,11 @@ def _windows(packed: Packed) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def _grams(
     tokens: np.ndarray, begins: np.ndarray, context: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each length of context the gram that ends at each token `[n, length]`.
+    """Yield, for each length of context, the gram that ends at each token `[n, length]`
+    and whether it is valid.
 
-    With it, where it is one: the context lies in the row and in the document, and what
-    it ends in is no begin token. The byte predicted is the lowest digit.
+    It is valid if the context lies in the row and in the document, and the last token
+    is not a begin token. The predicted byte is the lowest digit.
     """
     column = np.arange(tokens.shape[1])[None]
     before = column - np.maximum.accumulate(np.where(begins, column, 0), axis=1)
@@ -178,6 +179,6 @@ def _check_bytes(name: str, packed: Packed) -> None:
         found = packed.tokenizer if isinstance(packed, Packed) else packed
         raise TypeError(
             f"ngram_bits_per_byte: `{name}` is of {found!r:.80}, expected "
-            "`Packed(corpus, ByteTokenizer(), length)`: the model is one of bytes. Its "
+            "`Packed(corpus, ByteTokenizer(), length)`: the model reads bytes. Its "
             "score is comparable with a model of any tokens by `bytes_per_target`."
         )

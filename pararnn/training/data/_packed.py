@@ -1,4 +1,4 @@
-"""Documents packed into windows of one length, any of which can be had at once."""
+"""Documents packed into windows of one length, with random access."""
 
 import operator
 import os
@@ -7,21 +7,19 @@ from typing import Any, SupportsIndex, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from ._checks import check_count
-from ._corpus import Corpus
-from ._encoded import encode_corpus
-from ._hash import hashed
-from ._stream import Stream
+from ..._checks import check_count
+from ._corpus import Corpus, stable_hash
+from ._encoded import Stream, encode_corpus
 from ._tokenizer import Tokenizer
 
 
 class Window(TypedDict):
-    """One example, or with a batch axis in front of each array a batch of them.
+    """One training sequence, or a batch of them with a leading axis on each array.
 
     - `tokens`: int32 `[T]`, what the model reads.
-    - `targets`: int32 `[T]`, what it shall predict at each of them: the next token.
-    - `reset`: bool `[T]`, true where a document begins, as for `reset` of a layer: the
-        state before that token is the fresh one.
+    - `targets`: int32 `[T]`, what it predicts at each of them: the next token.
+    - `reset`: bool `[T]`, true where a document begins, as for `reset` of a layer: it
+        starts from a fresh state there.
     - `weights`: float32 `[T]`, 1 for targets that are scored and 0 for others.
     """
 
@@ -34,8 +32,8 @@ class Window(TypedDict):
 class Packed:
     r"""A corpus as windows of T tokens for a language model.
 
-    The documents in an order that is drawn by `seed`, each behind a begin token, are
-    one stream s of L tokens. Window i is
+    The documents, in a random order and each after a begin token, are one stream s of L
+    tokens. Window i is
 
     $$
     \mathrm{tokens} = s_{iT}, \dots, s_{iT+T-1}, \qquad
@@ -43,25 +41,25 @@ class Packed:
     \qquad i < \lfloor (L - 1) / T \rfloor,
     $$
 
-    so every token but the first is a target once, except for fewer than T at the end of
-    the stream, which are in no window. A window may start within a document; the model
-    then has not seen what came before, and `reset` is false there.
+    so every token except the first is a target once, apart from fewer than T tokens at
+    the end of the stream, which are in no window. A window may start within a document;
+    the model then has not seen the beginning, and `reset` is false there.
 
-    The begin token of the next document is a target of weight 0. Where a document ends
-    is known from its size and not part of its content, so that what is scored is
-    exactly the content, and a mean over it is a mean by byte for bytes.
+    The begin token of the next document is a target of weight 0. The end of a document
+    is known from its size and is not part of its content, so exactly the content is
+    scored; for bytes, the mean over targets is a mean over bytes.
 
     **Arguments:**
 
     - `corpus`: from [`find_corpus`][pararnn.training.find_corpus].
     - `tokenizer`: a [`Tokenizer`][pararnn.training.Tokenizer]. Bytes are read from the
-        files at each use; for any other tokenizer the documents are encoded first, and
-        the tokens kept in a file.
+        files at each use; for any other tokenizer the documents are encoded once, and
+        the tokens stored in a file.
     - `length`: T.
-    - `seed`: of the order of documents.
-    - `cache`: the folder for encoded documents; `$XDG_CACHE_HOME/pararnn/tokens`
-        (`~/.cache` if unset) if not given. What is in it is found again by the
-        tokenizer and the names, sizes and times of the files.
+    - `seed`: seed of the order of documents.
+    - `cache`: the folder for encoded documents. Defaults to
+        `$XDG_CACHE_HOME/pararnn/tokens` (`~/.cache` if unset). Its entries are found
+        by the tokenizer and the names, sizes and times of the files.
 
     **Raises:** `TypeError`, `ValueError` for wrong arguments, or if the corpus is
     shorter than one window; `RuntimeError`, also from `packed[i]`, if a file has
@@ -85,11 +83,12 @@ class Packed:
         _check_corpus(corpus)
         _check_tokenizer(tokenizer)
         self.corpus, self.tokenizer = corpus, tokenizer
-        self.length = check_count("Packed", "length", length, 1)
-        self.seed = check_count("Packed", "seed", seed, 0)
+        check_count("Packed", "length", length, least=1)
+        check_count("Packed", "seed", seed)
+        self.length, self.seed = int(length), int(seed)
         encoded = encode_corpus(corpus, tokenizer, cache)
         names = corpus.names
-        keys = np.array([hashed("order", self.seed, n) for n in names], np.uint64)
+        keys = np.array([stable_hash("order", self.seed, n) for n in names], np.uint64)
         order = np.argsort(keys, kind="stable")
         self._stream = Stream(encoded, order, tokenizer.begin)
         self._scored = int(encoded.lengths.sum())
@@ -111,21 +110,21 @@ class Packed:
 
     @property
     def num_tokens(self) -> int:
-        """L: the length of the stream, one begin token for each document included."""
+        """L: the length of the stream, including a begin token for each document."""
         return len(self._stream)
 
     @property
     def bytes_per_target(self) -> float:
         r"""Bytes for each scored target: 1 for `ByteTokenizer`.
 
-        A mean loss of $\ell$ nats by scored target is $\ell / (\log 2 \cdot r)$ bits
-        per byte, r this ratio.
+        A mean loss of $\ell$ nats per scored target is $\ell / (\log 2 \cdot r)$ bits
+        per byte, where r is this ratio.
         """
         return self.corpus.num_bytes / max(self._scored, 1)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the content of every window, for JSON."""
+        """What the content of every window depends on, for JSON."""
         return {
             "corpus": self.corpus.identity,
             "tokenizer": self.tokenizer.identity,
@@ -136,7 +135,7 @@ class Packed:
     def read(
         self, start: int, stop: int
     ) -> tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """The stream at `[start, stop)`: tokens, and whether a document begins there.
+        """Return tokens `[start, stop)` of the stream, and where documents begin.
 
         **Raises:** `ValueError` if the stream has no such positions.
         """
@@ -148,9 +147,9 @@ class Packed:
         return self._stream.read(start, stop)
 
     def __getitem__(self, index: SupportsIndex) -> Window:
-        """Window `index`, counted from 0.
+        """Return window `index`, counted from 0.
 
-        **Raises:** `IndexError` outside of [0, len); `RuntimeError` if a file has
+        **Raises:** `IndexError` outside [0, len); `RuntimeError` if a file has
         changed.
         """
         i = operator.index(index)
@@ -178,7 +177,7 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
     missing = [name for name in wanted if not hasattr(tokenizer, name)]
     if missing or isinstance(tokenizer, type):
         raise TypeError(
-            f"Packed: `tokenizer` is {tokenizer!r:.80}, which is no tokenizer "
+            f"Packed: `tokenizer` is {tokenizer!r:.80}, which is not a tokenizer "
             f"(missing: {', '.join(missing) or 'the call of the class'}). Expected "
             "`ByteTokenizer()`, `FileTokenizer(path)` or one of your own."
         )

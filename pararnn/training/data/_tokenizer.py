@@ -3,14 +3,14 @@
 import hashlib
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int32
 
-# How published tokenizers call the token in front of a document.
+# What published tokenizers call the token at the beginning of a document.
 BEGINS = (
     "<|begin_of_text|>",
     "<|endoftext|>",
@@ -22,11 +22,11 @@ BEGINS = (
 
 
 class Tokenizer(Protocol):
-    """What the pipeline asks of a tokenizer; nothing need be subclassed.
+    """What the pipeline needs of a tokenizer; there is nothing to subclass.
 
-    - `vocab_size`: tokens are below it.
-    - `begin`: the token put in front of every document.
-    - `identity`: a string that differs wherever `encode` differs. It names the file of
+    - `vocab_size`: tokens are less than it.
+    - `begin`: the token before every document.
+    - `identity`: a string that differs if `encode` differs. It names the file of
         encoded documents, and checkpoints are compared by it.
     """
 
@@ -40,18 +40,18 @@ class Tokenizer(Protocol):
     def identity(self) -> str: ...
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, " n"]:
-        """The tokens of a text, without `begin`."""
+        """Return the tokens of a text, without `begin`."""
         ...
 
     def decode(self, tokens: Sequence[int] | Int32[np.ndarray, " n"]) -> str:
-        """The text of tokens; broken UTF-8 becomes U+FFFD."""
+        """Return the text of tokens; invalid UTF-8 becomes U+FFFD."""
         ...
 
 
 class ByteTokenizer:
     """Every byte is a token, and 256 begins a document: 257 tokens in all.
 
-    Nothing is lost: any file of any encoding is a sequence of these.
+    Nothing is lost: a file of any encoding is a sequence of bytes.
     """
 
     vocab_size = 257
@@ -59,7 +59,7 @@ class ByteTokenizer:
     identity = "bytes"
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, " n"]:
-        """The bytes of `text`, UTF-8 of a string, as int32 `[n]`.
+        """Return the bytes of `text` (UTF-8 of a string), as int32 `[n]`.
 
         **Raises:** `TypeError` if `text` is neither a string nor bytes.
         """
@@ -67,11 +67,11 @@ class ByteTokenizer:
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
     def decode(self, tokens: Sequence[int] | Int32[np.ndarray, " n"]) -> str:
-        """The text of tokens `[n]`.
+        """Return the text of tokens `[n]`.
 
-        Begin tokens have no text. Bytes that are no UTF-8, as where a sequence is cut
-        within a character, become U+FFFD; [`stream_text`][pararnn.training.stream_text]
-        waits for the rest of the character.
+        Begin tokens have no text. Invalid UTF-8, for instance a sequence that is cut
+        within a character, becomes U+FFFD;
+        [`stream_text`][pararnn.training.stream_text] waits for the rest of it.
 
         **Raises:** `TypeError`, `ValueError` if a token is not an integer in [0, 256].
         """
@@ -82,19 +82,19 @@ class ByteTokenizer:
 class FileTokenizer:
     """A tokenizer of Hugging Face's `tokenizers`, from its `tokenizer.json`.
 
-    Text that spells a special token is encoded as text, so that no document can forge
-    one; truncation and padding that the file asks for are off. `decode(encode(text))`
-    is the text if the tokenizer is byte-level; one that normalises (lower case, ...)
-    loses what it normalises.
+    Text that looks like a special token is encoded as text, so that no document can
+    forge one. Truncation and padding are off, even if the file asks for them.
+    `decode(encode(text))` is the text if the tokenizer is byte-level; others may
+    normalise it (lower case, ...).
 
     **Arguments:**
 
     - `path`: the file; `~` is expanded.
-    - `begin`: the token to put in front of documents, for instance `"<s>"`; if not
-        given, the first of the usual names that the file knows.
+    - `begin`: the token to put before documents, for instance `"<s>"`. Defaults to the
+        first of the usual names that the file knows.
 
     **Raises:** `ImportError` without the package `tokenizers`; `FileNotFoundError`;
-    `ValueError` if the file is no tokenizer, or no begin token is found.
+    `ValueError` if the file is not a tokenizer, or no begin token is found.
     """
 
     vocab_size: int
@@ -103,7 +103,7 @@ class FileTokenizer:
 
     def __init__(self, path: str | os.PathLike[str], *, begin: str | None = None):
         self._tokenizer = _load(path)
-        # Set in many published files, where they would cut documents silently.
+        # Many published files set these, which would silently cut documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
@@ -115,7 +115,7 @@ class FileTokenizer:
         self.identity = f"tokenizers {hashlib.sha256(content).hexdigest()}"
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, " n"]:
-        """The tokens of `text`, as int32 `[n]`.
+        """Return the tokens of `text`, as int32 `[n]`.
 
         **Raises:** `TypeError` if `text` is neither a string nor bytes, `ValueError`
         if it is bytes that are not UTF-8.
@@ -126,7 +126,7 @@ class FileTokenizer:
         return np.asarray(ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | Int32[np.ndarray, " n"]) -> str:
-        """The text of tokens `[n]`, of which special ones have none.
+        """Return the text of tokens `[n]`; special ones have none.
 
         **Raises:** `TypeError`, `ValueError` if a token is not an integer in
         [0, vocab_size).
@@ -149,11 +149,11 @@ def _load(path: str | os.PathLike[str]) -> Any:
         raise FileNotFoundError(
             f"FileTokenizer: there is no file {str(file)!r} (looked for from "
             f"{os.getcwd()!r}). Expected the `tokenizer.json` that a `tokenizers` "
-            "tokenizer saves; likely cause: the folder was given."
+            "tokenizer saves; likely cause: this is its folder."
         )
     try:
         return tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises `Exception` itself
+    except Exception as error:  # the package raises plain `Exception`
         raise ValueError(
             f"FileTokenizer: {str(file)!r} could not be read as a tokenizer: {error}. "
             "Likely causes: (a) it is another file of the model (vocab.json, "
@@ -209,3 +209,41 @@ def _as_tokens(where: str, tokens, vocab_size: int) -> np.ndarray:
             "padded to a larger vocabulary; (b) the tokens are of another tokenizer."
         )
     return array
+
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Decode tokens as they arrive, and never yield half a character.
+
+    A token may end within a UTF-8 character. Then only the last U+FFFD of the text so
+    far can still change, so it is held back until it is certain.
+
+    **Arguments:** `tokenizer`; `tokens`, integers, for instance samples of a model.
+
+    **Returns:** an iterator of pieces of text, none empty. Together they are
+    `tokenizer.decode` of all tokens if `decode` maps each token to its bytes, as in
+    byte-level tokenizers.
+
+    **Raises:** as `tokenizer.decode`.
+    """
+    settled: list[int] = []
+    pending: list[int] = []
+    known = 0  # characters of `settled`, and yielded ones of `pending`
+    text = ""
+    for token in tokens:
+        pending.append(int(token))
+        text = tokenizer.decode(settled + pending)
+        sure = text.removesuffix(UNKNOWN)
+        if len(sure) > known:
+            yield sure[known:]
+            known = len(sure)
+        if sure == text and text:
+            # Some decoders treat the first token of a text differently, so a few
+            # settled tokens stay before those to come.
+            settled, pending = pending, []
+            text = tokenizer.decode(settled)
+            known = len(text)
+    if len(text) > known:
+        yield text[known:]

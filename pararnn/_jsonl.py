@@ -1,6 +1,7 @@
-"""Files with a JSON object on each line, which an interrupted run goes on from."""
+"""Files with a JSON object on each line, from which an interrupted run continues."""
 
 import json
+import operator
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,12 +11,12 @@ Record = dict[str, Any]
 
 
 class Records:
-    """The lines of a file, to be searched and added to.
+    """The lines of a file, which can be searched and added to.
 
-    **Arguments:** `path`; it need not exist. A last line that was cut by a crash is
-    dropped.
+    **Arguments:** `path`; the file need not exist. A last line that was cut off by a
+    crash is dropped.
 
-    **Raises:** `ValueError` if another line is no JSON object.
+    **Raises:** `ValueError` if another line is not a JSON object.
     """
 
     def __init__(self, path: Path):
@@ -25,20 +26,22 @@ class Records:
         write_records(path, self.records)
 
     def find(self, **fields: Any) -> Record | None:
-        """The last record that has these values."""
+        """Return the last record that has these values."""
         return find(self.records, **fields)
 
     def append(self, record: Record) -> None:
         """Add a line. **Raises:** `OSError` if the disk is full."""
         with self.path.open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            # The function for other types is for NumPy's integers.
+            line = json.dumps(record, allow_nan=False, default=operator.index)
+            file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
 
 
 def find(records: list[Record], **fields: Any) -> Record | None:
-    """The last of the records that has these values."""
+    """Return the last of the records that has these values."""
     for record in reversed(records):
         if all(record.get(name) == value for name, value in fields.items()):
             return record
@@ -46,9 +49,9 @@ def find(records: list[Record], **fields: Any) -> Record | None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The complete lines of a file; none if it does not exist.
+    """Return the complete lines of a file; none if it does not exist.
 
-    **Raises:** `ValueError` if one of them is no JSON object.
+    **Raises:** `ValueError` if one of them is not a JSON object.
     """
     if not path.exists():
         return []
@@ -61,7 +64,7 @@ def read_records(path: Path) -> list[Record]:
             value = None
         if not isinstance(value, dict):
             raise ValueError(
-                f"{path}, line {number}, is no JSON object. Was it edited by hand? "
+                f"{path}, line {number}, is not a JSON object. Was it edited by hand? "
                 "Remove the line, or the file, and run again."
             )
         found.append(value)
@@ -69,7 +72,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write the file anew, at once or not at all."""
+    """Replace the file by these records, all at once or not at all."""
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(json.dumps(record) + "\n" for record in records))
     os.replace(fresh, path)

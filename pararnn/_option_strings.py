@@ -1,4 +1,4 @@
-"""Names with options, as they are written on a command line."""
+"""Names with options, as written on a command line: `"gru:heads=4"`."""
 
 import ast
 from collections.abc import Mapping
@@ -14,12 +14,13 @@ def parse_spec(
     flags: Mapping[str, tuple[str, Any]] = NONE,
     short: Mapping[str, str] = NONE,
 ) -> tuple[str, dict[str, Any]]:
-    """`"name:option=value:flag"` as a name and its options.
+    """Split `"name:option=value:flag"` into a name and its options.
 
-    **Arguments:** `where`, the caller's name for errors; `flags`, what a part without a
-    value stands for; `short`, short names of options and the long ones.
+    **Arguments:** `where`, the caller's name for errors; `flags`, the option and value
+    that a flag stands for; `short`, from short names of options to long ones.
 
-    **Raises:** `ValueError` on a part that is neither, listing the flags.
+    **Raises:** `ValueError` on a part that is neither an option nor a flag, listing the
+    flags, and on an option that is given twice.
     """
     name, *parts = spec.split(":")
     options = {}

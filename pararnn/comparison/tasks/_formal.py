@@ -1,4 +1,4 @@
-"""Arithmetic modulo a number, without and with brackets."""
+"""Formal languages: counting, and arithmetic modulo a number."""
 
 import jax
 import jax.numpy as jnp
@@ -6,25 +6,121 @@ import jax.random as jr
 from jax import lax
 
 from ..._parameters import check_size
-from ._counting import CHOMSKY, FORMAL
-from ._draw import within
-from ._metric import Metric
-from ._task import Example, Sampler, Task
+from ._task import Example, Lengths, Metric, Sampler, Task, integers, within
 
-# Tokens are the digits, and these behind them.
+FORMAL = Lengths((3, 40), (40, 64, 96, 128, 192, 256))
+CHOMSKY = (
+    'Delétang et al., "Neural Networks and the Chomsky Hierarchy" (2207.02098); '
+    "lengths and score as in Grazzi et al. (2411.12537) and Beck et al. (2405.04517)"
+)
+EVERY_STEP = "The answer is asked for after every step, not only after the last."
+
+
+def _sums(steps: tuple[int, ...], modulus: int) -> Sampler:
+    """Sample tokens, each of which adds its number to a sum."""
+
+    def sample(key, size, length):
+        inputs = integers(key, size, len(steps))
+        sums = jnp.cumsum(jnp.asarray(steps, jnp.int32)[inputs], dtype=jnp.int32)
+        return Example(inputs, sums % modulus, within(size, length))
+
+    return sample
+
+
+def _sum_task(name, summary, source, differs, steps, modulus) -> Task:
+    return Task(
+        name=name,
+        summary=summary,
+        source=source,
+        differs=differs,
+        vocabulary=len(steps),
+        outputs=modulus,
+        metric=Metric("scaled accuracy", 1 / modulus),
+        lengths=FORMAL,
+        train=_sums(steps, modulus),
+    )
+
+
+def parity() -> Task:
+    """Whether the number of ones so far is odd."""
+    summary = "Whether the number of ones so far is odd."
+    return _sum_task("parity", summary, CHOMSKY, EVERY_STEP, (0, 1), 2)
+
+
+def sum_modulo(*, modulus: int = 3) -> Task:
+    """The sum of digits so far, modulo `modulus`."""
+    modulus = check_size("sum_modulo", "modulus", modulus, 2)
+    return _sum_task(
+        "sum_modulo",
+        f"The sum of random digits so far, modulo {modulus}.",
+        "Grazzi et al. (2411.12537), theorem 2: counting modulo 3",
+        EVERY_STEP,
+        tuple(range(modulus)),
+        modulus,
+    )
+
+
+def count_modulo(*, modulus: int = 3) -> Task:
+    """The number of steps so far, modulo `modulus`, when all inputs are the same."""
+    modulus = check_size("count_modulo", "modulus", modulus, 2)
+    return _sum_task(
+        "count_modulo",
+        f"The number of steps so far, modulo {modulus}; all inputs are the same.",
+        "Grazzi et al. (2411.12537), theorem 2: counting modulo 3",
+        EVERY_STEP,
+        (1,),
+        modulus,
+    )
+
+
+def cycle_navigation(*, modulus: int = 5) -> Task:
+    """The place on a cycle after steps forwards, backwards and none."""
+    modulus = check_size("cycle_navigation", "modulus", modulus, 2)
+    return _sum_task(
+        "cycle_navigation",
+        f"The place on a cycle of {modulus} after steps of 0, 1 and -1.",
+        CHOMSKY,
+        EVERY_STEP,
+        (0, 1, -1),
+        modulus,
+    )
+
+
+def even_pairs() -> Task:
+    """Whether neighbours differ an even number of times: first and last are equal."""
+
+    def sample(key, size, length):
+        inputs = integers(key, size, 2)
+        even = (inputs == inputs[:1]).astype(jnp.int32)
+        return Example(inputs, even, within(size, length))
+
+    return Task(
+        name="even_pairs",
+        summary="Whether there are evenly many pairs of different neighbours so far.",
+        source=CHOMSKY,
+        differs=EVERY_STEP,
+        vocabulary=2,
+        outputs=2,
+        metric=Metric("scaled accuracy", 1 / 2),
+        lengths=FORMAL,
+        train=sample,
+    )
+
+
+# The tokens after the digits.
 SYMBOLS = "+-*()"
 PLUS, MINUS, _, OPEN, CLOSE = range(len(SYMBOLS))
 
-# How often a bracket opens, or closes, where both that and something else may stand.
+# How often a bracket opens or closes where another token is possible too.
 BRACKET = 0.3
 
 
 def _write(modulus: int, brackets: bool, key, size: int, length):
-    """The tokens of an expression of `length`, an odd number of tokens.
+    """Write an expression of `length` tokens, an odd number.
 
-    From left to right; a bracket opens only if what is left suffices to close it. With
-    d brackets open, an operand needs d + 1 tokens at least up to the end, and every
-    choice leaves a number of tokens that is d, or d + 1, and a multiple of 2.
+    It is written from left to right; a bracket opens only if enough tokens are left to
+    close it. With d open brackets, an operand needs at least d + 1 tokens up to the
+    end, and every choice leaves d or d + 1 tokens plus a multiple of 2.
     """
 
     def write(carry, inputs):
@@ -55,10 +151,10 @@ def _write(modulus: int, brackets: bool, key, size: int, length):
 
 
 def _evaluate(modulus: int, tokens, depths: int):
-    """The value after every token, and whether the expression is complete there.
+    """Return the value after every token, and whether the expression may end there.
 
-    A bracket's value is `total + term` of what is inside: `term` is the product that
-    is being read, with its sign, and `total` the sum of those before it.
+    A bracket's value is `total + term` of its contents: `term` is the product that is
+    being read, with its sign, and `total` the sum of the products before it.
     """
 
     def read(carry, token):
@@ -89,7 +185,7 @@ def _expressions(modulus: int, brackets: bool) -> Sampler:
         length = length - (1 - length % 2)
         tokens = _write(modulus, brackets, key, size, length)
         inside = within(size, length)
-        # Behind the end the rules may close more than was opened.
+        # After the end, more brackets may be closed than were opened.
         tokens = jnp.where(inside, tokens, 0)
         values, complete = _evaluate(modulus, tokens, size // 2 + 1)
         return Example(tokens, values, complete & inside)
@@ -126,12 +222,12 @@ def modular_arithmetic(*, modulus: int = 5) -> Task:
 
 
 def modular_arithmetic_brackets(*, modulus: int = 5) -> Task:
-    """As `modular_arithmetic`, with brackets, which no finite state suffices for."""
+    """Like `modular_arithmetic`, with brackets, for which no finite state suffices."""
     return _task(
         "modular_arithmetic_brackets",
         modulus,
         True,
         "an expression of digits, +, -, * and brackets",
         "In training the value is asked for wherever the expression could end; the "
-        "test counts the end only. There is no sign in front of a number.",
+        "test counts only the end. Numbers have no sign.",
     )
