@@ -51,7 +51,9 @@ def main() -> int:
         print(f"train_lm.py: {error}", file=sys.stderr)
         return 1
     if outcome.signal:
-        print(f"{outcome.signal}: stopped after step {outcome.step}; --resume continues")
+        print(
+            f"{outcome.signal}: stopped after step {outcome.step}; --resume continues"
+        )
     print(f"{outcome.checkpoint}\n{arguments.out / 'curves.png'}")
     return 0
 
