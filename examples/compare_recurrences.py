@@ -4,9 +4,9 @@
         --tasks parity,s3,mqar --seeds 3 --budget small --out runs/comparison
     python examples/compare_recurrences.py --list
 
-Every layer gets the same number of parameters, the same data and optimiser, and each of
-the same learning rates; seeds are trained side by side. Results go to results.jsonl in
-the folder as they come: run the same command again after an interruption, or with more
+Every layer gets the same number of parameters, the same data and optimiser, and tries
+the same learning rates. Seeds are trained side by side. Results go to results.jsonl in
+the folder as they come. Run the same command again after an interruption, or with more
 layers, and only what is missing is run. Then report.html and report.md are written.
 """
 
@@ -27,7 +27,7 @@ from pararnn.comparison import (
     write_report,
 )
 
-# Options that replace those of the budget.
+# Options that override those of the budget.
 REPLACED = (
     "seeds",
     "parameters",
@@ -45,45 +45,44 @@ class Arguments:
     """A comparison."""
 
     layers: str = "lru,deltanet,deltanet:neg,deltaproduct:nh=2,mamba,gru"
-    """Names, with options behind colons: `deltaproduct:nh=2:heads=2`, `lru:real`."""
+    """Names, with options after colons: `deltaproduct:nh=2:heads=2`, `lru:real`."""
     tasks: str = "parity,s3,mqar"
-    """Names, with options behind colons: `s5:swaps`, `sum_modulo:modulus=5`."""
+    """Names, with options after colons: `s5:swaps`, `sum_modulo:modulus=5`."""
     budget: Literal["small", "medium", "full"] = "small"
-    """How large and how long: what the options below are if not given."""
+    """How large and how long: the defaults of the options below."""
     out: pathlib.Path = pathlib.Path("runs/comparison")
     """Folder of the results and the report."""
     seeds: int | None = None
     """Independent runs."""
     parameters: int | None = None
-    """Of a model."""
+    """Parameters of a model."""
     state: int | None = None
-    """Real numbers in the state of every layer; what the width makes of it if not
-    given."""
+    """Real numbers in the state of every layer; follows from the width by default."""
     depth: int | None = None
     """Blocks of a model."""
     steps: int | None = None
-    """Of the optimiser."""
+    """Steps of the optimiser."""
     batch: int | None = None
-    """Sequences of a step."""
+    """Sequences in a step."""
     learning_rates: tuple[float, ...] | None = None
-    """All of them are tried."""
+    """Learning rates, all of which are tried."""
     seed: int | None = None
-    """Of everything that is drawn."""
+    """Seed of everything that is drawn."""
     report_only: bool = False
-    """Write the report again, of what the folder has."""
+    """Write the report again, from the results in the folder."""
     list: bool = False
-    """List layers and tasks, and do nothing."""
+    """List layers and tasks, and do nothing else."""
 
 
 def make_protocol(arguments: Arguments) -> Protocol:
-    """That of the budget, with the options that were given."""
+    """Return the budget's protocol, with the options that were given."""
     given = {name: getattr(arguments, name) for name in REPLACED}
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(BUDGETS[arguments.budget], **given)
 
 
 def split(names: str) -> list[str]:
-    """The names between commas."""
+    """Return the names between commas."""
     return [name.strip() for name in names.split(",") if name.strip()]
 
 

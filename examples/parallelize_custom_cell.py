@@ -2,11 +2,11 @@
 
     python examples/parallelize_custom_cell.py [--text FILE] [--length 131072]
 
-The cell is the dozen lines of `FastSlowCell` below: channels that adapt to their own
-activity, of no particular importance except that nobody has written a kernel or a
-Jacobian for it. The script finds the structure of its Jacobian, solves the whole
-sequence by Newton's method, checks the answer against the sequential loop, trains the
-cell to predict the next byte, and reports what all of that cost.
+The cell is the dozen lines of `FastSlowCell` below, with channels that adapt to their
+own activity. Nobody has written a kernel or a Jacobian for it, which is why it is here.
+The script finds the structure of its Jacobian, solves the whole sequence by Newton's
+method, checks the answer against the sequential loop, trains the cell to predict the
+next byte, and reports what all of this cost.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ console = Console(width=None if Console().is_terminal else 120)
 
 
 class FastSlowCell(eqx.Module):
-    """A fast variable u, gated, and a slow one s, by which it tires of itself."""
+    """A fast variable u, gated, and a slow one s, which makes u tire."""
 
     gain: jax.Array
     fatigue: jax.Array
@@ -51,7 +51,7 @@ class FastSlowCell(eqx.Module):
 
 
 class ByteModel(eqx.Module):
-    """Predicts the next byte from the fast variables."""
+    """Predict the next byte from the fast variables."""
 
     inputs: tuple[jax.Array, jax.Array, jax.Array]  # [256, width] each
     cell: FastSlowCell
@@ -69,12 +69,12 @@ class ByteModel(eqx.Module):
         self.readout = eqx.nn.Linear(width, 256, key=keys[4])
 
     def prepare(self, text: jax.Array):
-        """What the cell takes: `xs`, leaves `[T, width]`, and `h0`."""
+        """Return the cell's inputs: `xs`, leaves `[T, width]`, and `h0`."""
         zeros = jnp.zeros(self.cell.gain.shape)
         return tuple(table[text] for table in self.inputs), (zeros, zeros)
 
     def loss(self, text: jax.Array):
-        """Mean negative log-likelihood of `text[1:]` in bits per byte."""
+        """Return the mean negative log-likelihood of `text[1:]`, in bits per byte."""
         xs, h0 = self.prepare(text[:-1])
         fast, _ = pararnn.solve(self.cell, xs, h0).states
         logits = jax.vmap(self.readout)(fast)
@@ -86,7 +86,7 @@ class ByteModel(eqx.Module):
 
 
 def load_text(path: pathlib.Path | None, least: int) -> np.ndarray:
-    """Bytes of a file, or of the Python standard library's own source."""
+    """Read a file, or the source of Python's standard library, as bytes."""
     if path is not None:
         data = path.read_bytes()
     else:
@@ -106,7 +106,7 @@ def load_text(path: pathlib.Path | None, least: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to obtain all states of the cell."""
+    """A way to compute all states of the cell."""
 
     name: str
     solver: pararnn.Newton | pararnn.Auto | None  # None: `lax.scan`, JAX's derivative
@@ -145,10 +145,10 @@ METHODS = (
 
 
 def compile_and_time(fn: Callable, *arguments) -> tuple[float, float]:
-    """Median seconds of a compiled call, and the temporary megabytes it uses."""
+    """Return the median seconds of a compiled call, and its temporary megabytes."""
     compiled = jax.jit(fn).lower(*arguments).compile()
     seconds = []
-    # The first call is a warm-up, unless calls are so long that it does not matter.
+    # The first call is a warm-up, unless calls are so long that this does not matter.
     while len(seconds) < 6 and sum(seconds) < 2.0:
         start = time.perf_counter()
         jax.block_until_ready(compiled(*arguments))
@@ -175,7 +175,7 @@ class Outcome:
 
 
 def solve_all(model: ByteModel, text: np.ndarray) -> list[Outcome]:
-    """Every method on the text, each compared with the sequential loop."""
+    """Solve with every method, and compare each with the sequential loop."""
     xs, h0 = model.prepare(jnp.asarray(text))
     exact = jax.jit(METHODS[0].states)(model.cell, xs, h0)
     outcomes = []
@@ -204,7 +204,7 @@ def solve_all(model: ByteModel, text: np.ndarray) -> list[Outcome]:
 
 
 def time_all(model: ByteModel, text: np.ndarray, outcomes: list[Outcome]) -> None:
-    """Fill in times and memory, forward and with the gradient."""
+    """Measure times and memory, forward and with the gradient."""
     xs, h0 = model.prepare(jnp.asarray(text))
     for outcome in outcomes:
         method = outcome.method
@@ -220,7 +220,7 @@ def time_all(model: ByteModel, text: np.ndarray, outcomes: list[Outcome]) -> Non
 def train(
     model: ByteModel, text: np.ndarray, config: "Config"
 ) -> tuple[ByteModel, list]:
-    """Adam on random windows of the text; returns the losses too, in bits per byte."""
+    """Train on random windows of the text; also return losses in bits per byte."""
     schedule = optax.cosine_decay_schedule(config.learning_rate, config.train_steps)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
@@ -347,9 +347,9 @@ class Config:
     """Parallelise a custom cell over real text."""
 
     text: pathlib.Path | None = None
-    """A file to read; the Python standard library's source if not given."""
+    """A file to read. Defaults to the source of Python's standard library."""
     length: int = 2**17
-    """T, the number of bytes solved for at once."""
+    """T, the number of bytes that are solved for at once."""
     width: int = 32
     """Channels of the cell; the state has twice as many numbers."""
     train_steps: int = 300

@@ -4,11 +4,11 @@
     python examples/reconstruct_dynamics.py --systems lorenz63 --steps 100000
 
 diffrax makes the observations. AL-RNN and PLRNN are trained on windows of them, forced
-sparsely or by generalised teacher forcing, all runs side by side. Then each runs free,
-and is compared with a trajectory that it has not seen: where it spends its time, its
-power spectrum, its largest Lyapunov exponent. Results go to results.jsonl in the folder
-as they come, with a picture each, and at last to the table results.md. Run the same
-command again after an interruption, and only what is missing is run.
+sparsely or by generalised teacher forcing, all runs side by side. Then each network
+runs free, and is compared with a trajectory that it has not seen: where it spends its
+time, its power spectrum, its largest Lyapunov exponent. Results go to results.jsonl in
+the folder as they come, each with a picture, and in the end to the table results.md.
+Run the same command again after an interruption, and only what is missing is run.
 """
 
 import dataclasses
@@ -30,30 +30,30 @@ SOLVERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What to reconstruct, by what."""
+    """What to reconstruct, and with what."""
 
     systems: tuple[str, ...] = tuple(SYSTEMS)
-    """Of those that are the default."""
+    """Names of systems. Defaults to all."""
     cells: tuple[str, ...] = ("alrnn:rectified=2", "plrnn")
-    """Names, with options behind colons."""
+    """Names of cells, with options after colons."""
     forcings: tuple[str, ...] = ("sparse:interval=16", "generalised")
-    """Likewise."""
+    """Names of forcings, with options after colons."""
     out: pathlib.Path = pathlib.Path("runs/dynamics")
-    """Folder of results and pictures."""
+    """Folder for results and pictures."""
     units: int = 20
-    """Of a state."""
+    """Units in a state."""
     runs: int = 3
-    """Independent ones."""
+    """Independent runs."""
     observations: int = 100_000
-    """To train on; the test has as many."""
+    """Observations to train on; the test has as many."""
     steps: int = 60_000
-    """Of the optimiser."""
+    """Steps of the optimiser."""
     length: int = 200
     """Predictions in a window."""
     solver: Literal["auto", "newton", "sequential"] = "auto"
-    """Of the forced recurrence."""
+    """Solver of the forced recurrence."""
     seed: int = 0
-    """Of everything that is drawn."""
+    """Seed of everything that is drawn."""
 
 
 def main() -> int:

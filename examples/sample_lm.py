@@ -32,13 +32,13 @@ def main(
 
     Args:
         run: Folder of a training run.
-        prompt: The text to continue; a new document if empty.
+        prompt: The text to continue. If empty, a new document begins.
         tokens: How many tokens to draw.
-        temperature: 0 takes the likeliest token always.
-        top_k: Draw among so many of the likeliest tokens.
-        top_p: Draw among the likeliest tokens of this probability together.
-        seed: Of the draw; another at every call if not given.
-        newest: Take the newest checkpoint, not the one that validated best.
+        temperature: 0 always takes the likeliest token.
+        top_k: Draw among this many of the likeliest tokens.
+        top_p: Draw among the likeliest tokens, up to this probability together.
+        seed: Seed of the draw. Defaults to another one at every call.
+        newest: Use the newest checkpoint, not the one that validated best.
     """
     try:
         model, tokenizer = load_model(run, best=not newest)

@@ -6,8 +6,8 @@
     python examples/train_lm.py --out runs/gru --resume
 
 Without `--data.corpus` it reads the source of Python's standard library. Ctrl-C or
-SIGTERM stop it after a checkpoint, `--resume` goes on bit for bit; the folder has the
-configuration, checkpoints, the log, and curves.png. `--help` lists all options;
+SIGTERM stop it after a checkpoint, and `--resume` continues bit for bit. The folder has
+the configuration, checkpoints, the log, and curves.png. `--help` lists all options.
 examples/sample_lm.py continues text with the model.
 """
 
@@ -27,11 +27,11 @@ class Arguments(Config):
     out: pathlib.Path = pathlib.Path("runs/lm")
     """Folder of the run."""
     resume: bool = False
-    """Go on with the run in the folder, with its options where none are given."""
+    """Continue the run in the folder, with its options where none are given."""
 
 
 def parse(arguments: list[str]) -> Arguments:
-    """Options from the command line, beside those of the run that is resumed."""
+    """Read the command line, with the options of a resumed run as defaults."""
     first = tyro.cli(Arguments, args=arguments, description=__doc__)
     stored = first.out / "config.json"
     if not (first.resume and stored.exists()):
@@ -51,7 +51,9 @@ def main() -> int:
         print(f"train_lm.py: {error}", file=sys.stderr)
         return 1
     if outcome.signal:
-        print(f"{outcome.signal}: stopped after step {outcome.step}; --resume goes on")
+        print(
+            f"{outcome.signal}: stopped after step {outcome.step}; --resume continues"
+        )
     print(f"{outcome.checkpoint}\n{arguments.out / 'curves.png'}")
     return 0
 

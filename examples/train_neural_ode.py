@@ -3,11 +3,11 @@
     python examples/train_neural_ode.py [--train-steps 400] [--quick]
 
 The vector field of a damped, nonlinear oscillator is learnt from its trajectories. They
-come from diffrax with an adaptive step size; the model is integrated by fixed steps of
-Heun's method, either one after the other or all together by Newton's method, which
-starts from the trajectories of the training step before. The script reports how many
-Newton steps that takes, checks the numbers and the gradients against
-`diffrax.diffeqsolve`, and says which of them was the fastest.
+come from diffrax with an adaptive step size. The model is integrated by fixed steps of
+Heun's method, either one after the other, or all together by Newton's method. Newton's
+method starts from the trajectories of the training step before. The script reports how
+many Newton steps this takes, checks the numbers and the gradients against
+`diffrax.diffeqsolve`, and says which was the fastest.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def oscillator(t, y, args):
 
 
 def observe(starts: jax.Array, ts: jax.Array) -> jax.Array:
-    """The true trajectories `[batch, T, 2]` at `ts[1:]`, to six digits."""
+    """Return the true trajectories `[batch, T, 2]` at `ts[1:]`, to six digits."""
 
     def trajectory(y0):
         solution = diffrax.diffeqsolve(
@@ -79,14 +79,14 @@ class VectorField(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Integrator:
-    """A way to obtain all states of the model, and what it reports."""
+    """A way to compute all states of the model, and what it reports."""
 
     name: str
     solver: Any = None  # None: `diffeqsolve`
     warm: bool = False
 
     def __call__(self, field, ts, starts, guess) -> tuple[jax.Array, jax.Array]:
-        """States `[batch, T, 2]` and Newton steps `[batch]`."""
+        """Return states `[batch, T, 2]` and Newton steps `[batch]`."""
 
         def by_diffrax(y0):
             solution = diffrax.diffeqsolve(
@@ -120,7 +120,7 @@ class Integrator:
 
 @eqx.filter_jit
 def value_and_gradient(integrator: Integrator, field, ts, starts, wanted, guess):
-    """The mean squared error, its gradient, and (states, Newton steps)."""
+    """Return the mean squared error with (states, Newton steps), and its gradient."""
 
     def loss(field):
         states, steps = integrator(field, ts, starts, guess)
@@ -156,7 +156,7 @@ class History:
 
 
 def train(field: VectorField, ts, starts, wanted, config: "Config"):
-    """Adam on all trajectories: at first their beginnings, then the whole of them.
+    """Train on all trajectories: at first on their beginnings, then on the whole.
 
     Returns the trained field, its `History`, and the states of the last step.
     """
@@ -201,7 +201,7 @@ def train(field: VectorField, ts, starts, wanted, config: "Config"):
 
 
 def print_training(history: History) -> None:
-    """The losses on whole trajectories, at first and at last, and the Newton steps."""
+    """Print losses on whole trajectories, at first and at last, and Newton steps."""
     whole = [
         loss
         for loss, horizon in zip(history.losses, history.horizons, strict=True)
@@ -221,7 +221,7 @@ def print_training(history: History) -> None:
 
 @dataclasses.dataclass
 class Outcome:
-    """What one way of integrating cost, and how far its numbers are off."""
+    """What one way of integrating cost, and how far off its numbers are."""
 
     integrator: Integrator
     newton_steps: int
@@ -231,9 +231,9 @@ class Outcome:
 
 
 def time_calls(fn: Callable, *arguments) -> tuple[Any, float]:
-    """The result of a compiled function, and the least of its seconds.
+    """Return the result of a compiled function, and its shortest time in seconds.
 
-    Whatever else runs on the machine can only make a call slower.
+    Other programs on the machine can only make a call slower.
     """
     result = jax.block_until_ready(fn(*arguments))  # compiles, and warms up
     seconds = []
@@ -250,7 +250,7 @@ def relative_error(got, wanted) -> float:
 
 
 def compare(integrators, field: VectorField, ts, starts, wanted, guess):
-    """Every way to integrate, against the first of them."""
+    """Compare every way to integrate with the first one."""
     outcomes, base = [], None
     for integrator in integrators:
         result, seconds = time_calls(
@@ -298,7 +298,7 @@ def print_outcomes(outcomes: list[Outcome], config: "Config") -> None:
 
 
 def verdict(outcomes: list[Outcome]) -> str:
-    """Which was the fastest here, whichever it was."""
+    """Say which was the fastest here."""
     platform = jax.devices()[0].platform
     fastest = min(outcomes, key=lambda o: o.seconds)
     diffeqsolve, loop, *_, newton = outcomes
@@ -309,11 +309,11 @@ def verdict(outcomes: list[Outcome]) -> str:
         f"Newton's method takes {ratio:.2f} times as long as one step after the other: "
     )
     if ratio < 0.9:
-        return text + "to solve for all times at once pays here."
+        return text + "solving for all times at once pays off here."
     if ratio < 1.1:
-        return text + "no difference to speak of."
+        return text + "no real difference."
     return text + (
-        "to solve for all times at once does not pay here. It does more arithmetic, "
+        "solving for all times at once does not pay off here. It does more arithmetic, "
         "and is meant for devices on which the number of serial operations counts."
     )
 
@@ -393,9 +393,9 @@ class Config:
     batch: int = 16
     """Trajectories in the training set."""
     width: int = 32
-    """Of the perceptron's two hidden layers."""
+    """Width of the perceptron's two hidden layers."""
     segments: int = 32
-    """Stretches of time that Newton's method solves side by side."""
+    """Segments of time that Newton's method solves side by side."""
     train_steps: int = 600
     learning_rate: float = 0.005
     seed: int = 0
@@ -406,7 +406,7 @@ class Config:
 
     @property
     def beginnings(self) -> int:
-        """Training steps on the beginnings of the trajectories alone."""
+        """The number of training steps on the beginnings of trajectories."""
         return 0 if self.quick else self.train_steps // 3
 
     def shortened(self) -> "Config":
