@@ -1,4 +1,4 @@
-"""Whether an answer that is reported as converged is ever wrong."""
+"""Whether an answer that is reported as successful is ever wrong."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -25,8 +25,8 @@ TABLES = {
     "largest of Lyapunov's, per unit of time, over 50,000 steps. Horizon: steps until "
     "one rounding more at each step has grown to 1e-8 of the largest state. Ratio: "
     "time of the default solver over that of `lax.scan`.",
-    "flow solvers": "What solvers make of them; `Newton()` on its own would need about "
-    "T steps. Residual: the largest one-step residual over the steps that the solver "
+    "flow solvers": "Solvers on these flows; `Newton()` alone would need about T "
+    "steps. Residual: the largest one-step residual over the steps that the solver "
     "certifies (after a success all of them), relative to the state. Difference: to "
     "the sequential loop, over the same steps up to the horizon.",
     "observers": "The same flows with the coordinates `measured` taken from a "
@@ -37,16 +37,16 @@ TABLES = {
     "permutation matrices, by `pararnn.Newton()`, against integer arithmetic.",
     "random cells": "Random cells, widths 1 to 8, lengths 2 to 300 (for `Auto()` "
     "also 4096 and more), float32 and float64, with resets, missing inputs, batches "
-    "and limits on the steps here and there. Wrong: reported as successful, but with "
-    "an entry further from the sequential loop than 100 times its tolerance and 100 "
-    "times what the loop makes of changes of its states by two roundings, of either "
-    "sign, at each step. Worst error: the largest difference of a success over what "
-    "is allowed.",
+    "and limits on some numbers of steps. Wrong: reported as successful, but with an "
+    "entry further from the sequential loop than 100 times its tolerance plus 100 "
+    "times the effect on the loop of two roundings, of either sign, in each state. "
+    "Worst error: the largest difference of a success, relative to what is allowed.",
     "scales": "States of difficult sizes, float32: from 1e-30 to 1e30, denormal, 1e12 "
     "apart within a leaf, in two dtypes, beside a counter at 1e6, constants and exact "
     "zeros, from cancelling larger numbers, fading. Every other instance has a limit "
-    "of 4 steps. Wrong: as for random cells, entry by entry, with the same cell in "
-    "float64 for the second part. False failures: not successful without a limit.",
+    "of 4 steps. Wrong: as for random cells, entry by entry, with the effect of "
+    "roundings from the same cell in float64. False failures: not successful although "
+    "without a limit.",
 }
 TRIES = 64
 FLOW_SOLVERS: dict[str, Callable[[int], tuple[pararnn.AbstractSolver, int | None]]] = {
@@ -205,7 +205,7 @@ def _measure_words(steps: int):
     }
 
 
-# Random cells. A cell is made of a tuple of weights, and is given a tuple of as many
+# Random cells. A cell is made from a tuple of weights, and takes a tuple of as many
 # inputs as it has gates.
 
 
@@ -234,7 +234,7 @@ def lstm(weights):
 
 
 def sine(weights):
-    """The sine map, coupled to a neighbour: chaotic for the larger weights."""
+    """The sine map, coupled to a neighbour: chaotic for large weights."""
     (a,) = weights
     return lambda h, x: a * jnp.sin(h + 0.1 * jnp.roll(h, 1)) + 0.1 * x[0]
 
@@ -290,7 +290,7 @@ KINDS = (
 
 
 def _some(rng, steps: int) -> int | None:
-    """A number of segments, or one for each step."""
+    """A random number of segments, or `None` for one segment a step."""
     return None if rng.random() < 0.4 else int(rng.integers(2, max(3, steps)))
 
 
@@ -356,7 +356,7 @@ class Program(NamedTuple):
         return each
 
     def solve(self, weights, xs, h0, fresh, reset):
-        """States, the steps taken, and whether successful and whether finite."""
+        """Return states, steps taken, whether successful, and whether finite."""
         resets = {"reset": reset, "reset_state": fresh} if self.resets else {}
         sol = pararnn.solve(
             self.kind.cell(weights),
@@ -372,7 +372,7 @@ class Program(NamedTuple):
         return sol.states, sol.stats["num_steps"], good, stuck
 
     def loop(self, weights, xs, h0, fresh, reset, kicks):
-        """The states one after the other, each times one and its `kick`."""
+        """Compute the states one after the other, each multiplied by 1 + its kick."""
         f = self.kind.cell(weights)
 
         def step(h, at_t):
@@ -386,7 +386,7 @@ class Program(NamedTuple):
 
 def draw_program(name: str, number: int) -> Program:
     rng = np.random.default_rng([zlib.crc32(name.encode()), number])
-    # Alone and long, a single number is what `Auto()` solves in parallel on a CPU.
+    # On a CPU, `Auto()` solves in parallel only a long sequence of single numbers.
     long = name == "Auto()" and number % 2 == 0
     kind = KINDS[rng.integers(len(KINDS))]
     if long and kind.leaves > 1:
@@ -405,7 +405,7 @@ def draw_program(name: str, number: int) -> Program:
 
 
 def draw_instances(program: Program, count: int, seed: int):
-    """Arguments of `Program.solve`, each with a leading axis of instances."""
+    """Return arguments of `Program.solve`, each with a leading axis of instances."""
     rng = np.random.default_rng(seed)
     kind, steps, width = program.kind, program.steps, program.width
 
@@ -429,7 +429,7 @@ def draw_instances(program: Program, count: int, seed: int):
 
 
 def judge(program: Program, arguments, states) -> np.ndarray:
-    """Error of each instance's states, over what it is allowed to be."""
+    """Return the error of each instance's states, relative to what is allowed."""
     loop = program.map(program.loop)
     eps = np.finfo(program.dtype).eps
     signs = np.random.default_rng(0).choice((-1.0, 1.0), arguments[-1].shape)
@@ -441,10 +441,10 @@ def judge(program: Program, arguments, states) -> np.ndarray:
 
 
 def worst_ratio(found, expected, spread, eps) -> np.ndarray:
-    """The largest error over what is allowed, `[count]`, of arrays `[count, T, n]`.
+    """Return the largest error relative to what is allowed, `[count]`.
 
-    Allowed are 100 tolerances of the entry, of its own size along the sequence, and 100
-    times the spread of loops up to that step.
+    Arrays are `[count, T, n]`. Each entry is allowed 100 tolerances at its own size
+    along the sequence, plus 100 times the spread of loops up to that step.
     """
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         size = np.nanmax(np.abs(expected), axis=1, keepdims=True, initial=0)
@@ -489,9 +489,9 @@ def _in_float64(tree):
 
 
 def _judge_scaled(scaled: Scaled, states) -> float:
-    """As `judge`, with the same cell in float64 for the spread.
+    """As `judge`, with the spread from the same cell in float64.
 
-    It shows what the loop itself makes of its roundings, where numbers cancel too.
+    That includes the loop's own roundings where numbers cancel.
     """
     loop = jax.jit(lambda xs, h0: scan_states(scaled.cell, xs, h0))
     expected = loop(scaled.xs, scaled.h0)
@@ -506,13 +506,13 @@ def _judge_scaled(scaled: Scaled, states) -> float:
             for h in jax.tree.leaves(scaled.h0)
         ]
     )
-    # What is smaller than any normal number of the dtype is rounded to zero or not.
+    # Numbers below the dtype's smallest normal one may be rounded to zero or not.
     spread = np.abs(expected - exact) + 4 * np.finfo(np.float32).tiny
     return float(worst_ratio(found, expected, spread, eps)[0])
 
 
 def measure_scales(name: str, kind: str, instances: int):
-    """What a solver makes of states of a kind; at most 4 steps every other time."""
+    """Run a solver on states of a kind, every other time with at most 4 steps."""
     ratios, good, free = [], [], []
     for seed in range(instances):
         rng = np.random.default_rng([zlib.crc32(name.encode()), seed])

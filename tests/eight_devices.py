@@ -340,7 +340,7 @@ def test_products_beyond_the_range(kind, leaves, resets, reverse, backend):
 
 
 def test_gradient_of_a_solve_whose_jacobians_overflow():
-    """Of the tenth state, behind which Jacobians multiply to 1e170 and 1e600."""
+    """The loss is the tenth state; later Jacobians multiply to 1e170 and 1e600."""
 
     def gradients(dtype):
         def f(h, x):

@@ -93,7 +93,7 @@ def test_values_and_gradients_are_those_of_decoding(name, segments):
     (_, got), gradient = weighed(solved)((layer, xs), state, reset)
     (_, wanted), expected = weighed(decoded)((layer, xs), state, reset)
     assert_close(got, wanted, 1e-10)
-    # As one vector: some leaves may be zero but for rounding.
+    # As one vector: some leaves may be zero except for rounding.
     assert_close(ravel_pytree(gradient)[0], ravel_pytree(expected)[0], 1e-9)
     assert np.all(np.isfinite(got[0]))
     parameters = gradient[0].cell

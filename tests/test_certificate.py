@@ -130,7 +130,7 @@ def test_a_limit_ends_without_a_certificate():
 @pytest.mark.parametrize("power", [-100, -20, 20, 100])
 @pytest.mark.parametrize("name", ["newton on segments", "damped newton", "jacobi"])
 def test_units_do_not_matter(name, power):
-    """In units of a power of two every number of the solve is the same but for them."""
+    """In units of a power of two, every number of the solve is only scaled."""
     units = 2.0**power
 
     def in_units(h, x):

@@ -115,7 +115,7 @@ def test_an_interrupted_run_goes_on(finished, tmp_path):
     compare(LAYERS, TASKS, tmp_path, TINY, visible=False)
     again, first = trainings(tmp_path), trainings(finished)
     assert again[:3] == first[:3]
-    # The last was trained anew, with the same numbers.
+    # The last was trained again, with the same numbers.
     assert list(map(lasting, again)) == list(map(lasting, first))
 
 
@@ -149,7 +149,7 @@ def test_seeds_side_by_side_are_seeds_alone(finished, tmp_path):
 
 
 def test_training_is_adamw_by_hand():
-    """Two steps of one seed, with gradients of a loss written anew."""
+    """Two steps of one seed, with gradients of a loss written by hand."""
     task = make_task("parity")
     protocol = dataclasses.replace(TINY, steps=2, points=1, seeds=1, weight_decay=0.0)
     data, size = Data(task, protocol), fit_size(task, "lru", protocol)
@@ -503,7 +503,7 @@ def test_broken_and_missing_results(tmp_path):
     with pytest.raises(ValueError, match="no comparison has begun"):
         write_report(tmp_path)
     (tmp_path / "results.jsonl").write_text('{"kind": "run"}\n{"kind"\n{}\n')
-    with pytest.raises(ValueError, match=r"line 2, is no JSON object"):
+    with pytest.raises(ValueError, match=r"line 2, is no(t a)? JSON object"):
         read_records(tmp_path / "results.jsonl")
 
 

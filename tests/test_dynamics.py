@@ -39,7 +39,7 @@ from pararnn.dynamics._measures import power_spectrum
 from tests.helpers import assert_close
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-# Written anew, in NumPy.
+# Written independently, in NumPy.
 FIELDS = {
     "lorenz63": lambda t, u: [
         10 * (u[1] - u[0]),
@@ -59,7 +59,7 @@ CELLS = {
 
 
 class Free:
-    """A forcing of one's own, which is none."""
+    """A user's own forcing, which does not force."""
 
     def strengths(self, steps, progress):
         return jnp.zeros(steps, progress.dtype)

@@ -41,7 +41,7 @@ WRONG = {
         ValueError,
         ["`atol`", "nan"],
     ),
-    "a tolerance that is no number": (
+    "a tolerance that is not a number": (
         lambda: Implicit(singular, rtol="1e-3"),
         ValueError,
         ["`rtol`", "'1e-3'"],

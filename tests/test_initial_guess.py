@@ -48,7 +48,7 @@ def test_every_step_a_segment(steps):
         if steps < 2 * _initial_guess.BLOCK:
             first = max(0, t + 1 - _initial_guess.FEWEST)
         else:
-            # Blocks as `split_time` cuts them: of one length, but for the last.
+            # Blocks as `split_time` cuts them: of one length, except for the last.
             length = -(-steps // -(-steps // _initial_guess.BLOCK))
             first = max(0, t // length * length - length)
         wanted = by_hand(h0, xs[first : t + 1])

@@ -574,8 +574,11 @@ EXTREMES = [
 
 @pytest.mark.parametrize("name, field, value", EXTREMES)
 def test_rates_beyond_floating_point(name, field, value):
-    """One rate at which decays are 0 or 1: values and derivatives are finite, and but
-    for that rate's own those of one that is as far off, and representable."""
+    """Values and derivatives are finite at a rate so extreme that decays are 0 or 1.
+
+    Except for the derivative of the rate itself, they equal those at a rate that is as
+    extreme but representable.
+    """
     layer, T = make(name, dtype="float32"), 12
     xs = jnp.asarray(np.random.default_rng(0).normal(size=(T, D_MODEL)), jnp.float32)
 

@@ -35,7 +35,7 @@ WRONG = {
         TypeError,
         ["`transition` is a ndarray", "pararnn.Diagonal(a)"],
     ),
-    "a state that is no array": (
+    "a state that is not an array": (
         build(Diagonal(ONES((5, 3))), 3),
         TypeError,
         ["`state` is 3", "jax.ShapeDtypeStruct((n,)"],

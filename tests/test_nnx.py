@@ -75,7 +75,7 @@ def test_values_and_gradients(name, solver):
 
 @each_cell
 def test_a_step_is_a_step_of_the_sequence(name):
-    """With resets, and from a state of one's own."""
+    """With resets, and from a given state."""
     layer, xs = RNN(make(name), solver=Newton(5)), inputs()
     reset = jnp.zeros(T, bool).at[jnp.array([0, 7, 8])].set(True)
     state = jax.tree.map(lambda leaf: leaf + 0.3, layer.init_state())

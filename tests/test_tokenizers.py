@@ -179,7 +179,7 @@ def test_bytes_are_worth_one_byte_each(corpus):
 
 
 class Counting:
-    """A tokenizer of one's own, which counts how often it is asked."""
+    """A user's own tokenizer, which counts how often it is called."""
 
     vocab_size, begin, identity = 0x110001, 0x110000, "counting"
 

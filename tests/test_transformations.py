@@ -56,7 +56,7 @@ def raw(kind):
 
 
 def summed(x):
-    """Of a batch it would be another number."""
+    """The sum of all entries: for a batch at once it would be another number."""
     return np.full_like(x, np.sum(x))
 
 
