@@ -51,7 +51,7 @@ class Timings:
         return float(np.median(self._samples[name])) * 1e3
 
     def ratio(self, name: str, *against: str) -> dict[str, float]:
-        """The median, least and greatest ratio over pairs, to the fastest of `against`."""
+        """Median, least and greatest ratio of pairs, to the fastest of `against`."""
         fastest = min(against, key=self.ms)
         ratios = self._samples[name] / self._samples[fastest]
         return {

@@ -66,7 +66,7 @@ def trainings(folder):
     return [record for record in records if record["kind"] == "training"]
 
 
-# What a record has that depends on the machine's mood.
+# The fields of a record that vary from run to run.
 TIMES = ("seconds", "compile_seconds")
 
 
@@ -108,7 +108,7 @@ def test_a_second_run_adds_nothing(finished):
 
 
 def test_an_interrupted_run_goes_on(finished, tmp_path):
-    """From the lines that a run had when it was killed, the last of them cut."""
+    """From the lines that a killed run left, the last of them cut short."""
     lines = (finished / "results.jsonl").read_text().splitlines(keepends=True)
     start = "".join(lines[:6]) + lines[6][:40]
     (tmp_path / "results.jsonl").write_text(start)
@@ -131,7 +131,7 @@ def test_another_protocol_is_another_result():
     ]
     prints |= {dataclasses.replace(TINY, **c).fingerprint(task) for c in changes[:3]}
     assert len(prints) == 4
-    # Which rates and costs there are beside it changes nothing for a run.
+    # Other rates and costs in the protocol change nothing for a run.
     same = dataclasses.replace(TINY, learning_rates=(0.5,), cost_lengths=(3,))
     assert same.fingerprint(task) == TINY.fingerprint(task)
     group = make_task("s3")
@@ -244,7 +244,7 @@ def test_sizes_are_equal(layer, task):
     assert size.d_hidden >= 2 * size.d_model
     states = model.init_state()
     if layer.startswith(("deltanet", "mamba")):
-        # Without the windows of the convolutions.
+        # The windows of the convolutions do not count.
         states = states[-1]
     states = jax.tree.leaves(states)
     factors = [2 if jnp.iscomplexobj(s) else 1 for s in states]
@@ -266,7 +266,7 @@ STATES = {
 
 @pytest.mark.parametrize("layer", STATES)
 def test_states_are_equal(layer):
-    """At equal numbers of parameters too."""
+    """With equal numbers of parameters too."""
     state, options, wanted = STATES[layer]
     protocol = Protocol(parameters=20_000, state=state)
     size = fit_size(make_task("parity"), expand_layer(layer), protocol)
@@ -316,7 +316,7 @@ def test_layers_on_images_are_trained():
 
 
 def test_evaluation_counts_by_hand():
-    """Answers that are right at known steps only."""
+    """Answers that are right at known steps alone."""
     task = make_task("parity")
     data = Data(task, dataclasses.replace(TINY, test_sequences=10))
 
@@ -430,7 +430,7 @@ def test_the_report_has_what_it_must(finished):
 
 
 def test_published_numbers_stand_beside_ours(finished, tmp_path):
-    """The results of another layer, as if they were Mamba's."""
+    """With the results of another layer in place of Mamba's."""
     lines = (finished / "results.jsonl").read_text()
     (tmp_path / "results.jsonl").write_text(lines.replace('"gru"', '"mamba"'))
     write_report(tmp_path)
@@ -440,7 +440,7 @@ def test_published_numbers_stand_beside_ours(finished, tmp_path):
     ours = overview.split()[3]
     assert f"[0, 1]: 0.000 | mamba: {ours} | scaled accuracy" in row
     assert "https://" in row
-    # Of `lru:real` there is a theorem, and no number.
+    # For `lru:real` a theorem is known, but no number.
     text = (finished / "report.md").read_text()
     (row,) = (line for line in text.splitlines() if "a theorem" in line)
     assert "at every length | lru:real: " in row and "caption" not in text

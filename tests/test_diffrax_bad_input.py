@@ -1,4 +1,4 @@
-"""What `integrate` refuses, and what it says then."""
+"""What `integrate` refuses, and with which message."""
 
 import diffrax
 import equinox as eqx

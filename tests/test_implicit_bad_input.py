@@ -1,4 +1,4 @@
-"""What `Implicit` refuses, and what it says then."""
+"""What `Implicit` refuses, and with which message."""
 
 import jax
 import jax.numpy as jnp

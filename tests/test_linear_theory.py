@@ -1,4 +1,4 @@
-"""What layers start from, and what they equal where theory says so."""
+"""Initialisations of layers, and the equalities that theory predicts."""
 
 import itertools
 
@@ -97,7 +97,7 @@ def test_s4d_is_stable(initialisation, rule):
     )
     size = np.abs(layer.transition())
     assert np.all(size < 1)
-    # The signs of the bilinear rule flipped are the inverse: the distance from 1 is
+    # With flipped signs the bilinear rule is its own inverse; its distance from 1 is
     # that of the exponential, to first order.
     layer = eqx.tree_at(lambda s: s.log_dt, layer, jnp.full(3, np.log(1e-6)))
     decay = -np.exp(np.asarray(layer.log_A_real)) * 1e-6
@@ -123,7 +123,7 @@ def test_perturbed_hippo(size, perturbation):
     assert np.max(found.eigenvalues.real) <= -0.5 + 1e-6
     assert np.min(found.eigenvalues.imag) > 0
     assert found.condition < 3 / perturbation
-    # The pairs are put together again: a matrix that far from HiPPO, in the 2-norm.
+    # The recombined pairs are a matrix at that distance from HiPPO, in the 2-norm.
     V, inverse = found.vectors, found.inverse
     matrix = 2 * np.real(V * found.eigenvalues[None] @ inverse)
     distance = np.linalg.norm(matrix - A, 2) / np.linalg.norm(A, 2)
@@ -157,7 +157,7 @@ def test_s5_is_stable(initialisation, discretisation):
         key=jr.key(0),
     )
     assert np.all(np.abs(layer.transition()) < 1)
-    # A real sequence of real states, seen in the eigenvectors: y is real as it should.
+    # A real sequence of real states, in the basis of the eigenvectors: y is real.
     assert np.all(np.isfinite(layer.B_re)) and np.any(layer.B_im)
 
 
@@ -196,7 +196,7 @@ def test_shares_of_gates_that_underflow(dtype):
     logits = np.array([-2000, -300, -95, -20, -1, 0, 2, 40, 300, 2000], dtype)
     u, w = (v.ravel() for v in np.meshgrid(logits, logits))
     forget, enter = jax.jit(share)(u, w)
-    # log of f / i, of which the share is the logistic function.
+    # The log of f / i; the share is its logistic function.
     ratio = np.logaddexp(0, -w.astype(float)) - np.logaddexp(0, -u.astype(float))
     never = np.full_like(logits, -np.inf)
     shut, whole = np.zeros_like(logits), np.ones_like(logits)
@@ -318,7 +318,7 @@ def test_products_of_reflections_do_not_grow():
 
 
 def test_the_erasure_acts_on_keys():
-    """One published library multiplies the state from the side of the values."""
+    """One published library multiplies the state on the side of the values."""
     layer = linear.DeltaNet(4, d_key=4, d_value=4, key=jr.key(0))
     xs = np.asarray(problem(12, d_model=4))
     p = reference.parameters(layer)
@@ -379,8 +379,10 @@ def test_mlstm_stays_finite(dtype):
 
 @pytest.mark.parametrize("name", linear.LAYERS)
 def test_bidirectional_and_packed(name):
-    """Packed sequences are the sequences by themselves, in both directions, whether or
-    not their first steps are marked."""
+    """Packed sequences equal the sequences alone, in both directions.
+
+    Their first steps may be marked or not.
+    """
     keys = jr.split(jr.key(0))
     both = Bidirectional(*(linear.make_layer(name, 6, key=key) for key in keys))
     xs = problem(24)
@@ -398,7 +400,7 @@ def test_bidirectional_and_packed(name):
 
 @pytest.mark.parametrize("name", linear.LAYERS)
 def test_no_two_parameters_are_one_array(name):
-    """Such a layer could not be donated to a compiled function."""
+    """Otherwise the layer could not be donated to a compiled function."""
     arrays = jax.tree.leaves(
         eqx.filter(linear.make_layer(name, 6, key=jr.key(0)), eqx.is_array)
     )

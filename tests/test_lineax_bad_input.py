@@ -1,4 +1,4 @@
-"""What the operator and the solver for lineax refuse, and what they say then."""
+"""What the operator and the solver for lineax refuse, and with which message."""
 
 from typing import Any
 

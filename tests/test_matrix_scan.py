@@ -42,7 +42,7 @@ def problem(steps, every, decay, erasure, resets, seed=0):
         "reset": rng.uniform(size=steps) < 0.1 if resets else None,
     }
     if shape is not None:
-        # Products of decays meet a zero and underflow.
+        # Products of decays contain a zero and underflow.
         given["decay"][steps // 3] = 0
         given["decay"][steps // 2 :] *= 1e-30
     if erasure == "keys":
@@ -133,7 +133,7 @@ def test_first_and_second_derivatives(decay, erasure, monkeypatch):
             first = jax.grad(lambda g: loss(form, g))(given)
             return sum(jnp.sum(jnp.sin(v)) for v in jax.tree.leaves(first)), first
 
-        # The first comes out of the second: it is not compiled by itself.
+        # The second derivative returns the first too, which is not compiled separately.
         second, first = jax.jit(jax.grad(total_of_first, has_aux=True))(given)
         return first, second
 
@@ -184,7 +184,7 @@ def test_what_is_not_finite_stays_where_it_belongs(form, emit):
 
 @pytest.mark.parametrize("form", ["chunkwise", "auto"])
 def test_derivatives_after_a_reset_do_not_see_what_is_not_finite(form, monkeypatch):
-    # So that "auto" takes chunks for the derivative.
+    # Makes "auto" use chunks for the derivative.
     monkeypatch.setattr(choose, "_SMALL", 0)
     given = problem(70, 1, "key", "write", False)
     reset = np.isin(np.arange(70), [30, 66])
@@ -206,7 +206,7 @@ def test_derivatives_after_a_reset_do_not_see_what_is_not_finite(form, monkeypat
 
 @pytest.mark.parametrize("form", FORMS)
 def test_batch(form, monkeypatch):
-    # So that "auto" takes another form for the derivative than for the value.
+    # Makes "auto" use another form for the derivative than for the value.
     monkeypatch.setattr(choose, "_SMALL", 0)
     given = problem(40, 1, "head", "keys", True)
     batch = {name: np.stack([v, np.flip(v, 0)]) for name, v in given.items()}
@@ -301,7 +301,7 @@ def test_in_windows(decay, erasure, every, monkeypatch):
         assert_close(found, wanted, 1e-12)
         assert_close(jax.tree.leaves(got), jax.tree.leaves(at_once), 1e-12)
 
-    # A batch that is staged before it is differentiated, as long as the sequence.
+    # A batch as large as the sequence is long, staged before it is differentiated.
     steps = len(given["keys"])
     batch = jax.tree.map(lambda v: jnp.stack([v, *(0 * v,) * (steps - 1)]), given)
     for form in ("recurrent", "auto"):
@@ -325,8 +325,8 @@ def test_windows_bound_the_memory_of_a_gradient(form, arrays):
         return run.lower(x).compile().memory_analysis().temp_size_in_bytes
 
     # In numbers a step. Inputs and outputs are 256 each, a state would be 16384, and
-    # what chunks are summarised by, all at once, is some 4000. "auto" stores the states
-    # before chunks, 512, and what was written, 256.
+    # the summaries of all chunks at once are some 4000. "auto" stores the states before
+    # chunks, 512, and what was written, 256.
     grown = (memory(8192) - memory(4096)) / 4096 / 4
     assert grown < arrays * 256, grown
 
@@ -350,7 +350,7 @@ def test_the_form_of_values_and_derivatives(monkeypatch):
     ]
     windows = [choice.derivative.window for choice in several]
     assert windows == [None, 256, 128, 128]
-    # A batch of small states stays an axis, and so do batches across devices.
+    # A batch of small states stays an axis, as do batches across devices.
     assert [choice.in_turn for choice in several] == [False, True, True, True]
     monkeypatch.setattr(jax, "device_count", lambda: 2)
     assert not choose.choose_form(
