@@ -12,7 +12,7 @@ class Settings(NamedTuple):
     quick: bool = False
 
     def steps(self, *full: int) -> tuple[int, ...]:
-        """Lengths of time: those asked for, or two short ones."""
+        """The numbers of steps: those given, or two small ones."""
         return (256, 1024) if self.quick else full
 
 

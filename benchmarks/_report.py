@@ -143,7 +143,7 @@ class Results:
         return "\n".join(lines) + "\n\n" + note
 
     def render_groups(self, captions: dict[str, dict[str, str]]) -> list[str]:
-        """A heading and tables for each group of which there are rows."""
+        """A heading and tables for each group that has rows."""
         sections = []
         for group, tables in captions.items():
             rows = [row for row in self.rows + self.derived if row.group == group]

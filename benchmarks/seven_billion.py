@@ -96,10 +96,9 @@ def _is_shape(leaf) -> bool:
 
 
 def _batch(placement: Placement, sequences: int) -> dict[str, jax.ShapeDtypeStruct]:
-    place = NamedSharding(
-        placement.mesh,  # pyright: ignore[reportArgumentType]
-        PartitionSpec(None, ("data", "fsdp"), "time"),
-    )
+    assert placement.mesh is not None
+    axes = PartitionSpec(None, ("data", "fsdp"), "time")
+    place = NamedSharding(placement.mesh, axes)
     dtypes = {
         "tokens": jnp.int32,
         "targets": jnp.int32,

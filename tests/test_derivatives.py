@@ -164,8 +164,8 @@ def test_derivatives_do_not_leave_their_sequence(name, adjoint, solver):
     found, tangent, states, wanted = everything(given, sequence)
     assert any(np.any(np.isnan(leaf[1])) for leaf in jax.tree.leaves(states))
     parameters, xs, h0, fresh = found
-    behind = jax.tree.map(lambda v: v[40:], xs)
-    assert_close((parameters, behind, fresh), wanted, 1e-9)
+    later = jax.tree.map(lambda v: v[40:], xs)
+    assert_close((parameters, later, fresh), wanted, 1e-9)
     for leaf in jax.tree.leaves((h0, jax.tree.map(lambda v: v[:40], xs))):
         assert not np.any(leaf)
     assert np.isfinite(tangent)

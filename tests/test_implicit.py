@@ -484,7 +484,7 @@ def test_a_guess_selects_the_solution_and_has_no_derivative():
 
 
 def test_tolerances_decide_what_is_accepted():
-    """On the way from 2 to the root at 1, looser tolerances stop at an earlier iterate."""
+    """From 2 to the root at 1, looser tolerances stop at an earlier iterate."""
 
     def F(z, h, x):
         return z**3 - 1
@@ -505,7 +505,7 @@ def test_tolerances_decide_what_is_accepted():
         close = corrections <= (2e-8 if rtol is None else rtol) * np.array(iterates[1:])
         assert steps == np.argmax(close) + 2
         np.testing.assert_allclose(error, abs(iterates[steps] - 1), atol=1e-15)
-    # Near enough to the previous state is not near the solution.
+    # A state close to the previous one need not be close to the solution.
     assert np.isnan(jax.jit(Implicit(F, max_steps=20))(jnp.full(1, 1e10), 0.0))
 
 
@@ -691,7 +691,7 @@ def test_as_a_layer_with_parameters():
 
 @pytest.mark.parametrize("coarse", [False, True], ids=["a clock", "a coarse leaf"])
 def test_an_entry_is_solved_to_its_own_size(coarse):
-    """Not to the size of a clock at a million, nor to the rounding of a coarser dtype."""
+    """Not to that of a clock at a million, nor to the rounding of a coarser dtype."""
 
     def F(z, h, x):
         other, gate = z

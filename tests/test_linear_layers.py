@@ -217,7 +217,7 @@ def test_batch(name):
 # One row for each path through the engine; RWKV-7 both erases and decays by key.
 @pytest.mark.parametrize("name", ["lru", "s4d-convolution", "rwkv7", "lssl"])
 def test_derivative_of_a_batch(name, monkeypatch):
-    """Stage before differentiating; other numbers of sequences than of steps."""
+    """Staged first. With as many sequences as steps, mixed-up axes raise no error."""
     # As for matrix states of large heads: another form for the derivative.
     monkeypatch.setattr(choose, "_SMALL", 0)
     size = T
@@ -305,7 +305,7 @@ def test_derivatives_stay_in_their_sequence(name):
         sequence = jax.grad(alone, (0, 1), has_aux=True)(arrays, xs[AFTER:])
         return grad(arrays, *given), sequence, jax.grad(lost)(arrays, *one)
 
-    # In a batch: a sequence, one that is infinite, and one with a state.
+    # In a batch: a sequence with a NaN, one with an infinity, and a state of NaN.
     states = jax.tree.map(lambda v: jnp.stack([v, v, jnp.full_like(v, jnp.nan)]), state)
     (found, ys), (wanted, wanted_ys), of_lost = everything(arrays, xs, states)
     for i in range(3):

@@ -97,8 +97,8 @@ def test_s4d_is_stable(initialisation, rule):
     )
     size = np.abs(layer.transition())
     assert np.all(size < 1)
-    # With flipped signs the bilinear rule is its own inverse; its distance from 1 is
-    # that of the exponential, to first order.
+    # Flipped signs in the bilinear rule invert it: the distance from 1 is that of the
+    # exponential, to first order.
     layer = eqx.tree_at(lambda s: s.log_dt, layer, jnp.full(3, np.log(1e-6)))
     decay = -np.exp(np.asarray(layer.log_A_real)) * 1e-6
     np.testing.assert_allclose(np.log(np.abs(layer.transition())), decay, rtol=1e-6)

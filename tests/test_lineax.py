@@ -337,7 +337,7 @@ def test_backends(backend):
 @each_block
 @pytest.mark.parametrize("name", ("diagonal, further axis", "dense"))
 def test_state_of_the_transpose(name, own):
-    """The structures are those of the transposed and the conjugated operator."""
+    """The solver's states are exactly those of the transposed, conjugated operator."""
     structure, system = make(name, own=own, dtype=np.complex128)
 
     @jax.jit
@@ -453,7 +453,7 @@ def test_composition():
 
 
 def test_sum_of_two_sides():
-    """lineax replaces sums that are tagged tridiagonal."""
+    """lineax replaces sums that it recognises as tridiagonal."""
     structure, system = make("scalar, one number", own=True)
 
     @jax.jit
@@ -498,7 +498,7 @@ def test_preconditioner():
     ),
 )
 def test_automatic_solver(name, own, solver):
-    """The operator's tags lead lineax to a suitable solver."""
+    """The operator's properties lead lineax to a suitable solver."""
     structure, system = make(name, own=own)
     auto = lx.AutoLinearSolver(well_posed=True)
 
@@ -632,7 +632,7 @@ def test_singular_systems_raise():
         run(system)
 
 
-def test_scales_are_no_singularity():
+def test_bad_scales_are_not_a_singularity():
     structure, system = make("dense", own=True)
     rows, columns = np.logspace(-30, 30, 3), np.logspace(40, -10, 3)
     scaled = System(

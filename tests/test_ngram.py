@@ -21,7 +21,7 @@ LETTERS = st.lists(
 
 
 def followers_of(documents, context):
-    """What followed each context of up to `context` symbols, the begin included."""
+    """What followed each context of up to `context` symbols, including the begin."""
     found = collections.defaultdict(collections.Counter)
     for document in documents:
         symbols = ["begin", *document]
@@ -71,7 +71,7 @@ def test_the_score_is_that_of_the_equation(documents, T, context, chunk):
         packed(train, 1) as counted,
         packed(validation, T) as scored,
     ):
-        # All that is counted in one go, or little by little.
+        # The counts in one go, or chunk by chunk.
         patch.setattr(_ngram, "CHUNK", chunk)
         score = ngram_bits_per_byte(counted, scored, context=context)
         windows = [scored[i] for i in range(len(scored))]
@@ -80,8 +80,8 @@ def test_the_score_is_that_of_the_equation(documents, T, context, chunk):
 
 
 def test_a_score_worked_out_by_hand():
-    # Counted: a, a, b. Empty context: 2 a, 1 b, of 2 kinds; behind the begin: 1 a;
-    # behind a: 1 a, 1 b.
+    # Counted: a, a, b. Empty context: 2 a, 1 b, of 2 kinds; after the begin: 1 a;
+    # after a: 1 a, 1 b.
     a = (2 + 2 / 256) / 5
     b = (1 + 2 / 256) / 5
     expected = {
