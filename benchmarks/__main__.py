@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         results.rows = [row for row in results.rows if not row.failed]
     else:
         results.rows = [r for r in results.rows if not is_asked_for(r.group, r.table)]
-        # What no row refers to any more is no part of these results.
+        # Runs that no row refers to any more are dropped.
         results.runs = results.runs if results.rows else []
     results.derived = _derive(results.rows)
     missing = [
@@ -151,7 +151,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _run(missing: list[tuple[str, Case]], results: Results) -> None:
-    """Measure the rows and store each as it comes."""
+    """Measure the rows, and store each as soon as it is measured."""
     if missing:
         results.start_run()
     start = time.perf_counter()
@@ -183,11 +183,11 @@ def _measure(group: str, case: Case) -> Row:
         with jax.enable_x64(case.x64), jax.default_matmul_precision("highest"):
             return row._replace(values=dict(case.measure()))
     except Exception as error:
-        # A row that does not fit into memory should not cost the others.
+        # A row that does not fit into memory must not end the run.
         message = " ".join(f"{type(error).__name__}: {error}".split())
         return row._replace(failed=message[:300])
     finally:
-        # Programs are kept for ever otherwise, some gigabytes in the end.
+        # Otherwise compiled programs grow to some gigabytes.
         jax.clear_caches()
         gc.collect()
 

@@ -1,4 +1,4 @@
-"""A cell that is to foretell the next byte of a text, trained for a short while."""
+"""A cell that predicts the next byte of a text, trained for a short while."""
 
 import pathlib
 import sysconfig
@@ -17,7 +17,7 @@ WIDTH, BATCH, WINDOW, STEPS, LEARNING_RATE = 32, 16, 256, 200, 3e-3
 
 
 class ByteModel(eqx.Module):
-    """An embedding of bytes, a cell stepped through in order, and a readout."""
+    """An embedding of bytes, a cell that is stepped sequentially, and a readout."""
 
     embedding: Float[Array, "256 width"]
     layer: pararnn.RNN
@@ -30,11 +30,11 @@ class ByteModel(eqx.Module):
         self.readout = eqx.nn.Linear(WIDTH, 256, key=keys[1])
 
     def inputs(self, text: Int[Array, " T"]) -> Float[Array, "T width"]:
-        """What the cell sees of the text."""
+        """Return the inputs of the cell."""
         return self.embedding[text]
 
     def loss(self, text: Int[Array, " T"]) -> Float[Array, ""]:
-        """Bits a byte."""
+        """Return the bits per byte."""
         ys, _ = self.layer(self.inputs(text[:-1]))
         logits = jax.vmap(self.readout)(ys)
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, text[1:])
@@ -42,14 +42,14 @@ class ByteModel(eqx.Module):
 
 
 def load_text() -> np.ndarray:
-    """The Python standard library's own source, as bytes."""
+    """Return the source of Python's standard library, as bytes."""
     folder = pathlib.Path(sysconfig.get_path("stdlib"))
     data = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     return np.frombuffer(data, np.uint8).astype(np.int32)
 
 
 def train(model: ByteModel, text: np.ndarray) -> tuple[ByteModel, float]:
-    """The model after `STEPS` steps of Adam, and its loss in the last ten."""
+    """Return the model after `STEPS` steps of Adam, and its loss in the last ten."""
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE))
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
 

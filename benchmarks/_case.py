@@ -12,7 +12,7 @@ class Settings(NamedTuple):
     quick: bool = False
 
     def steps(self, *full: int) -> tuple[int, ...]:
-        """Lengths of time: those asked for, or two short ones."""
+        """The numbers of steps: those given, or two small ones."""
         return (256, 1024) if self.quick else full
 
 
@@ -38,8 +38,8 @@ class Case(NamedTuple):
 class Row(NamedTuple):
     """A row that was measured, as it is stored.
 
-    Exactly one of `values`, `left_out` and `failed` says something. `run` counts the
-    runs of the same results.
+    Exactly one of `values`, `left_out` and `failed` is not empty. `run` is the number
+    of the run, among those of the same results.
     """
 
     group: str
@@ -71,7 +71,7 @@ GIGABYTE = 10**9
 
 
 def too_large(size: int) -> str | None:
-    """Why inputs of `size` bytes are left out, if they are."""
+    """Return why inputs of `size` bytes are left out, or `None` if they are not."""
     if size <= GIGABYTE:
         return None
     return f"inputs of {size / GIGABYTE:.1f} GB"

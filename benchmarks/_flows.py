@@ -10,9 +10,9 @@ from jax import lax
 
 from ._peers import scan_states
 
-# Steps until a trajectory has come to its attractor.
+# Steps until a trajectory has reached its attractor.
 BURN_IN = 5000
-# A difference that has grown to this, relative to the largest state, is chaos.
+# A difference that grows to this, relative to the largest state, shows chaos.
 VISIBLE = 1e-8
 
 Field = Callable[[jax.Array], jax.Array]
@@ -60,8 +60,8 @@ def sprott_b(h):
 
 
 def aizawa(h):
-    """The flow that goes by Aizawa's name, from Langford 1984, "Numerical studies of
-    torus bifurcations", ISNM 70: (0.95, 0.7, 0.6, 3.5, 0.25, 0.1)."""
+    """The flow named after Aizawa, from Langford 1984, "Numerical studies of torus
+    bifurcations", ISNM 70: (0.95, 0.7, 0.6, 3.5, 0.25, 0.1)."""
     x, y, z = h
     square = x**2 + y**2
     return jnp.stack(
@@ -98,8 +98,8 @@ class Flow(NamedTuple):
 
     **Arguments:**
 
-    - `dt`: small enough for the step to stay on the attractor, large enough for chaos
-        to show within 4096 steps.
+    - `dt`: small enough that the step stays on the attractor, and large enough that
+        chaos shows within 4096 steps.
     - `start`: a state in the attractor's basin (off the planes of symmetry).
     - `measured`: the coordinates that an observer sees, see `observe`.
     """
@@ -127,7 +127,7 @@ class Flow(NamedTuple):
         return self.step(h)
 
     def observe(self, h, x):
-        """The step, with the coordinates that are measured taken from `x`.
+        """Return the step with the measured coordinates taken from `x`.
 
         The error obeys the flow of the other coordinates alone: the complete
         replacement of Pecora and Carroll 1990, "Synchronization in chaotic systems",
@@ -158,7 +158,7 @@ FLOWS = {
 
 
 def make_trajectory(flow: Flow, steps: int):
-    """No inputs `[T]`, a state on the attractor, and what follows it step by step."""
+    """Return empty inputs `[T]`, a state on the attractor, and the states after it."""
     start = jnp.asarray(flow.start, np.float64)
     xs = jnp.zeros(steps)
 
@@ -171,7 +171,10 @@ def make_trajectory(flow: Flow, steps: int):
 
 
 def find_horizon(flow: Flow, xs, h0, states) -> int:
-    """Steps until one rounding more, at each step, is visible; T if it never is."""
+    """Return after how many steps one more rounding at each step is visible.
+
+    T if it never is.
+    """
     signs = np.random.default_rng(0).choice((-1.0, 1.0), len(xs))
     # A change of `h0` alone may be rounded away before it grows.
     kicks = jnp.asarray(np.finfo(np.float64).eps * signs)
@@ -186,7 +189,7 @@ def find_horizon(flow: Flow, xs, h0, states) -> int:
 
 
 def find_exponent(flow: Flow, h0, steps: int = 50_000) -> float:
-    """The largest Lyapunov exponent, per unit of time (Benettin et al. 1980)."""
+    """Return the largest Lyapunov exponent, per unit of time (Benettin et al. 1980)."""
 
     def body(carry, _):
         h, tangent = carry

@@ -1,4 +1,4 @@
-"""What `pararnn` is compared with, written by hand from JAX alone."""
+"""What `pararnn` is compared with, written by hand in plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def deer(f, xs, h0, tolerance: float = 1e-4, max_iterations: int = 100):
         before = jnp.concatenate([h0[None], h[:-1]])
         matrices = jacobian(before, xs)
         terms = jax.vmap(f)(before, xs) - multiply(matrices, before)
-        # h0 is known: its part of the first step is a constant.
+        # h0 is known, so its contribution to the first step is a constant.
         terms = terms.at[0].add(matrices[0] @ h0)
         return associative_linear(multiply, jnp.matmul, matrices, terms)
 
@@ -76,11 +76,12 @@ def deer(f, xs, h0, tolerance: float = 1e-4, max_iterations: int = 100):
 
 
 def newton_floor(f, xs, h0, iterations: int):
-    """What no Newton of so many iterations can do without, whatever else it does.
+    """The work that no Newton's method of so many iterations can avoid.
 
-    A guess and as many evaluations of the cell as there are iterations, each with one
-    `lax.scan` of one multiplication and one addition a unit: its factors are given
-    (zeros of no use), where Newton has to differentiate the cell. Nothing is checked.
+    A guess, then for each iteration one evaluation of the cell and one `lax.scan` of
+    one multiplication and one addition per unit. The factors of the scan are given
+    (zeros, for no purpose), where Newton's method differentiates the cell. Nothing is
+    checked.
     """
     factors = jnp.zeros_like(jax.tree.leaves(xs)[0])
     step = jax.vmap(f)

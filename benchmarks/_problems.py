@@ -1,4 +1,4 @@
-"""The recurrences that are measured, and what is computed of them."""
+"""The recurrences that are measured, and what is computed with them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def diagonal_gru(weights):
-    """Every unit sees only itself; the gates' inputs are projected before."""
+    """Each unit sees only itself; the gates' inputs are already projected."""
     w_z, w_r, w_n = weights
 
     def step(h, x):
@@ -23,7 +23,7 @@ def diagonal_gru(weights):
 
 
 def dense_gru(weights):
-    """cuDNN's form: the reset gate acts behind the candidate's matrix product."""
+    """cuDNN's form: the reset gate acts after the candidate's matrix product."""
     w_r, w_z, w_n = weights
 
     def step(h, x):
@@ -89,7 +89,7 @@ def make_dense_gru(width: int) -> Problem:
 
 
 def make_elman(width: int, gain: float = 0.5) -> Problem:
-    """`gain` scales the recurrent matrix: from 1 or so on the cell is chaotic."""
+    """`gain` scales the recurrent matrix; from about 1 on the cell is chaotic."""
     return Problem("dense Elman", elman, width, 1, True, gain * width**-0.5)
 
 
@@ -112,7 +112,7 @@ def forward(problem: Problem, method, batch: int = 1):
 
 
 def loss_of(run):
-    """Mean of the states' squares."""
+    """The mean square of the states."""
     return lambda *args: jnp.mean(run(*args) ** 2)
 
 

@@ -16,7 +16,7 @@ from ._summary import render_summary, summarise
 
 
 def describe_machine(quick: bool) -> dict[str, Any]:
-    """What results depend on; those of another machine are never mixed with these."""
+    """Return what results depend on; results of different machines are not mixed."""
     device = jax.devices()[0]
     return {
         "platform": device.platform,
@@ -41,7 +41,7 @@ def _cpu_model() -> str:
 
 
 class Results:
-    """The rows of a folder's `results.json`, which is written after every row."""
+    """The rows of a folder's `results.json`, written after every row."""
 
     def __init__(self, folder: Path, machine: dict[str, Any], command: str):
         self.folder = folder
@@ -64,7 +64,7 @@ class Results:
         return self.folder / "results.md"
 
     def load(self) -> bool:
-        """Take over what the folder holds, if it is from this machine."""
+        """Load the folder's results, if they are from this machine."""
         if not self.json_path.exists():
             return True
         stored = json.loads(self.json_path.read_text())
@@ -87,7 +87,7 @@ class Results:
         )
 
     def add(self, row: Row, seconds: float) -> None:
-        """Store a row; `seconds` is how long the run has taken by now."""
+        """Store a row; `seconds` is how long the run has taken so far."""
         self.rows.append(row._replace(run=len(self.runs) - 1))
         self.runs[-1]["seconds"] = round(seconds, 1)
         self.write_json()
@@ -102,7 +102,7 @@ class Results:
             "summary": [verdict.as_dict() for verdict in summarise(everything)],
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Replaced at once, so that an interruption never leaves half a file.
+        # Replaced in one go, so that an interruption never leaves half a file.
         partial = self.json_path.with_suffix(".partial")
         text = json.dumps(_finite(content), indent=1, allow_nan=False)
         partial.write_text(text + "\n")
@@ -143,7 +143,7 @@ class Results:
         return "\n".join(lines) + "\n\n" + note
 
     def render_groups(self, captions: dict[str, dict[str, str]]) -> list[str]:
-        """A heading and tables for each group of which there are rows."""
+        """A heading and tables for each group that has rows."""
         sections = []
         for group, tables in captions.items():
             rows = [row for row in self.rows + self.derived if row.group == group]
@@ -158,7 +158,7 @@ class Results:
 
 
 def render_table(rows: list[Row]) -> str:
-    """A Markdown table, and below it a list of what is not in it."""
+    """Return a Markdown table, and below it a list of what was left out or failed."""
     measured = [row for row in rows if row.values]
     parts = []
     if measured:

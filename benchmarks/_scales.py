@@ -1,7 +1,7 @@
-"""Random cells whose entries are of very different sizes, or of a difficult one.
+"""Random cells whose entries are of very different or of difficult sizes.
 
-Every cell keeps the dtypes of the state that it is given, so that the same cell in
-float64 is the truth about one in float32.
+Every cell keeps the dtypes of the state that it is given. So the same cell in float64
+is the reference for one in float32.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Scaled(NamedTuple):
 
 
 def _unit(rng, width: int):
-    """A random dense cell whose states are of size 1, and the state's start."""
+    """A random dense cell whose states are of size 1, and its first state."""
     gain = rng.uniform(0.3, 1.5)
     W = gain * rng.standard_normal((width, width)) / width**0.5
 
@@ -36,7 +36,7 @@ def _inputs(rng, steps: int, width: int):
 
 
 def _of_size(size: Callable[[Any], Any]):
-    """A unit cell in other units, by entry or for all."""
+    """A unit cell in other units, for each entry or for all."""
 
     def make(rng, steps: int, width: int) -> Scaled:
         step, h0 = _unit(rng, width)
@@ -70,7 +70,7 @@ def _mixed(rng, steps: int, width: int) -> Scaled:
 
 
 def _beside_a_clock(rng, steps: int, width: int) -> Scaled:
-    """A counter at a million, and a cell that knows nothing of it."""
+    """A counter at a million, and a cell that does not read it."""
     step, h0 = _unit(rng, width)
 
     def cell(h, x):
@@ -103,7 +103,7 @@ def _beside_zeros(rng, steps: int, width: int) -> Scaled:
 
 
 def _cancelling(rng, steps: int, width: int) -> Scaled:
-    """Small entries as differences of larger numbers, which carry their rounding."""
+    """Small entries as differences of larger numbers, with the rounding of those."""
     step, h0 = _unit(rng, width)
 
     def cell(h, x):
@@ -114,7 +114,7 @@ def _cancelling(rng, steps: int, width: int) -> Scaled:
 
 
 def _fading(rng, steps: int, width: int) -> Scaled:
-    """What was 1e30 at the start, or is 1e-12 by the end, beside what stays."""
+    """Entries that start at 1e30, or end at 1e-12, beside entries that stay."""
     step, h0 = _unit(rng, width)
 
     def cell(h, x):
@@ -143,7 +143,7 @@ SCALES: dict[str, Callable[[Any, int, int], Scaled]] = {
 
 
 def draw_scaled(name: str, seed: int, steps: int) -> Scaled:
-    """A cell of a kind, in float32 where the kind does not say otherwise."""
+    """A cell of a kind, in float32 unless the kind says otherwise."""
     rng = np.random.default_rng(seed)
     cell, xs, h0 = SCALES[name](rng, steps, int(rng.integers(1, 6)))
 

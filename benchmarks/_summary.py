@@ -1,4 +1,4 @@
-"""What is required of the results, and which rows meet it."""
+"""The requirements on the results, and which rows meet them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,13 +9,13 @@ from ._case import Row
 
 
 class Requirement(NamedTuple):
-    """At most `limit` in the given columns of every row of a table that is `of` it."""
+    """At most `limit` in some columns of the rows of a table to which it `applies`."""
 
     name: str
     limit: float
     table: str
     columns: tuple[str, ...]
-    of: Callable[[dict[str, Any]], bool] = lambda key: True
+    applies: Callable[[dict[str, Any]], bool] = lambda key: True
 
 
 def _is_diagonal(key) -> bool:
@@ -129,7 +129,7 @@ REQUIREMENTS = (
 
 
 class Verdict(NamedTuple):
-    """A requirement against what was measured."""
+    """A requirement, and what was measured."""
 
     requirement: str
     limit: float
@@ -152,10 +152,10 @@ def _number(value: Any) -> float:
 
 
 def summarise(rows: list[Row]) -> list[Verdict]:
-    """A verdict on each requirement of which there are rows."""
+    """Return a verdict on each requirement that has rows."""
     verdicts = []
-    for name, limit, table, columns, of in REQUIREMENTS:
-        concerned = [row for row in rows if row.table == table and of(row.key)]
+    for name, limit, table, columns, applies in REQUIREMENTS:
+        concerned = [row for row in rows if row.table == table and applies(row.key)]
         measured = [row for row in concerned if row.values]
         failed = [row.name() for row in concerned if row.failed]
         if not measured and not failed:
@@ -180,10 +180,10 @@ def summarise(rows: list[Row]) -> list[Verdict]:
 
 
 def render_summary(rows: list[Row]) -> str:
-    """The verdicts as a Markdown table."""
+    """Return the verdicts as a Markdown table."""
     verdicts = summarise(rows)
     if not verdicts:
-        return "No row that a requirement is about."
+        return "No requirement applies to any row."
     lines = [
         "| requirement | at most | median | worst | rows | met | not met by |",
         "| --- | ---: | ---: | ---: | ---: | --- | --- |",

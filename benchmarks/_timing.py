@@ -1,4 +1,4 @@
-"""Time, compile time and memory of programs that are compared with each other."""
+"""Time, compile time and memory of programs that are compared."""
 
 import time
 from typing import Any, NamedTuple
@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-# A sample is as many calls as take this long, so that the clock's grain and a single
-# interruption do not show.
+# A sample is as many calls as take this long, so that the clock's resolution and a
+# single interruption do not show.
 SAMPLE_SECONDS = 2e-3
 
 
@@ -24,7 +24,7 @@ class Program(NamedTuple):
 
 def compile_program(fn, *args) -> Program:
     """Trace and compile `fn` for `args`, without running it."""
-    # A function of its own, so that nothing of it is compiled already.
+    # A new function, so that none of it is compiled already.
     jitted = jax.jit(lambda *args: fn(*args))
     start = time.perf_counter()
     compiled = jitted.lower(*args).compile()
@@ -32,7 +32,7 @@ def compile_program(fn, *args) -> Program:
     memory = compiled.memory_analysis()
     if memory is None:
         raise RuntimeError("This platform does not report the memory of a program.")
-    # What a user calls, and what dispatches fastest; it finds the program compiled.
+    # What a user calls, and what dispatches fastest; it reuses the compiled program.
     return Program(jitted, seconds, memory.temp_size_in_bytes)
 
 
@@ -41,7 +41,7 @@ def compile_all(fns: dict[str, Any], *args) -> dict[str, Program]:
 
 
 class Timings:
-    """Seconds of several programs, sampled in turn: the samples of one turn pair up."""
+    """Seconds of several programs, sampled in turn: samples of one turn are pairs."""
 
     def __init__(self, samples: dict[str, list[float]]):
         self._samples = {name: np.asarray(times) for name, times in samples.items()}
@@ -51,7 +51,7 @@ class Timings:
         return float(np.median(self._samples[name])) * 1e3
 
     def ratio(self, name: str, *against: str) -> dict[str, float]:
-        """Median, least and greatest ratio over pairs, to the fastest of `against`."""
+        """Median, least and greatest ratio of pairs, to the fastest of `against`."""
         fastest = min(against, key=self.ms)
         ratios = self._samples[name] / self._samples[fastest]
         return {
@@ -75,7 +75,7 @@ def time_in_turn(programs: dict[str, Program], *args, quick: bool) -> Timings:
     samples: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repeats):
         for name, program in programs.items():
-            # The program before may have left the caches and the allocator in another
+            # The previous program may leave the caches and the allocator in another
             # state than this one does: two compilations of one program differed by
             # half where one of them always followed the associative scan.
             program(*args)
@@ -91,7 +91,7 @@ def _sample(program: Program, args, calls: int) -> float:
 
 
 def memory_ratio(program: Program, against: Program) -> float:
-    """Ratio of temporary memory; programs that need none count as one byte."""
+    """The ratio of temporary memory; a program that needs none counts as one byte."""
     return max(program.temp_bytes, 1) / max(against.temp_bytes, 1)
 
 
@@ -100,10 +100,10 @@ def megabytes(program: Program) -> float:
 
 
 def relative_error(found, expected) -> float:
-    """Largest over the leaves of `max|found - expected| / max|expected|`."""
+    """The largest `max|found - expected| / max|expected|` over the leaves."""
 
     def one(found, expected) -> float:
-        # In numpy: differences in the given dtype, and no program to compile.
+        # In NumPy, which has nothing to compile; differences in the given dtype.
         found, expected = np.asarray(found), np.asarray(expected)
         if not np.all(np.isfinite(found)):
             return float("inf")

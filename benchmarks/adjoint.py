@@ -12,8 +12,8 @@ from ._timing import compile_all, megabytes, memory_ratio, time_in_turn
 
 TABLES = {
     "adjoint": "Value and gradient of `pararnn.solve` by `adjoint`, against those of "
-    "`lax.scan`; float32. Each cell of the table is a ratio to `lax.scan`, but for the "
-    "columns with units."
+    "`lax.scan`; float32. Each cell of the table is a ratio to `lax.scan`, except for "
+    "the columns with units."
 }
 
 

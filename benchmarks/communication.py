@@ -1,8 +1,8 @@
 """`python -m benchmarks.communication`: what devices exchange, read from the programs.
 
-Eight virtual CPU devices, two of them to the batch and four to time. Nothing is run:
-the instructions of the compiled programs and the bytes of their results are counted, so
-the table is the same on any machine. It is printed and stored beside the other results.
+Eight virtual CPU devices: two shards of the batch, four of time. Nothing is run. The
+instructions of the compiled programs and the bytes of their results are counted, so the
+table is the same on any machine. It is printed and stored beside the other results.
 """
 
 import os
@@ -36,7 +36,7 @@ class Candidate(NamedTuple):
 
 
 class _Loop(eqx.Module):
-    """`lax.scan`, which XLA divides as it likes."""
+    """`lax.scan`, which XLA shards as it likes."""
 
     cell: pararnn.ParaGRUCell
 

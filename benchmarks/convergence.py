@@ -24,8 +24,8 @@ TABLES = {
     "cell or the cell's own guess. `overflows` counts entries of iterates. `slstm` has "
     "4 heads and random recurrent weights at first.",
 }
-# In place of a cell's own defaults: the Jacobian of one sLSTM head of 32 units would
-# take a gigabyte at T = 16384, and without recurrent weights its guess is the answer.
+# Options that replace defaults: the Jacobian of one sLSTM head of 32 units would take
+# a gigabyte at T = 16384, and without recurrent weights its guess is the answer.
 OPTIONS = {"slstm": {"heads": 4, "recurrence": "uniform"}}
 # A QKAN-LSTM of 32 units takes some 25000 sines and cosines a step: hours, here.
 NAMES = [name for name in pararnn.CELLS if name != "qkanlstm"]
@@ -60,7 +60,7 @@ def _has_guess(form: str) -> bool:
 
 @ft.cache
 def _models(form: str) -> tuple[ByteModel, ByteModel, float]:
-    """The model at first, after training, and its loss then."""
+    """Return the model before and after training, and its final loss."""
     name, options = FORMS[form]
     cell = pararnn.make_cell(name, WIDTH, WIDTH, key=jr.key(0), **options)
     model = ByteModel(cell)

@@ -1,4 +1,4 @@
-"""Training runs that are killed at random moments, and go on."""
+"""Training runs that are killed at random moments and resumed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TABLES = {
     "examples/train_lm.py, a checkpoint every 5 steps, killed by SIGKILL at random "
     "moments and resumed each time. Broken: checkpoints that could not be restored. "
     "Most lost: steps that were logged and had to be taken again. Lines that differ: "
-    "of the log, times aside, from that of a run that was never killed.",
+    "of the log, except for times, from that of a run that was never killed.",
 }
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_lm.py"
 OPTIONS = (
@@ -38,7 +38,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def measure(kills: int, seed: int = 0) -> dict[str, int]:
-    """Train once without and once with so many kills, and compare the logs."""
+    """Train once without and once with this many kills, and compare the logs."""
     # One kill for about every 15 steps, most of them between two checkpoints.
     steps = 15 * (kills + 1)
     chance = random.Random(seed)
@@ -76,7 +76,7 @@ def _start(folder: Path, steps: int) -> subprocess.Popen:
 
 
 def _wait_for_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
-    """Until the run has logged so many steps more than at its start, or has ended."""
+    """Wait until the run has logged this many new steps, or has ended."""
     log, start = folder / "metrics.jsonl", None
     while process.poll() is None:
         # The log appears, or is rewritten without the lost steps, when the loop starts.

@@ -83,7 +83,7 @@ def _measure_model(name: str, settings: Settings):
     model, _ = load_model(folder, best=False)
     lines = [line for line in read_metrics(folder) if "loss" in line]
     arrays = jax.tree.leaves(eqx.filter(model, eqx.is_array))
-    # All of it takes a minute for each model, which --quick does not have.
+    # All validation documents take a minute for each model, too long for --quick.
     windows = _windows(length)[1]
     if not settings.quick:
         draw([RUNS / f"{n.replace(', ', '-')}-{steps}" for n in MODELS], FIGURE)
@@ -103,7 +103,7 @@ def _measure_model(name: str, settings: Settings):
 
 
 def _windows(length: int) -> tuple[Packed, Packed]:
-    """Those of the training runs."""
+    """Return the windows of the training runs."""
     train, validation = find_corpus().split(DataConfig.validation, seed=Config.seed)
     return (
         Packed(train, ByteTokenizer(), length, seed=Config.seed),
@@ -124,13 +124,13 @@ def _measure_overhead(steps: int = 40):
         checkpoint_every=steps,
     )
     with tempfile.TemporaryDirectory() as folder:
-        # Before and after, as other programs come and go.
+        # Before and after, as the load of the machine changes.
         bare = _time_steps(Run(config, Path(folder, "before")), steps)
         train(config, Path(folder, "loop"), show_progress=False)
         bare += _time_steps(Run(config, Path(folder, "after")), steps)
         lines = read_metrics(Path(folder, "loop"))
     tokens = config.data.length * config.data.batch
-    # Without the first, which compile, and the last, which waits for nothing.
+    # Without the first steps, which compile, and the last, which waits for nothing.
     loop = [tokens / line["tokens_per_second"] for line in lines[2 : steps - 1]]
     return {
         "loop ms": 1e3 * float(np.median(loop)),

@@ -21,10 +21,11 @@ from ._timing import compile_all, memory_ratio, time_in_turn
 TABLES = {
     "matrix_scan": "`pararnn.matrix_scan`, 4 heads, K = V = 64: the recurrent form, "
     "the chunkwise form and the default, and the same recurrence as a plain `lax.scan` "
-    "of einsums that JAX differentiates; ratios are to the recurrent form, or where it "
-    "says so to the plain loop, of the value and of value and gradient. `floor` are "
-    "the four matrix products that no chunkwise form can do without, in the fastest of "
-    "six ways: chunks of 16, 32 and 64 steps, one after the other or all at once.",
+    "of einsums that JAX differentiates. Ratios are to the recurrent form, or to the "
+    "plain loop where the column says so, of the value and of value and gradient. "
+    "`floor` is the time of the four matrix products that every chunkwise form needs, "
+    "in the fastest of six ways: chunks of 16, 32 and 64 steps, one after the other or "
+    "all at once.",
     "batches": "`pararnn.matrix_scan`, 4 heads, K = V = 64, by default: 8 sequences "
     "by `vmap`, over 8 times one of them.",
     "layers": "Every layer, `d_model` = 64, one sequence.",
@@ -32,9 +33,9 @@ TABLES = {
     "by hand, `d_model` = 64.",
     "memax": "Layers that memax has too, at the same sizes and without the short "
     "convolutions, which it lacks: `ratio` is our time over theirs.",
-    "windows": "Sequences in windows, as the layers take them on a CPU where they are "
-    "long or their steps large, against all steps at once: time of the value, of value "
-    "and gradient, and temporary memory of the latter.",
+    "windows": "Sequences in windows, as the layers take them on a CPU if they are "
+    "long or their steps large, against all steps at once: time of the value, time of "
+    "value and gradient, and temporary memory of the latter.",
     "long layers": "Time at great length, as a ratio to that of a sequence of T / 8, "
     "over 8.",
 }
@@ -96,7 +97,7 @@ def _normal(*shape: int, seed: int = 0):
 
 
 def _with_gradient(fn: Callable) -> Callable:
-    """Value and gradient in all arguments of the sum of squares of the outputs."""
+    """The outputs' sum of squares, with its gradient in all arguments."""
 
     def loss(*args):
         return jnp.sum(fn(*args)[0] ** 2)
@@ -109,8 +110,10 @@ def _with_gradient(fn: Callable) -> Callable:
 
 
 def _compare(programs: dict[str, Callable], arrays, steps: int, settings: Settings):
-    """Functions of a layer's arrays and one sequence: compiled, and timed in turn,
-    each also with its gradient, as `"name v&g"`."""
+    """Compile functions of a layer's arrays and one sequence, and time them in turn.
+
+    Each is also timed with its gradient, as `"name v&g"`.
+    """
     programs = programs | {f"{n} v&g": _with_gradient(f) for n, f in programs.items()}
     xs = _normal(steps, D)
     compiled = compile_all(programs, arrays, xs)
@@ -204,7 +207,7 @@ def _measure_forms(kind: str, steps: int, settings: Settings):
 
 
 def _plain_loop(erases: bool, q, k, v, decay):
-    """The recurrence as one would write it down."""
+    """The recurrence as its equation says."""
 
     def step(state, at_t):
         q, k, v, decay = at_t
@@ -221,8 +224,10 @@ def _plain_loop(erases: bool, q, k, v, decay):
 
 
 def _products_at_once(length: int, q, k, v, decay):
-    """Scores within a chunk, what they read, what the chunk writes, and what it reads
-    of the state that it starts from (here: of what it writes itself)."""
+    """The products of all chunks: scores, what they read, writes, reads of the state.
+
+    In place of the state that a chunk starts from, it reads what it writes itself.
+    """
     steps, heads, size = q.shape
     shape = steps // length, length, heads, size
     q, k, v = (x.reshape(shape).transpose(2, 0, 1, 3) for x in (q, k, v))
@@ -340,7 +345,7 @@ def _measure_layer(name: str, steps: int, settings: Settings):
 
 
 def _measure_against_bare(name: str, steps: int, settings: Settings):
-    # The layer as a scan, which is what it is compared with.
+    # The layer as a scan too, like what it is compared with.
     options = {"form": "scan", "d_state": 16} if name == "s4d" else {}
     layer = linear.make_layer(name, D, key=jr.key(0), **options)
     arrays, static = eqx.partition(layer, eqx.is_inexact_array)
@@ -364,7 +369,7 @@ def _measure_against_bare(name: str, steps: int, settings: Settings):
 
 PLAIN = {"convolution": False}
 PEERS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
-    # ours: module and class of theirs, their sizes, our options
+    # our layer: their module and class, their sizes, our options
     "lru": ("lru", "LRU", {"recurrent_size": D}, {"d_state": D}),
     "mamba": ("s6", "S6", {"recurrent_size": D}, PLAIN | {"expand": 1, "d_state": 1}),
     "deltanet": ("delta", "DeltaNet", {"recurrent_size": 16}, PLAIN | {"d_key": 16}),

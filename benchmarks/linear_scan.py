@@ -22,7 +22,7 @@ TABLES = {
 
 
 class Kind(NamedTuple):
-    """A structure, and the arithmetic that a reader would write for it."""
+    """A structure, and the plain arithmetic for it."""
 
     transition: Callable
     multiply: Callable
@@ -32,7 +32,7 @@ class Kind(NamedTuple):
     reverse: bool = False
 
     def shapes(self, steps: int, channels: int) -> tuple[tuple[int, ...], ...]:
-        """Of the factors and of the terms."""
+        """The shapes of the factors and of the terms."""
         if self.block is None:
             return (steps, channels), (steps, channels)
         blocks = channels // self.block

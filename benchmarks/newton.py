@@ -42,7 +42,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 def _measure(problem, steps, settings):
     def newton(f, xs, h0):
-        # The loop it is compared with does not check anything either.
+        # Without checks, as the loop that it is compared with has none.
         sol = pararnn.solve(f, xs, h0, solver=pararnn.Newton(), throw=False)
         return sol.states, sol.stats["num_steps"]
 

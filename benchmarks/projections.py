@@ -1,4 +1,4 @@
-"""Cells as one writes them down, which project their input in the step."""
+"""Cells that project their input within the step, as most are written."""
 
 import functools as ft
 import itertools
@@ -32,7 +32,7 @@ TABLES = {
 
 
 class Gated(eqx.Module):
-    """A recurrence by elements, of inputs that are not."""
+    """An elementwise recurrence of inputs that a dense matrix projects."""
 
     a: jax.Array
     W: jax.Array

@@ -1,4 +1,4 @@
-"""How time grows with the length, and that memory does not grow with iterations."""
+"""How time grows with the length, and how memory grows with iterations."""
 
 from collections.abc import Iterator
 
@@ -41,7 +41,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def derive(rows: list[Row]) -> list[Row]:
-    """The exponents, from the rows measured."""
+    """Fit the exponents to the measured rows."""
     rows = [row for row in rows if row.table == "scaling" and row.values]
     if len(rows) < 2:
         return []

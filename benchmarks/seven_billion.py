@@ -1,9 +1,9 @@
-"""`python -m benchmarks.seven_billion`: a training step that no machine here could run.
+"""`python -m benchmarks.seven_billion`: a training step too large for one machine.
 
 A ParaGRU language model of seven billion parameters, sequences of 32,768 tokens, on 64
-virtual CPU devices: the step of `pararnn.training` is traced on shapes and compiled,
-and the program is asked for the memory of one device and for what devices exchange.
-Nothing is allocated. The table is printed and stored beside the other results.
+virtual CPU devices: the step of `pararnn.training` is traced on shapes and compiled.
+The compiled program tells the memory of one device and what devices exchange. Nothing
+is allocated. The table is printed and stored beside the other results.
 """
 
 import argparse
@@ -94,10 +94,9 @@ def _is_shape(leaf) -> bool:
 
 
 def _batch(placement: Placement, sequences: int) -> dict[str, jax.ShapeDtypeStruct]:
-    place = NamedSharding(
-        placement.mesh,  # pyright: ignore[reportArgumentType]
-        PartitionSpec(None, ("data", "fsdp"), "time"),
-    )
+    assert placement.mesh is not None
+    axes = PartitionSpec(None, ("data", "fsdp"), "time")
+    place = NamedSharding(placement.mesh, axes)
     dtypes = {
         "tokens": jnp.int32,
         "targets": jnp.int32,

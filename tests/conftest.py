@@ -11,8 +11,8 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A compilation on a busy machine takes longer than any deadline for one example, and
-# shrinking a failure that compiles anew each time takes minutes.
+# Compiling on a busy machine takes longer than any deadline for one example, and
+# shrinking a failure compiles again each time, which takes minutes.
 PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
 hypothesis.settings.register_profile("default", deadline=None, phases=PHASES)
 hypothesis.settings.register_profile(
@@ -21,8 +21,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
-# The files that take longest, from the longest. Where every worker takes whole files,
-# as in `run.py`, the short ones are left to even out the end.
+# The slowest files, slowest first. Where every worker takes whole files, as in
+# `run.py`, the short ones then even out the end.
 LONGEST = (
     *("sharding", "linear_layers", "solve", "comparison", "methods", "cells_solved"),
     *("examples", "derivatives", "implicit", "rnn", "diffrax", "matrix_scan"),
@@ -50,6 +50,6 @@ def getkey(request):
 
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_memory():
-    """Compiled programs are kept for ever otherwise, some gigabytes in the end."""
+    """Drop compiled programs, which otherwise grow to some gigabytes."""
     yield
     jax.clear_caches()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pararnn.training import ByteTokenizer, Packed, find_corpus
 
-# Without zeros, so that a blank window is seen to be one.
+# Without zeros, so that a blank window is recognised.
 DOCUMENTS = st.lists(
     st.binary(min_size=1, max_size=20).map(lambda b: b.replace(b"\0", b"z")),
     min_size=1,
@@ -29,7 +29,7 @@ def write(folder, documents):
 
 @contextlib.contextmanager
 def packed(documents, length, **options):
-    """The windows of documents, whose files are gone afterwards."""
+    """Return the windows of documents, whose files are deleted afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = find_corpus(write(folder, documents))
         yield Packed(corpus, ByteTokenizer(), length, **options)

@@ -1,7 +1,7 @@
 """Time, batch and parameters over eight (virtual) devices; run by test_sharding.py.
 
-What is sharded is compared with a plain loop where there is one to write down, and else
-with the same function on one device, which the other tests compare with a loop.
+Sharded results are compared with a plain loop where there is one, and otherwise with
+the same function on one device, which the other tests compare with a loop.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ BATCH, WIDTH = 4, 4
 
 
 class Case(NamedTuple):
-    """A function of parameters and a sequence, and the same by other means."""
+    """A function of parameters and a sequence, and a reference for it."""
 
     make: object  # (key, T) -> parameters
     run: object  # (parameters, xs [T, WIDTH], reset) -> states or outputs
@@ -150,7 +150,7 @@ CASES = {
     "Mamba": Case(*layered(lambda key: linear.Mamba(WIDTH, 4, key=key)), reset=True),
     "MLSTM": Case(*layered(lambda key: linear.MLSTM(WIDTH, key=key)), reset=True),
 }
-# Every case on time and batch; one on each of the other meshes too.
+# Every case on a mesh of time and batch, and one case on each of the other meshes.
 ROWS = [
     *((name, "time=8") for name in ("diagonal", "Auto")),
     *((name, "data=2,time=4") for name in CASES),
@@ -250,8 +250,8 @@ def sheared(a):
     return np.stack([np.stack([a, a], -1), np.stack([0 * a, 1 / a], -1)], 1)
 
 
-# Of 32 steps on each of 8 devices: all of them grow by 1e51; or they grow and shrink
-# by turns, so that a small state is neither lost nor too large; or all shrink.
+# 32 steps on each of 8 devices: all shards grow by 1e51; or they grow and shrink
+# alternately, so that a small state is neither lost nor too large; or all shrink.
 GROW, TURNS = np.full(256, 40.0), np.repeat([40.0, 0.025] * 4, 32)
 SHRINK = np.full(256, 0.025)
 PRODUCTS = {
@@ -270,8 +270,8 @@ RANGES = {
     "underflow": (SHRINK, 0.0, 30),
     "turns": (TURNS, 1e-30, None),
 }
-# Which products leave the range how, whether there are resets, time runs back, and a
-# stretch has pieces of its own.
+# How the products leave the range, whether there are resets, whether time runs back,
+# and whether a shard has chunks of its own.
 BEYOND = [
     *((kind, "overflow", False, False, "auto") for kind in PRODUCTS),
     *((kind, "turns", False, False, "auto") for kind in ("diagonal", "complex")),
@@ -293,7 +293,7 @@ def test_products_beyond_the_range(kind, leaves, resets, reverse, backend):
     if term is not None:
         b[steps - 1 - term if reverse else term] = 1.0, 2.0
     reset = (jnp.arange(steps) % 100 == 60) & resets
-    # The first steps alone: all cotangents behind them are zero.
+    # The first steps alone: all cotangents after them are zero.
     first = slice(steps - 10, None) if reverse else slice(10)
 
     def scan(transition, b, h0):
@@ -340,7 +340,7 @@ def test_products_beyond_the_range(kind, leaves, resets, reverse, backend):
 
 
 def test_gradient_of_a_solve_whose_jacobians_overflow():
-    """Of the tenth state, behind which Jacobians multiply to 1e170 and 1e600."""
+    """The loss is the tenth state; later Jacobians multiply to 1e170 and 1e600."""
 
     def gradients(dtype):
         def f(h, x):
@@ -360,7 +360,7 @@ def test_gradient_of_a_solve_whose_jacobians_overflow():
 
 
 def test_factors_that_are_not_finite_are_not_hidden():
-    """Not by a state of zero either: as in the loop, to which 0 * NaN is NaN."""
+    """Not by a state of zero either: as in the loop, where 0 * NaN is NaN."""
     a = jnp.full((32, 2), 0.5).at[9, 0].set(jnp.nan).at[17, 1].set(jnp.inf)
     transitions = D(a), pararnn.Dense(jax.vmap(jnp.diag)(a))
     for transition in transitions:
@@ -372,8 +372,8 @@ def test_factors_that_are_not_finite_are_not_hidden():
 
 
 EXCHANGES = {
-    # Its factors have as many rows as there are steps, and their gradient is summed
-    # over the sequences of a batch: no device must have some of the sequences only.
+    # The factors have as many rows as there are steps, and their gradient is summed
+    # over the batch: every device must have all sequences.
     "diagonal": "time=8",
     "constant": "data=2,time=4",
     "Auto": "data=2,time=4",
@@ -415,7 +415,7 @@ def test_communication_counts_loops():
     x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, PartitionSpec("time")))
 
     def turn(carry, _):
-        # Five sums over the devices, each of what the one before has made.
+        # Five sums over the devices, each of the result of the one before.
         return jnp.sin(carry + jnp.sum(carry, 0, keepdims=True)), None
 
     looped = jax.jit(lambda x: jax.lax.scan(turn, x, length=5)[0])
@@ -513,7 +513,7 @@ def test_a_failure_is_found_on_any_device():
 
 
 def test_a_failure_of_one_sequence_is_found_on_any_device():
-    """The search and the check are one conditional, whatever the devices exchange."""
+    """The search and the check are one conditional, whatever devices exchange."""
     xs = jnp.zeros((32, WIDTH)).at[19, 2].set(jnp.nan)
     cell = pararnn.GRUCell(WIDTH, key=jr.key(0))
     with jax.set_mesh(pararnn.make_mesh(time=8)):
@@ -583,7 +583,7 @@ def test_explicit_axes_are_refused():
 
 
 def test_manual_axes_are_left_alone():
-    """Inside of a `shard_map` over time, a sequence is one device's own."""
+    """Inside a `shard_map` over time, each device has its own sequence."""
     xs = jr.normal(jr.key(0), (64, WIDTH))
     cell = pararnn.ParaGRUCell(WIDTH, key=jr.key(1))
 
@@ -629,7 +629,7 @@ WITHIN = {
 
 
 def within(name):
-    """A batch of eight sequences by one of `WITHIN`, and what it is run on."""
+    """A case of `WITHIN` on a batch of eight sequences, and its arguments."""
     make, run = WITHIN[name]
     parameters, static = eqx.partition(make(jr.key(2), 20), eqx.is_inexact_array)
     xs = jr.normal(jr.key(3), (8, 20, WIDTH))
@@ -652,7 +652,7 @@ def within(name):
 
 @pytest.mark.parametrize("name", WITHIN)
 def test_within_a_shard_map_that_checks_what_varies(name):
-    """Parameters are the same on all devices, so that their gradient is summed."""
+    """Parameters are the same on all devices, so their gradient is summed."""
     outputs, derive = within(name)
     axis = PartitionSpec("data")
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -692,7 +692,7 @@ def test_a_failure_within_a_shard_map():
 
 
 def test_collectives_over_devices():
-    """What depends on the state couples devices, which only a loop can keep in step."""
+    """Collectives of the state couple devices, so only a loop can solve the cell."""
     xs, h0 = jr.normal(jr.key(0), (8, 12, WIDTH)), jnp.ones((8, WIDTH))
     axis = PartitionSpec("data")
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -712,7 +712,7 @@ def test_collectives_over_devices():
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(xs, h0)
 
     def stepped(cell, xs, h0):
-        # The state varies from device to device, as it does in the inputs.
+        # The state varies from device to device, as the inputs do.
         return loop(cell, h0, xs, jnp.zeros(len(xs), bool))
 
     def by(solver):
@@ -726,7 +726,7 @@ def test_collectives_over_devices():
 
 
 def test_a_batch_along_an_explicit_axis():
-    """A scan is divided as its arguments are; a solve says what to do."""
+    """A scan is sharded as its arguments are; a solve says what to do."""
     xs = jr.normal(jr.key(0), (8, 12, WIDTH))
     cell = pararnn.GRUCell(WIDTH, key=jr.key(1))
 
@@ -779,7 +779,7 @@ LOGGED = ("loss", "validation_bits_per_byte")
 
 
 def test_a_training_run_and_its_checkpoint(tmp_path):
-    """The losses of one device, and a checkpoint that goes on with another mesh."""
+    """The losses of one device, and a checkpoint that another mesh continues."""
     rng = np.random.default_rng(0)
     for i in range(20):
         text = "".join(rng.choice(["alpha ", "beta ", "gamma\n"], 60))

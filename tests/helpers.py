@@ -1,4 +1,4 @@
-"""Ways to run a layer, and how results and refusals are checked."""
+"""Ways to run a layer, and checks of results and refusals."""
 
 import contextlib
 
@@ -11,7 +11,7 @@ from jax import lax
 
 
 def assert_close(got, wanted, rtol=1e-10):
-    """Leaf by leaf, relative to the leaf's largest number; NaN and inf as they are."""
+    """Compare leaf by leaf, relative to the leaf's largest number; NaN equals NaN."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True)
     for a, b in pairs:
@@ -23,7 +23,7 @@ def assert_close(got, wanted, rtol=1e-10):
 
 @contextlib.contextmanager
 def refusal(exception, parts):
-    """What is called within raises this, and the message has all of the parts."""
+    """Expect an exception whose message contains all of the parts."""
     with pytest.raises(exception) as caught:
         yield
     missing = [part for part in parts if part not in str(caught.value)]
@@ -32,13 +32,13 @@ def refusal(exception, parts):
 
 @eqx.filter_jit
 def whole(layer, xs, state=None, reset=None):
-    """All steps at once."""
+    """Run all steps at once."""
     return layer(xs, state, reset=reset)
 
 
 @eqx.filter_jit
 def decoded(layer, xs, state=None, reset=None):
-    """The layer's own `step`, one input after the other, afresh at each reset."""
+    """Run the layer's own `step` on one input after the other, with resets."""
     fresh = layer.init_state()
     reset = jnp.zeros(xs.shape[0], bool) if reset is None else reset
 
@@ -54,7 +54,7 @@ def decoded(layer, xs, state=None, reset=None):
 
 @eqx.filter_jit
 def in_two_parts(layer, xs, state=None, reset=None):
-    """A first third, and the rest from the state that it leaves."""
+    """Run the first third, then the rest from the last state of the first."""
     cut = xs.shape[0] // 3
     first, second = (None, None) if reset is None else (reset[:cut], reset[cut:])
     ys, state = layer(xs[:cut], state, reset=first)

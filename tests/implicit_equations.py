@@ -1,7 +1,7 @@
 """Implicit recurrences, and loops in NumPy that solve and differentiate them.
 
 The loops solve each step by Newton's method with Jacobians from complex steps, and
-differentiate it by the implicit function theorem: no JAX takes part in either.
+differentiate it by the implicit function theorem, both without JAX.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def pendulum(m, c, z, h, x, dt=0.05):
 
 
 def pendulum_at(angle, g=9.81):
-    """At rest, with the tension that the constraint asks for."""
+    """The pendulum at rest, with the tension that the constraint requires."""
     p = np.array([np.sin(angle), -np.cos(angle)])
     return p, np.zeros(2), np.array(g * np.cos(angle))
 
@@ -210,7 +210,7 @@ def weights(width):
 
 
 def numpy_slope(equation, u, moved=0.0, v=None):
-    """The derivative of the loss along u, at a point moved along v."""
+    """The derivative of the loss along u, at a point shifted along v."""
     point = equation.point
     if v is not None:
         point = jax.tree.map(lambda a, d: a + moved * d, point, v)

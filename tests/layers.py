@@ -103,7 +103,7 @@ def make(name: str, dtype=None):
 
 
 def disturbed(layer, seed: int = 0, size: float = 0.2):
-    """The layer with noise on every parameter: none shall be zero, or equal another."""
+    """The layer with noise on all parameters: none is zero or equals another."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda v: (
@@ -116,7 +116,7 @@ def disturbed(layer, seed: int = 0, size: float = 0.2):
 
 
 def random_state(layer, seed: int = 1):
-    """A state that is not the fresh one. Of a stabiliser or a normaliser too."""
+    """A random state, with a random stabiliser and normaliser too."""
     rng = np.random.default_rng(seed)
 
     def draw(fresh):

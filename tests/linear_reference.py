@@ -34,8 +34,7 @@ def l2(x):
 
 
 def conv(window, u, weight, bias=0.0):
-    """One step of the causal depthwise convolution, if there is one; the window is
-    oldest first."""
+    """One step of the causal depthwise convolution, if any; oldest first."""
     if weight is None:
         return None, u
     inputs = np.concatenate([window, u[None]])
@@ -66,7 +65,7 @@ def start(state, reset, t):
 
 
 def lru_real(p, xs, h, reset=None):
-    """The LRU of real eigenvalues, all positive or of either sign."""
+    """The LRU with real eigenvalues, all positive or of either sign."""
     eigenvalues = np.exp(-np.exp(p.nu_log))
     if p.eigenvalues == "signed":
         eigenvalues = p.sign * eigenvalues
@@ -285,7 +284,7 @@ def mlstm(p, xs, state, reset=None):
 
 
 def mlstm_unstabilised(p, xs, state, reset=None):
-    """`mlstm` without m, from a state without it. It also lacks the 1e-6.
+    """`mlstm` without m in the recurrence and the state, and without the 1e-6.
 
     Its S and n are those of `mlstm` times exp(m).
     """
@@ -387,7 +386,7 @@ def unitary_rnn(p, xs, s, reset=None):
 
 
 def plstm(p, xs, C, reset=None):
-    """On a sequence. The mark reads the previous cell."""
+    """pLSTM on a sequence. The mark reads the previous cell."""
     heads, values = len(p.b_s), len(p.norm_weight)
     keys = len(p.W_q) // heads
     ys = []
@@ -407,7 +406,7 @@ def plstm(p, xs, C, reset=None):
 
 
 def plstm_grid(q, k, v, source, mark, direct, T_rl, T_ru, T_dl, T_du):
-    """On a grid, edge by edge: the outputs `[H, W, heads, V]`.
+    """pLSTM on a grid, edge by edge; returns the outputs `[H, W, heads, V]`.
 
     q, k, v are `[H, W, heads, K or V]`, source and mark `[2, H, W, heads]` of the right
     and the down edge, and the others `[H, W, heads]`. `T_rl` leads from the left to the

@@ -1,4 +1,4 @@
-"""Flax NNX cells of all kinds that a user might write, by name."""
+"""Flax NNX cells of the kinds that users write, by name."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ def linear(rngs, d_in, d_out):
 
 
 class Base(nnx.RNNCellBase):
-    """`0.5 h + W x` into a tanh, or a part of it."""
+    """`tanh(0.5 h + W x)`, or a part of it."""
 
     num_feature_axes = 1
     in_features = IN
@@ -36,7 +36,7 @@ class Head(Base):
 
 
 class Pair(Base):
-    """A carry of two that is not an LSTM's: neither of them is emitted."""
+    """A carry of two arrays that is not an LSTM's: neither of them is emitted."""
 
     def initialize_carry(self, input_shape, rngs=None, carry_init=None):
         h = super().initialize_carry(input_shape)
@@ -65,7 +65,7 @@ class Gated(Base):
 
 
 class Jitted(Base):
-    """A step of one call, of which the new carry is a part."""
+    """A step that is one jitted call, whose result contains the new carry."""
 
     def __call__(self, h, x):
         @jax.jit
@@ -90,7 +90,7 @@ class Evaluated(Base):
         self.drop = nnx.Dropout(0.5, rngs=rngs)
         double = {"dtype": jnp.float64, "param_dtype": jnp.float64}
         self.norm = nnx.BatchNorm(WIDTH, rngs=rngs, **double)
-        # Flax makes them in float32 whatever it is told.
+        # Flax creates them in float32 in any case.
         self.norm.mean = nnx.BatchStat(jnp.full(WIDTH, 0.1))
         self.norm.var = nnx.BatchStat(jnp.full(WIDTH, 0.7))
 
@@ -120,7 +120,7 @@ class Alone(nnx.Module):
 
 
 class Unstarted(nnx.Module):
-    """As Flax's cells, but without `initialize_carry`."""
+    """Like Flax's cells, but without `initialize_carry`."""
 
     def __init__(self, rngs):
         self.of_x = linear(rngs, IN, WIDTH)
@@ -131,7 +131,7 @@ class Unstarted(nnx.Module):
 
 
 class Unfinished(nnx.RNNCellBase):
-    """Whose `initialize_carry` is that of the abstract class."""
+    """Inherits `initialize_carry` from the abstract class."""
 
     in_features = IN
 

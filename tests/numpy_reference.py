@@ -1,8 +1,8 @@
 """The recurrences as slow loops in float64 NumPy, written from their equations.
 
-Each takes the parameters by the names of the equations, inputs `[T, d]` and a state,
+Each takes the parameters by their names in the equations, inputs `[T, d]` and a state,
 and returns the outputs `[T, ...]` and the last state. A `reset` at a step replaces the
-state before that step by zeros. Nothing of the library is used here.
+state before that step with zeros. Nothing of the library is used here.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ def lstm(p, xs, state):
 
 
 def matrix(blocks):
-    """A recurrent matrix, from itself or from its diagonal blocks."""
+    """A recurrent matrix, given as such or by its diagonal blocks."""
     return blocks if blocks.ndim == 2 else block_diagonal(blocks)
 
 
@@ -160,7 +160,7 @@ def alrnn(p, xs, z):
 
 
 def schatten(matrix, order=4096):
-    """Just above the largest singular value."""
+    """A bound just above the largest singular value."""
     values = np.linalg.svd(matrix)[1]
     return values.max() * np.sum((values / values.max()) ** order) ** (1 / order)
 
@@ -248,7 +248,7 @@ def s4d(p, xs, h, reset=None):
 
 
 def s4d_by_convolution(p, xs):
-    """From zeros, by FFT: the impulse response of each channel times its input."""
+    """From zeros, by FFT: the impulse response of each channel applied to its input."""
     A_bar, B_bar = s4d_discrete(p)
     C = p.C_re + 1j * p.C_im
     steps = len(xs)

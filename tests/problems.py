@@ -1,7 +1,7 @@
-"""Tables of recurrences and solvers that the tests go through, and their oracle.
+"""Tables of recurrences and solvers for the tests, and their oracle.
 
-The oracle is a plain `jax.lax.scan` of the same cell with the resets written out.
-Nothing of the library takes part in it.
+The oracle is a plain `jax.lax.scan` of the same cell with the resets written out. It
+uses nothing of the library.
 """
 
 import functools as ft
@@ -38,7 +38,7 @@ SOLVERS = {
     "sequential": Sequential(),
     "newton": Newton(),
     "newton-1": Newton(1),
-    # 33 steps in segments of 5 leave a rest; segments of 3 leave none.
+    # 33 steps in segments of 5 leave a remainder; segments of 3 leave none.
     "newton-7": Newton(7),
     "newton-11": Newton(11),
 }
@@ -90,7 +90,7 @@ def lstm_blocks(p, state, x):
 
 
 def interleaved(p, h, x):
-    """Two independent dense cells, on the even and on the odd places."""
+    """Two independent dense cells, on the even and on the odd entries."""
     even = jnp.tanh(p["U"] @ h[0::2])
     odd = jnp.tanh(p["V"] @ h[1::2])
     return jnp.stack([even, odd], axis=1).reshape(6) + 0.3 * x
@@ -169,7 +169,7 @@ def gathered(p, h, x):
 
 
 def with_control_flow(p, h, x):
-    """A loop and a branch on the input: elementwise, which the program must show."""
+    """A loop and a branch on the input; the program shows that it is elementwise."""
 
     def once(h, _):
         return h + 0.3 * (jnp.tanh(p["a"] * h + x) - h), None

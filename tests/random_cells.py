@@ -1,7 +1,7 @@
-"""Random functions of a state, made of many operators, and the truth about each.
+"""Random functions of a state, made of many operators, and the true pattern of each.
 
-`python -m tests.random_cells 2000` looks for derivatives outside of the blocks found in
-as many of them; the tests do so for a few.
+`python -m tests.random_cells 2000` looks for derivatives outside the blocks found in
+2000 of them; the tests do so for a few.
 """
 
 import functools as ft
@@ -63,7 +63,7 @@ def pool(m, operation, start, window):
     return lax.reduce_window(m, start, operation, window, (1, 1), "SAME")
 
 
-# Of a matrix and an axis, to what broadcasts to the matrix.
+# From a matrix and an axis to an array that broadcasts to the matrix.
 OF_MATRICES = {
     "sort": jnp.sort,
     "cumsum": jnp.cumsum,
@@ -129,7 +129,7 @@ OF_MATRICES = {
     "qr": lambda m, a: jnp.linalg.qr(m.T @ m + jnp.eye(m.shape[1]))[0][:1, :],
 }
 SWAPPED = np.array([1, 0, 3, 2, 5, 4, 7, 6])
-# Of a vector of N numbers, to another.
+# From a vector of N numbers to another.
 OF_VECTORS = {
     "tanh": lambda v: jnp.tanh(1.3 * v + 0.2),
     "softplus": jax.nn.softplus,
@@ -340,7 +340,7 @@ def padding(rng):
 
 
 def at_known(update):
-    """Updates at random known places, some of them outside."""
+    """Updates at random known indices, some of them out of bounds."""
 
     def make(rng):
         at = jnp.asarray(rng.integers(0, N + 2, 5))
@@ -391,7 +391,7 @@ def cond(rng):
     return lambda v: lax.cond(jnp.asarray(which), lambda v: v, lambda v: v[::-1], v)
 
 
-# Random choices to a function of a vector.
+# From random choices to a function of a vector.
 OPERATORS = {
     **{name: of_matrix(function) for name, function in OF_MATRICES.items()},
     **{name: lambda rng, f=function: f for name, function in OF_VECTORS.items()},
@@ -436,7 +436,7 @@ OPERATORS = {
 
 
 class Random(NamedTuple):
-    """A function of a vector of N numbers, and what it is made of."""
+    """A function of a vector of N numbers, and its operators."""
 
     names: tuple[str, ...]
     how: str
@@ -469,7 +469,7 @@ def single(name: str, seed: int = 0) -> Random:
 
 
 def draw(seed: int) -> Random:
-    """One to three operators, combined in one of four ways."""
+    """Draw one to three operators, combined in one of four ways."""
     rng = np.random.default_rng(seed)
     names = tuple(rng.choice(list(OPERATORS), rng.integers(1, 4)))
     parts = [OPERATORS[name](rng) for name in names]
@@ -488,7 +488,7 @@ def found_labels(random: Random) -> np.ndarray:
 
 
 def true_pattern(random: Random, points: int = 6) -> np.ndarray:
-    """Where the Jacobian is not zero at some of several random points."""
+    """Where the Jacobian is not zero at one or more of several random points."""
     rng = np.random.default_rng(1)
     scale = rng.choice([0.3, 1.0, 3.0], (points, 1))
     at = jnp.asarray(rng.standard_normal((points, N)) * scale)

@@ -1,16 +1,23 @@
-"""The shape of the source tree: who imports whom, and what a class may be."""
+"""The shape of the source tree: imports, classes, sizes, and the depth of calls."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import pkgutil
 import re
+import statistics
 import sys
 import tomllib
+import traceback
 from pathlib import Path
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import pytest
+
+import pararnn
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pararnn", "linear")
@@ -135,12 +142,25 @@ def layer_of(module: str) -> str:
     return max(fits, key=len)
 
 
-def imports_of(module: str) -> set[str]:
-    """Every module that a file imports, wherever in the file the import stands."""
+class AtRunTime(ast.NodeTransformer):
+    """A program without what only a type checker reads."""
+
+    def visit_If(self, node):
+        self.generic_visit(node)
+        only_typing = ast.unparse(node.test).endswith("TYPE_CHECKING")
+        return node.orelse if only_typing else node
+
+
+def imports_of(module: str, *, at_run_time: bool = False) -> set[str]:
+    """Every module that a file imports, wherever in the file the import stands.
+
+    With `at_run_time`, those under `if TYPE_CHECKING` are left out.
+    """
     found = set()
     path = FILES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(AtRunTime().visit(tree) if at_run_time else tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -160,6 +180,16 @@ def test_imports_point_down(module):
     project = {name for name in imports_of(module) if name.split(".")[0] in PACKAGES}
     wrong = {name for name in project if layer_of(name) not in allowed}
     assert not wrong, f"{module} may import {sorted(allowed)}, not {sorted(wrong)}"
+
+
+def test_no_import_cycle():
+    graph = {name: imports_of(name, at_run_time=True) & set(FILES) for name in FILES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        # graphlib lists each module before the one that imports it.
+        cycle = " -> ".join(reversed(error.args[1]))
+        pytest.fail(f"Each of these modules imports the next: {cycle}", pytrace=False)
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -228,3 +258,59 @@ def test_every_class_is_abstract_or_final():
                     f"{cls.__qualname__} inherits from the concrete class "
                     f"{base.__qualname__}"
                 )
+
+
+# Enough rooms that each has one job, and few enough that a reader finds it.
+MOST_MODULES, MEAN_LINES, MOST_LINES = 150, (150, 220), 500
+
+
+def test_sizes_of_modules():
+    lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    long = {name: count for name, count in lines.items() if count > MOST_LINES}
+    assert not long, f"split these modules: {long}"
+    assert len(lines) <= MOST_MODULES, f"merge some of {len(lines)} modules"
+    assert MEAN_LINES[0] <= statistics.mean(lines.values()) <= MEAN_LINES[1]
+
+
+def test_few_exceptions_for_the_type_checker():
+    folders = (*PACKAGES, "examples", "benchmarks")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if "pyright: ignore" in line
+    ]
+    assert len(found) <= 8, "\n".join(["too many `pyright: ignore`:", *found])
+
+
+@pytest.fixture
+def calls_of_scan(monkeypatch) -> list[list[str]]:
+    """The own frames from `solve` to each call of `jax.lax.scan`, filled in by calls.
+
+    Scans that look for the cause of a failure are left out.
+    """
+    calls, scan = [], jax.lax.scan
+    own = ROOT / "pararnn"
+
+    def spy(*args, **kwargs):
+        stack = [(Path(f.filename), f.name) for f in traceback.extract_stack()]
+        frames = [f"{path.name}:{name}" for path, name in stack if own in path.parents]
+        if not any(frame.startswith("_failure.py:") for frame in frames):
+            calls.append(frames[frames.index("_solve.py:solve") :])
+        return scan(*args, **kwargs)
+
+    monkeypatch.setattr(jax.lax, "scan", spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "solver, most", [(pararnn.Newton(4), 12), (pararnn.Sequential(), 6)], ids=repr
+)
+def test_frames_from_solve_to_the_deepest_scan(solver, most, calls_of_scan):
+    def cell(h, x):
+        return jnp.tanh(0.5 * h + x)
+
+    pararnn.solve(cell, jnp.ones((64, 3)), jnp.zeros(3), solver=solver)
+    deepest = max(calls_of_scan, key=len)
+    assert len(deepest) <= most, f"{len(deepest)} frames: " + " -> ".join(deepest)

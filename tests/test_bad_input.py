@@ -32,7 +32,7 @@ HEADS = jnp.ones((T, 2, N))
 
 # name: (call, exception, parts of the message)
 WRONG = {
-    "the cell is no function": (call(f=3), TypeError, ["int", "cannot be called"]),
+    "the cell is not a function": (call(f=3), TypeError, ["int", "cannot be called"]),
     "swapped arguments": (
         lambda: solve(XS, f, H0),
         TypeError,
@@ -70,7 +70,7 @@ WRONG = {
         ["h0", "int64", "floating point"],
     ),
     "a boolean state": (call(h0=jnp.zeros(N, bool)), TypeError, ["h0", "bool"]),
-    "a state that is no array": (call(h0="zeros"), TypeError, ["zeros"]),
+    "a state that is not an array": (call(h0="zeros"), TypeError, ["zeros"]),
     "no state": (call(f=lambda h, x: h, h0=()), ValueError, ["h0", "no arrays"]),
     "a cell of scan's kind": (
         call(f=lambda h, x: (h + x, h)),

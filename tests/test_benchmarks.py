@@ -69,7 +69,7 @@ def test_markdown_has_every_row(folder):
     for _, case in CASES:
         start = "| " + " | ".join(map(str, case.key.values())) + " |"
         assert sum(line.startswith(start) for line in lines) >= 1, start
-    # A table that no blank line precedes is no table for mkdocs.
+    # mkdocs needs a blank line before a table.
     for before, line in itertools.pairwise(lines):
         if line.startswith("|"):
             assert before.startswith("|") or not before

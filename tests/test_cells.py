@@ -54,7 +54,7 @@ CELLS = {
     "iclrnn": (ICLRNNCell, {}, reference.iclrnn, 1, 6),
     "qkanlstm": (QKANLSTMCell, {"layers": 2}, reference.qkanlstm, 2, 6),
 }
-# Initialised by laws of their own, which their own tests check.
+# These have special initialisations, which other tests check.
 OWN_INITIALISATION = {
     *("plrnn", "alrnn", "qkanlstm"),
     *("slstm", "slstm-heads", "slstm-diagonal"),
@@ -162,7 +162,7 @@ def test_16_bit_parameters_are_the_only_loss(name):
 def test_structure_of_the_jacobian(name):
     cell = make(name)
     x = jr.normal(jr.key(1), (D_INPUT,))
-    # At several states, as each leaves other units of a ReLU idle.
+    # At several states, because each leaves other units of a ReLU idle.
     states = jax.tree.map(
         lambda s: jr.normal(jr.key(2), (64, *s.shape), s.dtype), cell.init_state()
     )
@@ -176,7 +176,7 @@ def test_structure_of_the_jacobian(name):
     assert not any(np.any(np.asarray(part)[~same_block]) for part in parts)
     coupled = same_block & ~np.eye(D_STATE, dtype=bool)
     assert any(np.all(np.asarray(part)[coupled]) for part in parts)
-    # The whole state's blocks take those of all its arrays.
+    # The blocks of the whole state contain those of all its arrays.
     rows = size * CELLS[name][3]
     wanted = "Diagonal" if rows == 1 else f"BlockDiagonal({rows})"
     found = pararnn.jacobian_structure(cell, x, state)
@@ -200,7 +200,7 @@ def test_every_parameter_has_a_derivative(name):
 
 
 def initial_bound(cell, field, value):
-    """What the absolute values of an initial parameter lie below."""
+    """An upper bound of the absolute values of an initial parameter."""
     if isinstance(cell, ParaGRUCell | ParaLSTMCell):
         return (D_INPUT // cell.heads) ** -0.5 if field[0] in "Bb" else 1.0
     if isinstance(cell, CfCCell):

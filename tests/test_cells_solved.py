@@ -1,8 +1,8 @@
 """Every cell solved in parallel, against decoding step by step, in float64.
 
-The cells of the registry and of other libraries, each as an `RNN`, from a state of its
-own and with resets: outputs, last state, gradients of all parameters and inputs.
-What a step computes is checked elsewhere, against equations and other libraries.
+The cells of the registry and of other libraries, each as an `RNN`, from a random state
+and with resets: outputs, last state, gradients of all parameters and inputs. The steps
+themselves are checked elsewhere, against equations and other libraries.
 """
 
 import equinox as eqx
@@ -18,7 +18,7 @@ from pararnn import RNN, Newton
 from tests.helpers import assert_close, decoded
 
 D_INPUT, D_STATE, T = 3, 4, 200
-# Beside the registry: forms of a cell with another Jacobian, or another guess.
+# In addition to the registry: forms of a cell with another Jacobian, or another guess.
 FORMS = {
     "gru, heads": ("gru", {"heads": 2}),
     "lstm, heads": ("lstm", {"heads": 2}),
@@ -65,7 +65,7 @@ def make_layer(name, solver):
 
 
 def weighed(run):
-    """The gradient, in layer and inputs, of a sum in which every output counts."""
+    """The gradient, in layer and inputs, of a weighted sum of all outputs."""
 
     def value(arguments, state, reset):
         layer, xs = arguments
@@ -93,7 +93,7 @@ def test_values_and_gradients_are_those_of_decoding(name, segments):
     (_, got), gradient = weighed(solved)((layer, xs), state, reset)
     (_, wanted), expected = weighed(decoded)((layer, xs), state, reset)
     assert_close(got, wanted, 1e-10)
-    # As one vector: some leaves may be zero but for rounding.
+    # As one vector: some leaves may be zero except for rounding.
     assert_close(ravel_pytree(gradient)[0], ravel_pytree(expected)[0], 1e-9)
     assert np.all(np.isfinite(got[0]))
     parameters = gradient[0].cell

@@ -39,7 +39,7 @@ each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 
 class Problem(NamedTuple):
-    """A cell, its first state, and what two programs of a step may differ by.
+    """A cell, its first state, and how much two programs of a step may differ.
 
     `roundings` are float32's, of the largest size of each leaf.
     """
@@ -59,7 +59,7 @@ class Problem(NamedTuple):
             before = jax.tree.map(
                 lambda h, s: jnp.concatenate([h[None], s[:-1]]), h0, sol.states
             )
-            # One step after the other, so that nothing of the solver takes part.
+            # One step after the other, without the solver.
             ahead = jax.lax.map(lambda at: self.cell(*at), (before, xs))
             gaps = jax.tree.map(lambda a, b: jnp.abs(a - b), ahead, sol.states)
             return sol, jax.tree.map(jnp.max, gaps)
@@ -83,7 +83,7 @@ def tiny(h, x):
 
 
 def of_all_sizes(h, x):
-    """A clock and a gate; what cancels; a constant; a zero; and a tiny state."""
+    """A clock and a gate; a cancellation; a constant; a zero; and a tiny state."""
     big = jnp.tanh(0.5 * h["big"] + x)
     return {
         "clock": h["clock"] + 1,
@@ -102,7 +102,7 @@ def chaotic(h, x):
 
 
 START = {"clock": 1e6, "gate": 0.0, "small": 1e-4, "big": 0.1, "constant": 1e20}
-# In the order of the leaves, by name; 3 is 30,000 times as large as what is left of it.
+# In the order of the leaves, by name; 3 is 30,000 times as large as what remains of it.
 ROUNDINGS = (8.0, 1.0, 0.0, 8.0, 2e4, 8.0, 0.0)
 PROBLEMS = {
     "all sizes": Problem(of_all_sizes, START | {"zero": 0.0, "tiny": 0.0}, ROUNDINGS),
@@ -114,7 +114,7 @@ TINY = Problem(tiny, 0.0, (8.0,))
 @each_solver
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 def test_every_entry_is_held_to_its_own_size(problem, solver):
-    """And without a limit on its steps every method ends with a certified answer."""
+    """Without a limit on its steps, every method ends with a certified answer."""
     sol, roundings = problem.run(solver)
     assert sol.result == RESULTS.successful
     assert int(sol.stats["certified_steps"]) == 60
@@ -130,7 +130,7 @@ def test_a_limit_ends_without_a_certificate():
 @pytest.mark.parametrize("power", [-100, -20, 20, 100])
 @pytest.mark.parametrize("name", ["newton on segments", "damped newton", "jacobi"])
 def test_units_do_not_matter(name, power):
-    """In units of a power of two every number of the solve is the same but for them."""
+    """In units of a power of two, every number of the solve is only scaled."""
     units = 2.0**power
 
     def in_units(h, x):
@@ -150,7 +150,7 @@ def test_units_do_not_matter(name, power):
 
 
 def test_an_entry_is_held_to_its_dtype(getkey):
-    """A coarse leaf beside a fine one excuses nothing of it."""
+    """A coarse leaf does not loosen the tolerance of a fine one."""
     xs = jax.random.normal(getkey(), (200, 3), jnp.float32)
     h0 = jnp.zeros(3, jnp.bfloat16), jnp.zeros(3, jnp.float32)
 
@@ -178,7 +178,7 @@ def test_no_tolerance_at_all_is_reached_by_passes_of_the_cell():
 
 
 def test_a_sequence_that_fails_is_told_from_those_that_do_not():
-    """Under `vmap` each sequence has its own certificate, and its own passes."""
+    """Under `vmap` each sequence has its own certificate and its own passes."""
     h0 = jnp.asarray([0.3, 0.0, 0.6], jnp.float32)
 
     @jax.jit
@@ -206,7 +206,7 @@ def test_sizes_are_of_now_and_a_few_steps_before(count, length, getkey):
     )
     sizes = np.asarray(entry_sizes(starts, length))
     values = np.abs(np.concatenate([jnp.zeros((1, 2, 3)), starts]))
-    # Whole blocks before that of the start itself, whose other starts do not count.
+    # Whole blocks before that of the start itself; of its own block no other start.
     block = max(1, BLOCK // length)
     least, most = -(-(REACH - BLOCK) // length), -(-(REACH + BLOCK) // length)
     for i in range(1, count + 1):

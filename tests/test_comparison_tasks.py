@@ -36,7 +36,7 @@ LENGTHS = [3 + i % (SIZE - 2) for i in range(COUNT)]
 
 
 def prefixes(step, start):
-    """Targets of a plain loop over the tokens, all of them asked for."""
+    """Targets of a plain loop over the tokens, one for every token."""
 
     def evaluate(tokens):
         states = itertools.accumulate(tokens, step, initial=start)
@@ -55,7 +55,7 @@ def pairs(tokens):
 
 
 def arithmetic(tokens):
-    """Python's own arithmetic, for every prefix that it can read."""
+    """Python's arithmetic, for every prefix that is an expression."""
     found = {}
     for n in range(1, len(tokens) + 1):
         text = "".join("01234+-*()"[t] for t in tokens[:n])
@@ -67,7 +67,7 @@ def arithmetic(tokens):
 PARITY = prefixes(lambda odd, bit: (odd + bit) % 2, 0)
 STEPS = (0, 1, -1)
 
-# Spec, and the answers in plain Python: place and value.
+# Spec, and the answers in plain Python: position and value.
 REGULAR = {
     "parity": PARITY,
     "even_pairs": pairs,
@@ -99,7 +99,7 @@ def test_formal_languages(spec):
 
 
 def test_brackets_nest():
-    """At the lengths of the test brackets are in brackets, and are not all there is."""
+    """At the tested lengths brackets nest, and some tokens are outside of them."""
     depths, bare = [], 0
     for inputs, *_ in draw(make_task("modular_arithmetic_brackets").train, [41] * 20):
         depth = list(itertools.accumulate((t == 8) - (t == 9) for t in inputs))
@@ -277,7 +277,7 @@ def test_digits(spec):
             (*sorted(image), label)
             for image, label in zip(images.tolist(), labels.tolist(), strict=True)
         )
-    # Each image is in one part, whatever the order of its pixels.
+    # Each image is in one split, whatever the order of its pixels.
     assert known == collections.Counter(
         (*sorted(image), label)
         for image, label in zip(pixels.tolist(), classes.tolist(), strict=True)
@@ -331,7 +331,7 @@ def test_arrows_point_or_not():
 
 @pytest.mark.parametrize("length", [49, 64], ids=["padded", "whole"])
 def test_images_of_arrows(length):
-    """Patch by patch against single pixels; nothing behind the image."""
+    """Patch by patch against single pixels; nothing after the image."""
     task, key, patch = make_task("arrow_pointing:patch=3"), jax.random.key(3), 3
     side = math.isqrt(length)
     inputs, targets, mask = task.train(key, 64, jnp.asarray(length, jnp.int32))

@@ -1,4 +1,4 @@
-"""Files to batches: what is in them, what is lost, and where one can go on."""
+"""From files to batches: their contents, what is dropped, and resuming."""
 
 import collections
 import hashlib
@@ -149,7 +149,7 @@ def test_windows_are_the_stream_of_the_documents(documents, T, seed):
         if len(stream) <= T:
             return
         check_windows(Packed(windows.corpus, ByteTokenizer(), T, seed=seed), stream, T)
-    # Every document once, each behind a begin token, and nothing else.
+    # Every document once, each after a begin token, and nothing else.
     assert stream[0] == 256
     text = "".join(chr(token) for token in stream)
     found = [piece.encode("latin-1") for piece in text.split(chr(256))[1:]]
@@ -256,7 +256,7 @@ def test_a_run_goes_on_where_it_stopped(documents, B, stop, reading):
         for _ in range(stop):
             next(begun)
         state = json.loads(json.dumps(begun.get_state()))
-        # In a new iterator, and in one that has gone too far.
+        # In a new iterator, and in one that has advanced further.
         for later in (iter(make_batches(windows, B, threads=0)), whole):
             later.set_state(state)
             assert all(same(next(later), batch) for batch in expected[stop:])

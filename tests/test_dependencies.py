@@ -1,4 +1,4 @@
-"""Dependencies: none is missed, in cells of many kinds, and few are invented."""
+"""Dependencies in cells of many kinds: none is missed, and few are invented."""
 
 import equinox as eqx
 import jax
@@ -20,9 +20,9 @@ from tests.random_cells import (
     true_pattern,
 )
 
-# Where blocks are found that are larger than those of the Jacobian. The first ones are
-# sparse by values that no program shows, the next only by rules that are left out; and
-# of the last not the rule is looked at, which is for the reverse mode alone.
+# Operators for which the blocks found are larger than those of the Jacobian. The first
+# are sparse because of values that no program shows, the next because of rules that are
+# left out. The rule of the last is not read: it is for reverse mode alone.
 COARSE = {
     *("custom_vjp", "custom_vjp in a loop", "insert"),
     *("fft", "rfft", "fft2", "cummin", "own update", "add at own index", "switch"),
@@ -55,7 +55,7 @@ def test_random_cells(first):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_as_sharp_as_an_independent_finder(name):
-    """Blocks are never larger than those of asdex, where it is right and has a rule."""
+    """Blocks are never larger than those of asdex, if it is right and has a rule."""
     asdex = pytest.importorskip("asdex", exc_type=ImportError)
     random = single(name)
     try:
@@ -69,7 +69,7 @@ def test_as_sharp_as_an_independent_finder(name):
     assert len(set(found_labels(random))) >= len(set(true_labels(pattern)))
 
 
-# What was silently wrong once: every cell through a solve and its gradient.
+# Cells that were silently wrong once, each in a solve and its gradient.
 
 
 def two_wheres(h, x):
@@ -186,9 +186,9 @@ def test_an_implicit_equation_with_two_wheres(getkey):
     xs, h0 = jax.random.normal(getkey(), (20, 2)), jnp.zeros(2)
 
     def plain(h, x):
-        """The same by so many rounds of a contraction that nothing is left.
+        """The same by iterating a contraction until nothing changes.
 
-        In a loop: written out, XLA's compilation of them took 20 GB.
+        In a loop: unrolled, XLA took 20 GB to compile it.
         """
         return jax.lax.scan(lambda z, _: (z - F(z, h, x), None), h, length=80)[0]
 

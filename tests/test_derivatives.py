@@ -1,4 +1,4 @@
-"""Derivatives of `solve` against JAX's own of a plain `lax.scan`."""
+"""Derivatives of `solve` against those that JAX finds for a plain `lax.scan`."""
 
 import functools as ft
 
@@ -69,7 +69,7 @@ def directions(primals, seed=0):
 
 
 def gradient_and_tangent(loss, primals):
-    """The gradient by all arguments, and the JVP along a random direction."""
+    """The gradient in all arguments, and the JVP along a random direction."""
 
     @jax.jit
     def both(primals, tangents):
@@ -101,7 +101,7 @@ def test_first_derivatives_of_complex_states(name, adjoint):
 
 @pytest.mark.parametrize("adjoint", ["parallel", "sweep"])
 def test_reset_at_the_first_step(adjoint):
-    """Then `h0` takes no part, and its gradient is zero."""
+    """Then `h0` has no effect, and its gradient is zero."""
     cell, (parameters, xs, h0) = CELLS["gru-dense"], instance("gru-dense")
     reset = jnp.arange(len(xs)) == 0
 
@@ -115,7 +115,7 @@ def test_reset_at_the_first_step(adjoint):
     assert not np.any(got[0])
 
 
-# Where each way to a derivative meets states that are not finite.
+# Every kind of derivative with states that are not finite.
 LOST = [
     *((name, "auto", Sequential()) for name in REAL),
     *((name, "parallel", Newton(7)) for name in ("gru-diagonal", "dict-state")),
@@ -125,8 +125,10 @@ LOST = [
 
 
 def lost_problem(name, run):
-    """A loss on all that comes behind a reset at step 40, and the same on that alone;
-    the input of the second step is NaN."""
+    """A loss on all steps after a reset at step 40, and the same on these steps alone.
+
+    The input of the second step is NaN.
+    """
     cell, (parameters, xs, h0) = CELLS[name], instance(name, 60)
     spoiled = jax.tree.map(
         lambda x: x.at[1].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
@@ -162,8 +164,8 @@ def test_derivatives_do_not_leave_their_sequence(name, adjoint, solver):
     found, tangent, states, wanted = everything(given, sequence)
     assert any(np.any(np.isnan(leaf[1])) for leaf in jax.tree.leaves(states))
     parameters, xs, h0, fresh = found
-    behind = jax.tree.map(lambda v: v[40:], xs)
-    assert_close((parameters, behind, fresh), wanted, 1e-9)
+    later = jax.tree.map(lambda v: v[40:], xs)
+    assert_close((parameters, later, fresh), wanted, 1e-9)
     for leaf in jax.tree.leaves((h0, jax.tree.map(lambda v: v[:40], xs))):
         assert not np.any(leaf)
     assert np.isfinite(tangent)
@@ -171,7 +173,7 @@ def test_derivatives_do_not_leave_their_sequence(name, adjoint, solver):
 
 @pytest.mark.parametrize("adjoint", ["parallel", "sweep"])
 def test_a_loss_on_lost_states_has_no_finite_derivative(adjoint):
-    """Which a selection in place of the states would give it."""
+    """A selection of the finite states would wrongly make it finite."""
     run = ft.partial(solved, adjoint=adjoint, solver=Sequential())
     loss, given, *_ = lost_problem("elman", run)
 
@@ -298,7 +300,7 @@ def test_gradient_under_vmap(adjoint):
 
 
 def test_gradient_of_a_batched_loss():
-    """`grad` of a sum over `vmap`: shared parameters collect over the batch."""
+    """`grad` of a sum over `vmap`: gradients of shared parameters add up."""
 
     def over_batch(run):
         loss, (parameters, xs, h0, fresh) = loss_of("lstm-blocks", run)
@@ -356,7 +358,7 @@ def test_half_precision():
     assert_close(got, wanted, 0.05)
 
 
-# Cells with rules of their own
+# Cells with custom derivative rules
 
 
 @jax.custom_vjp
@@ -406,7 +408,7 @@ def clipped(x):
 
 @clipped.defjvp
 def _(primals, tangents):
-    """Three times the derivative, which no program of tanh could show."""
+    """Three times the derivative, which the program of tanh does not show."""
     (x,), (t,) = primals, tangents
     return jnp.tanh(x), 3 * (1 - jnp.tanh(x) ** 2) * t
 
@@ -431,7 +433,7 @@ def test_a_custom_jvp_rule_is_the_derivative(solver, adjoint):
 
 
 def gradient_memory(**options):
-    """Bytes of temporaries of the compiled gradient."""
+    """The bytes of temporaries of the compiled gradient."""
     run = ft.partial(solved, **options)
     loss, primals = loss_of("gru-diagonal", run, steps=1024)
     compiled = jax.jit(jax.grad(loss)).lower(*primals).compile()

@@ -1,4 +1,4 @@
-"""`diagnose`: its numbers against plain NumPy loops, what it says, what it refuses."""
+"""`diagnose`: numbers against plain NumPy loops, the report, and refusals."""
 
 import math
 import sys
@@ -39,7 +39,7 @@ def logistic(h, x):
     return 4 * h * (1 - h) + 0 * x
 
 
-# The exponent and the largest growth, by loops in NumPy that share nothing with the
+# The exponent and the largest growth, by loops in NumPy that use nothing of the
 # library.
 
 
@@ -77,7 +77,7 @@ def growth_of(jacobians):
 def test_exponent_of_a_linear_recurrence():
     a = jnp.asarray([0.5, -0.9, 0.3])
     d = diagnose(lambda h, x: a * h + x, noise(200, 3), jnp.ones(3), methods=[])
-    # A tangent needs a while to turn to the slowest direction.
+    # A tangent takes some steps to turn to the slowest direction.
     assert abs(d.exponent - math.log(0.9)) < 2 / 200
     assert d.exponent == d.trajectory.exponent
     # A linear recurrence has the same Jacobians everywhere.
@@ -95,7 +95,7 @@ def test_exponent_of_the_logistic_map():
         h = 4 * h * (1 - h)
     assert abs(d.exponent - math.log(2)) < 0.02
     assert abs(d.exponent - total / 3000) < 0.02
-    # It overflows as a number, not as a logarithm.
+    # The number overflows, its logarithm does not.
     assert d.trajectory.log_growth > 0.9 * 3000 * math.log(2)
 
 
@@ -115,13 +115,13 @@ def test_exponent_and_growth_of_a_tanh_cell(gain):
 
 
 def test_growth_before_decay():
-    """All eigenvalues are below one, and perturbations grow manyfold at first."""
+    """All eigenvalues are below one, but perturbations grow many times at first."""
     A = np.array([[0.9, 5.0], [0.0, 0.8]])
     d = diagnose(lambda h, x: A @ h + x, noise(100, 2), jnp.zeros(2), methods=[])
     largest = max(np.linalg.norm(np.linalg.matrix_power(A, k), 2) for k in range(99))
     assert largest / 6 <= math.exp(d.trajectory.log_growth) <= largest
     assert -0.2 < d.exponent < 0
-    # No more than anything can grow between the states that it names.
+    # At most the largest growth between the states that it names.
     span = d.trajectory.last - d.trajectory.first
     norm = np.linalg.norm(np.linalg.matrix_power(A, span), 2)
     assert math.exp(d.trajectory.log_growth) <= norm
@@ -162,7 +162,7 @@ def test_a_negative_exponent_does_not_promise_few_steps():
     assert report.lengths == (32, 128, 512) and all(report.converged)
     assert d.exponent < -0.05 and report.steps[-1] > 250
     assert d.at_h0.exponent > 0.5
-    # That far from the solution the problem is as badly conditioned as a chaotic one.
+    # Far from the solution the problem is as badly conditioned as a chaotic one.
     assert d.log_pl_bound < -100
     assert isinstance(d.recommended, Sequential)
     assert "negative exponent alone does not promise few steps" in repr(d)
@@ -203,14 +203,14 @@ def test_a_strong_contraction_is_left_to_jacobi():
     assert max(d.methods["Jacobi()"].steps) <= 16
     assert isinstance(d.recommended, Jacobi)
     assert "everywhere at once" in d.reasons[1]
-    # Before the first step, and behind each, the residual is smaller.
+    # Every step reduces the residual.
     history = d.methods["Jacobi()"].history
     assert len(history) == d.methods["Jacobi()"].steps[-1]
     assert np.all(np.diff(history) <= 0)
 
 
 def test_growing_without_being_hard():
-    """A linear recurrence is solved at once, however fast perturbations grow."""
+    """A linear recurrence takes one step, however fast perturbations grow."""
     d = diagnose(
         lambda h, x: 1.1 * h + x, noise(128, 2), jnp.zeros(2), methods=[Newton()]
     )
@@ -222,7 +222,7 @@ def test_nothing_to_try(tmp_path):
     d = diagnose(tanh_cell(1.0), noise(16), jnp.zeros(8), methods=[])
     assert d.methods == {} and d.reasons[0] == "No method was tried."
     assert d.sequential.serial_steps == 16 and d.sequential.seconds > 0
-    # There is nothing to show on a logarithmic axis.
+    # A logarithmic axis would have nothing to show.
     d.plot(tmp_path / "nothing.png")
 
 
@@ -237,7 +237,7 @@ def test_a_shorter_length_is_a_shorter_recurrence(method):
         lambda xs: solve(f, xs, h0, solver=alone, max_steps=100, throw=False)
     )(xs[:96])
     assert report.lengths == (96, 256) and report.converged[0]
-    # What is cut off takes one step itself.
+    # The part that is cut off takes one step itself.
     assert abs(report.steps[0] - int(sol.stats["num_steps"])) <= 1
 
 
@@ -319,7 +319,7 @@ def test_numbers_of_the_default_methods(default):
         ):
             assert steps <= min(n + 1, 40) and (converged or steps == 40)
     newton = default.methods["Newton()"]
-    # Each step one evaluation and six rounds of a scan, and the pass at the end.
+    # Each step has one evaluation and six rounds of a scan; one pass comes at the end.
     assert newton.serial_steps == newton.steps[-1] * (1 + 6) + 1
 
 

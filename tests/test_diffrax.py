@@ -25,7 +25,7 @@ SOLVERS = {
     "newton-7": Newton(7),
 }
 
-# The vector fields: modules whose arrays are parameters, with one more in `args`.
+# The vector fields: modules whose arrays are parameters; one more is in `args`.
 
 
 class LotkaVolterra(eqx.Module):
@@ -47,7 +47,7 @@ class VanDerPol(eqx.Module):
 
 
 class Pendulums(eqx.Module):
-    """Two coupled pendulums and the energy they lost: a state of three leaves."""
+    """Two coupled pendulums and their dissipated energy: a state of three leaves."""
 
     friction: jax.Array
 
@@ -133,7 +133,7 @@ def by_diffrax(terms, method, ts, y0, args=None):
 
 
 def by_loop(field, method, ts, y0, args=None):
-    """The same steps in a plain `lax.scan`, which JAX differentiates as it stands."""
+    """The same steps in a plain `lax.scan`, which JAX differentiates."""
     if getattr(method, "scan_kind", "") is None:
         method = eqx.tree_at(
             lambda m: m.scan_kind, method, "bounded", is_leaf=lambda x: x is None
@@ -176,7 +176,7 @@ def wanted_states(method, name):
 
 @pytest.mark.parametrize("method", EXPLICIT)
 def test_explicit_methods(method):
-    """Stages that are written out, against diffrax's loop over them."""
+    """Unrolled stages, against diffrax's loop over them."""
     method = getattr(diffrax, method)()
     got = states_of(by_integrate(Sequential()), method, "lotka-volterra")
     assert_close(got, states_of(by_loop, method, "lotka-volterra"), 1e-12)
@@ -205,7 +205,7 @@ def test_problems(method, name, solver):
     ],
 )
 def test_implicit_methods(method, name, solver):
-    """With a root finder of ours, against diffrax with a tight one."""
+    """With our root finder, against diffrax with a tight one."""
     make = IMPLICIT[method]
     got = states_of(by_integrate(SOLVERS[solver]), make(), name)
     assert_close(got, wanted_states(tight(make), name), 1e-11)
@@ -331,7 +331,7 @@ def test_backwards_in_time(method, solver):
     ],
 )
 def test_dtypes(y0, times, dtype):
-    """Those of diffrax: the state is promoted by the times."""
+    """As diffrax does, promote the state by the times."""
     ts = jnp.linspace(0.0, 1.0, 5, dtype=times)
     states = jax.eval_shape(
         lambda ts: integrate(lambda t, y, args: -y, diffrax.Heun(), ts, y0).states, ts
@@ -343,7 +343,7 @@ def test_dtypes(y0, times, dtype):
     "method", ["implicit-euler", pytest.param("kvaerno3", marks=pytest.mark.slow)]
 )
 def test_root_finder_at_any_size_of_the_state(method):
-    """In float32 and stiff, an absolute tolerance would be out of reach or useless."""
+    """In float32 and stiff, an absolute tolerance would be unreachable or useless."""
     sizes = np.array([1e4, 1.0, 1e-6, 0.0])
     stiff = jnp.array([[-1000.0, 1.0], [3.0, -0.5]])
     ts, y0 = jnp.linspace(0.0, 2.0, 65), jnp.array([1.0, 0.5])
@@ -399,7 +399,7 @@ def total(states):
 
 
 def loss_of(run, method, name):
-    """A loss of everything that a derivative can be taken by, and a point."""
+    """A loss of everything that can be differentiated, and a point."""
     problem = PROBLEMS[name]
     arrays, static = eqx.partition(problem.field, eqx.is_array)
 
@@ -455,7 +455,7 @@ def test_gradients(method, name, solver, forward):
     "method", ["implicit-euler", pytest.param("kvaerno3", marks=pytest.mark.slow)]
 )
 def test_implicit_gradients_against_differences(method):
-    """Which know nothing of the implicit function theorem."""
+    """Finite differences do not use the implicit function theorem."""
     loss, primals = loss_of(
         by_integrate(Sequential()), IMPLICIT[method](), "van-der-pol"
     )
@@ -466,7 +466,7 @@ def test_implicit_gradients_against_differences(method):
 
     h = 1e-5
     at = jax.jit(jax.vmap(along))(h * jnp.array([-2.0, -1.0, 1.0, 2.0]))
-    # Of fourth order, so that the rounding of the loss is all the error there is.
+    # Of fourth order, so that the only error is the rounding of the loss.
     wanted = (8 * (at[2] - at[1]) - (at[3] - at[0])) / (12 * h)
     got = jax.jit(jax.grad(along))(0.0)
     np.testing.assert_allclose(got, wanted, rtol=1e-8)
@@ -505,7 +505,7 @@ def test_vmap():
 
 
 def test_a_coarse_solution_is_a_good_guess():
-    """As docs/api/diffrax.md writes it."""
+    """As in docs/api/diffrax.md."""
     field = VanDerPol(jnp.asarray(1.0))
     ts, y0 = jnp.linspace(0.0, 10.0, 1025), jnp.array([2.0, 0.0])
 
@@ -635,7 +635,7 @@ def euler_by_numpy(ts, y0):
 
 @pytest.mark.parametrize("solver", [Ladder((Newton(8),)), Newton()])
 def test_iterates_without_a_step_raise_nothing(solver):
-    """Newton's method over the steps comes by states from which no step is found."""
+    """Newton's method over the steps passes states from which no step has a root."""
     ts = np.concatenate([[0.0], np.geomspace(1e-5, 1e4, 60)])
     y0 = jnp.array([1.0, 0.0, 0.0])
     method = diffrax.ImplicitEuler()
@@ -660,7 +660,7 @@ def test_iterates_without_a_step_raise_nothing(solver):
     ],
 )
 def test_a_step_that_fails_has_no_derivative(method, solver):
-    """Past a blow-up. Before it, z = y + dt z² has the root that a formula gives."""
+    """A step past a blow-up. Before it, a formula gives the root of z = y + dt z²."""
     dt, T = 0.05, 40
     ts = dt * jnp.arange(T + 1.0)
 
@@ -687,7 +687,7 @@ def test_a_step_that_fails_has_no_derivative(method, solver):
 
 
 def test_a_closure_is_differentiated():
-    """Parameters that the field closes over, not only those in `args`."""
+    """Parameters that the field closes over are, not only those in `args`."""
     method, y0, ts = tight(diffrax.ImplicitEuler), jnp.ones(2), jnp.linspace(0, 1.0, 6)
 
     def loss(run):

@@ -1,4 +1,4 @@
-"""What `integrate` refuses, and what it says then."""
+"""What `integrate` refuses, and with which message."""
 
 import diffrax
 import equinox as eqx
@@ -87,7 +87,7 @@ WRONG = {
         ["ts", "strictly increasing or strictly decreasing", "equal"],
     ),
     "times that turn back": (call(ts=jnp.sin(5 * TS)), ValueError, ["sorted"]),
-    "a time that is no number": (
+    "a time that is not a number": (
         call(ts=TS.at[3].set(jnp.nan)),
         ValueError,
         ["ts", "NaN"],
@@ -98,7 +98,7 @@ WRONG = {
         ["must be strictly increasing.", "control"],
     ),
     "no state": (call(y0=()), ValueError, ["y0", "no arrays"]),
-    "a state that is no array": (call(y0=(Y0, "x")), TypeError, ["y0[1]", "'x'"]),
+    "a state that is not an array": (call(y0=(Y0, "x")), TypeError, ["y0[1]", "'x'"]),
     "a field of another signature": (
         call(terms=lambda y: -y),
         TypeError,

@@ -39,7 +39,7 @@ from pararnn.dynamics._measures import power_spectrum
 from tests.helpers import assert_close
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-# Written anew, in NumPy.
+# Written independently, in NumPy.
 FIELDS = {
     "lorenz63": lambda t, u: [
         10 * (u[1] - u[0]),
@@ -59,7 +59,7 @@ CELLS = {
 
 
 class Free:
-    """A forcing of one's own, which is none."""
+    """A user's own forcing, which does not force."""
 
     def strengths(self, steps, progress):
         return jnp.zeros(steps, progress.dtype)
@@ -75,7 +75,7 @@ T, N = 17, 3
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_observations_follow_the_equation(name):
-    """From each observation the next one, by SciPy's integrator."""
+    """SciPy's integrator leads from each observation to the next."""
     system = SYSTEMS[name]
     series = simulate(system, 50, key=jr.key(0))
     states = series.values * series.scale + series.mean
@@ -105,7 +105,7 @@ def make(cell: str, key=jr.key(3)) -> Reconstruction:
 
 
 def follow_by_hand(model, xs, strengths):
-    """Predictions, in NumPy, written from the equations."""
+    """Predictions in NumPy, written from the equations."""
     cell = model.cell
     A, W, h, L = (np.asarray(v) for v in (cell.A, cell.W, cell.h, model.lift))
     rectified = getattr(cell, "rectified", cell.d_state)
@@ -177,7 +177,7 @@ def test_strengths():
 
 
 def line_series(steps: int) -> Series:
-    """A damped rotation, which a linear network can have."""
+    """A damped rotation, which a linear network can reproduce."""
     angle, values = 0.3, [np.array([1.0, 0.0, 0.5])]
     turn = np.array(
         [
@@ -221,7 +221,7 @@ def test_runs_do_not_know_of_each_other(fitted):
     models, recipe, found, _ = fitted
     arrays, static = eqx.partition(models, eqx.is_array)
     first = eqx.combine(jax.tree.map(lambda v: v[:1], arrays), static)
-    # Of the keys that are split from one, the first does not depend on their number.
+    # The first of the keys split from one does not depend on their number.
     assert jr.split(jr.key(1), 1)[0] == jr.split(jr.key(1), 2)[0]
     alone = dynamics.fit(
         first, line_series(100), SparseForcing(4), recipe, key=jr.key(1)
@@ -248,7 +248,7 @@ def test_divergence_against_scipy():
     true, other = rng.normal(size=(500, 2)), rng.normal(0.5, 1.5, size=(400, 2))
     edges = [np.linspace(v.min(), v.max(), 8) for v in true.T]
     p, q = (np.histogramdd(v, edges)[0] + 1e-5 for v in (true, other))
-    # What of `other` lies outside of the range has its share all the same.
+    # Points of `other` outside of the range count too.
     wanted = rel_entr(p / p.sum(), q / (400 + 49e-5)).sum()
     found = state_space_divergence(true, other, bins=7)
     assert_close(np.asarray(found), wanted, 1e-12)
@@ -268,9 +268,9 @@ def test_divergence_grows_as_less_of_the_range_is_visited():
     partly = np.where(np.arange(500)[:, None] < 250, true, 100)
     cases = (true, partly, point, np.where(true == true, 100, true), true + np.nan)
     found = [state_space_divergence(true, case) for case in cases]
-    # In place, out of it for half of the time, at one point of it, out, not finite.
+    # Inside, outside for half of the time, at one point, outside, not finite.
     assert found[0] == 0 and 0.5 < found[1] < found[2] < found[3] == found[4]
-    # Every bin has the smallest share there is.
+    # Every bin has the smallest possible share.
     counts = np.histogram2d(*true.T, 30)[0].ravel() + 1e-5
     p = counts / counts.sum()
     wanted = np.sum(p * np.log(p * (500 + 900e-5) / 1e-5))
@@ -284,11 +284,11 @@ def test_a_constant_has_no_spectrum(value, dtype):
     constant = np.full_like(wave, value)
     assert spectrum_distance(wave, constant) == 1
     assert spectrum_distance(constant, wave) == 1
-    # The last bit of a network that has come to rest may still move.
+    # The last bit of a network at rest may still change.
     restless = np.where(wave > 0, constant, np.nextafter(constant, dtype(np.inf)))
     assert value == 0 or spectrum_distance(wave, restless) == 1
     assert spectrum_distance(constant, constant) == 0
-    # An amplitude of 100 roundings is a signal, whatever it is added to.
+    # An amplitude of 100 roundings is a signal, whatever the offset.
     small = constant + wave * np.abs(constant) * dtype(100 * np.finfo(dtype).eps)
     assert value == 0 or spectrum_distance(wave, small) < 0.2
     huge = wave * np.sqrt(np.finfo(dtype).max) * 2

@@ -1,4 +1,4 @@
-"""The examples: that they run from end to end, at the smallest scale."""
+"""The examples run from end to end, at the smallest scale."""
 
 import pathlib
 import subprocess
@@ -47,7 +47,7 @@ TINY = (
 
 
 def run_example(name, *arguments, under=()):
-    """Run a script, if asked under a program that replaces itself by it."""
+    """Run a script, optionally under a program that replaces itself with it."""
     command = [*under, sys.executable, EXAMPLES / name, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
@@ -69,7 +69,7 @@ def test_a_model_is_trained_and_speaks(tmp_path):
 @pytest.mark.slow
 def test_a_full_disk_is_said(tmp_path):
     pytest.importorskip("resource")
-    # (Not by `preexec_fn`: a fork of a process that runs JAX is warned of.)
+    # (Not by `preexec_fn`: JAX warns if its process is forked.)
     limited = (
         "import os, resource, sys; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "

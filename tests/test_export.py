@@ -1,4 +1,4 @@
-"""Programs exported by `jax.export`, also for batches and lengths not known yet."""
+"""Programs exported by `jax.export`, also for unknown batch sizes and lengths."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def scanned(xs, **options):
 
 
 def scan(xs):
-    """The loop that all solves of the cell are compared with."""
+    """The loop with which all solves of the cell are compared."""
 
     def step(h, x):
         h = CELL(h, x)
@@ -136,7 +136,7 @@ def test_what_raises_is_refused(name, batched):
     run = jax.jit(jax.vmap(run) if batched else run)
     with refusal(NotImplementedError, ["jax.export", "throw=False", "pararnn.RNN"]):
         export.export(run)(jax.ShapeDtypeStruct(xs.shape, xs.dtype))
-    # Nothing of this is left behind.
+    # The refusal has no lasting effect.
     assert run(xs).shape == xs.shape
 
 

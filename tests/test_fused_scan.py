@@ -23,7 +23,7 @@ def form(request, monkeypatch):
 
 
 def problem(steps, kind="real", resets=False, seed=0):
-    """Inputs of a small selective state space, its decays, its state, its resets."""
+    """A small selective state space: its inputs, decays, state and resets."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -164,7 +164,7 @@ def test_the_fused_form_stores_no_states():
         compiled = jax.jit(lambda x: fn(x, form)).lower(x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    # All states, which the derivative of a loop would store, and the stored form does.
+    # All states: the derivative of a loop would store them, and the stored form does.
     whole = steps * states * D * x.dtype.itemsize
     assert memory(value, "fused") < whole / 2 < memory(value, "stored")
     assert memory(gradient, "fused") < whole / 2 < memory(gradient, "stored")

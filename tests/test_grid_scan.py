@@ -128,7 +128,7 @@ def test_a_line_is_a_sequence(along):
 
 
 def critical(mode, height, width):
-    """One source in the corner, at transitions of size 1: what each cell receives."""
+    """What cells receive from one source in the corner, at transitions of size 1."""
     ones = jnp.ones((height, width, 1))
     source = jnp.zeros((2, height, width, 1)).at[:, 0, 0].set(1.0)
     alpha = 0.3 * ones
@@ -142,7 +142,7 @@ def critical(mode, height, width):
 
 @pytest.mark.optimised
 def test_propagation_conserves():
-    """The sum over each diagonal is that of the source, its mean on a line."""
+    """On each diagonal, the sum is that of the source; the mean moves on a line."""
     got = np.asarray(jax.jit(lambda: critical("P", 12, 12))())
     for diagonal in range(1, 12):
         row = np.arange(diagonal + 1)
@@ -185,7 +185,7 @@ def test_grid_sums_in_32_bits():
     narrow = jax.tree.map(lambda v: v.astype(jnp.bfloat16), given)
     wide = jax.tree.map(lambda v: v.astype(jnp.float64), narrow)
     got, wanted = scan(narrow), scan(wide)
-    # Nothing but the result is rounded to bfloat16.
+    # Only the result is rounded to bfloat16.
     np.testing.assert_allclose(got.astype(float), wanted, rtol=2**-8, atol=1e-4)
 
 

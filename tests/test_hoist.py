@@ -1,7 +1,7 @@
-"""Steps divided into what needs the state and what can be done for all steps at once.
+"""Steps split into what needs the state and what can be done for all steps at once.
 
-Against `lax.scan` of the whole cell. The derivative does not know of the division; that
-of cells which are divided is tested with the others.
+Compared with `lax.scan` of the whole cell. The derivative sees the whole step; that of
+cells which are split is tested with the others.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from pararnn.solver._inputs import make_recurrence
 from tests.helpers import assert_close
 from tests.problems import scan
 
-# Inputs are prepared 32 steps at a time, and some are left over.
+# Inputs are prepared 32 steps at a time, with a remainder.
 T, N, D_INPUT = 150, 4, 6
 
 
@@ -35,9 +35,9 @@ def vectors(seed=0):
     return jr.normal(jr.key(seed), (T, D_INPUT))
 
 
-def tanh_of(part):
-    """A cell with a recurrence by elements, and its part of the input."""
-    return lambda p, h, x: jnp.tanh(p["a"] * h + part(p, x))
+def tanh_of(term):
+    """A cell with an elementwise recurrence, and a term of the input."""
+    return lambda p, h, x: jnp.tanh(p["a"] * h + term(p, x))
 
 
 class Case(NamedTuple):
@@ -60,7 +60,7 @@ def lstm(p, state, x):
 
 
 def shifted(p, state, x):
-    """One of the states is the input as it was projected."""
+    """One of the states is the last projected input."""
     h, last = state
     return jnp.tanh(p["a"] * h + last), p["W"] @ x
 
@@ -134,7 +134,7 @@ def parameters(name):
     return made
 
 
-def division(name):
+def split_of(name):
     case, p = CASES[name], parameters(name)
     step = lambda h, x: case.step(p, h, x)  # noqa: E731
     return split_step(make_recurrence("test", step, case.xs, case.h0))
@@ -142,14 +142,14 @@ def division(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_stored(name):
-    found = division(name)
+    found = split_of(name)
     assert found is not None
     assert [s.shape for s in found.advance.x_structs] == CASES[name].stored
     if name not in ("dense", "jitted", "lstm"):
         assert not _hoist.PRODUCTS & primitives_of(found.advance.jaxpr)
 
 
-# Which of parameters, inputs and initial state have a batch axis: of both levels.
+# Which of parameters, inputs and initial state have a batch axis, at each level.
 BATCHES = {
     "none": [],
     "inputs": [(None, 0, None)],
@@ -213,7 +213,7 @@ def closed(h, x):
 
 
 def guarded(h, x):
-    """A loop that would not end for the inputs that do not take it."""
+    """A loop that would not end for the inputs that skip it."""
 
     def endless(v):
         return lax.while_loop(lambda v: v > 0, lambda v: v - x[0], v)
@@ -223,7 +223,7 @@ def guarded(h, x):
 
 
 def drawn(h, key):
-    """Another number if it is drawn together with others."""
+    """The number drawn depends on whether others are drawn with it."""
     return jnp.tanh(A * h + W @ jr.normal(key, (D_INPUT,)))
 
 
@@ -245,14 +245,14 @@ AS_WRITTEN = {
 
 @pytest.mark.parametrize("name", AS_WRITTEN)
 def test_equals_scan_as_it_is_written(name):
-    """Not even under `jit`, whose arguments would be all that a cell holds."""
+    """Without `jit`, which would make arguments of all that a cell holds."""
     f, xs, h0 = AS_WRITTEN[name]
     found = solve(f, xs, h0, solver=Sequential())
     assert_close(found.states, jax.jit(lambda xs: scan(f, xs, h0))(xs), 1e-11)
 
 
 def test_what_stays_small():
-    """A matrix for each step would be cheap to make, and much to store."""
+    """A matrix for each step would be cheap to compute, but large to store."""
     n = 40
     P = jr.normal(jr.key(0), (n, n, 2))
     of_h = make_recurrence(
@@ -314,7 +314,7 @@ def test_what_is_not_finite_is_blamed(what, solver):
 
 
 def test_a_loop_prepares_a_part_of_its_inputs_at_a_time():
-    """Beside its states, it takes no more memory for a longer sequence."""
+    """Except for its states, a longer sequence takes no more memory."""
     cell = eqx.nn.GRUCell(16, 16, key=jr.key(0))
 
     def memory(steps):

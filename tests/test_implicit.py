@@ -52,7 +52,7 @@ SOLVERS = {
 
 
 def vectors(states):
-    """States of JAX as `[T, width]`."""
+    """JAX's states as `[T, width]`."""
     leaves = [leaf.reshape(T, -1) for leaf in jax.tree.leaves(states)]
     return jnp.concatenate(leaves, axis=1)
 
@@ -79,8 +79,8 @@ def close(got, wanted, rtol):
 
 
 # The table: equations x solvers. Derivatives are taken at the states, whichever solver
-# found them: first ones of one equation are enough to see that each solver comes to it,
-# and second ones of each kind of inverse (`test_gradient_of_a_gradient`: the diagonal).
+# found them. So first ones of one equation suffice for each solver, and second ones for
+# each kind of inverse (`test_gradient_of_a_gradient`: the diagonal).
 
 DERIVATIVES = [
     ("stiff", "sequential", 2),
@@ -176,7 +176,7 @@ def test_resets_under_vmap():
         close(one, numpy_loop(equation, point, None, reset, fresh)[0], 1e-11)
 
 
-# Steps of one system for all states, where each step is a segment.
+# Newton's steps on one system for all states, where each step is a segment.
 
 
 def numpy_system(equation, states):
@@ -202,7 +202,7 @@ def numpy_system(equation, states):
 
 @pytest.mark.parametrize("name", ["van-der-pol", "implicit-rnn", "blocks"])
 def test_steps_are_those_of_one_system(name):
-    """Their defects, step by step, against Newton's method on a dense matrix."""
+    """The defects, step by step, are those of Newton's method on a dense matrix."""
     equation = EQUATIONS[name]
     steps, exact = 6, numpy_loop(equation)[0]
     guess = exact + 0.02 * normal(20, *exact.shape)
@@ -229,7 +229,7 @@ def test_steps_are_those_of_one_system(name):
 
 
 def test_a_system_that_finds_another_root_is_solved_again():
-    """z² = x has two; the cell's is the positive one, the guess is at the other."""
+    """z² = x has two roots; the cell's is positive, and the guess is at the other."""
 
     def F(z, h, x):
         return z**2 - x - 0.1 * jnp.tanh(h)
@@ -252,7 +252,7 @@ def test_a_system_that_finds_another_root_is_solved_again():
 
 @pytest.mark.parametrize("limit", [2, 5, T, T + 1])
 def test_a_limit_leaves_whole_steps(limit):
-    """As many as were allowed, from a guess at which the system goes astray."""
+    """As many as the limit allows, from a guess at which the system diverges."""
 
     def F(z, h, x):
         return z**2 - x - 0.1 * jnp.tanh(h)
@@ -271,7 +271,7 @@ def test_a_limit_leaves_whole_steps(limit):
 
 
 def test_a_system_far_from_its_solution_is_solved_by_whole_steps():
-    """Newton's method on `tanh(z) = ...` runs away from a start beyond 1.09."""
+    """Newton's method on `tanh(z) = ...` diverges from a start beyond 1.09."""
 
     def F(z, h, x):
         return jnp.tanh(z) - 0.5 * jnp.tanh(h) - x
@@ -291,7 +291,7 @@ def test_a_system_far_from_its_solution_is_solved_by_whole_steps():
 
 @pytest.mark.parametrize("method", [Jacobi, Newton])
 def test_who_takes_many_steps_takes_whole_ones(method):
-    """Newton's method alone goes jointly: the same steps as of a function or not."""
+    """Only Newton's method takes joint steps; others step as for a plain function."""
     equation = EQUATIONS["implicit-rnn"]
     cell, arguments = equation.cell(), equation.point[1:]
 
@@ -329,7 +329,7 @@ def test_one_round_and_its_derivative():
     close(pushed, -np.linalg.solve(jacobian, moved), 1e-14)
 
 
-# Against what is known of the equations.
+# Against known properties of the equations.
 
 
 def test_stiff_linear_equation_in_closed_form():
@@ -378,7 +378,7 @@ def exact_inverse_powers(matrix, count):
 
 
 def pendulum_run(steps):
-    """States at the `steps` times up to t = 2, and the right ones by angle."""
+    """The states at `steps` times up to t = 2, and the exact ones from the angle."""
     dt, h0 = 2 / steps, pendulum_at(1.0)
 
     def F(z, h, x):
@@ -513,7 +513,7 @@ def test_a_guess_selects_the_solution_and_has_no_derivative():
 
 
 def test_tolerances_decide_what_is_accepted():
-    """From 2 to the root at 1, looser tolerances stop at an iterate before."""
+    """From 2 to the root at 1, looser tolerances stop at an earlier iterate."""
 
     def F(z, h, x):
         return z**3 - 1
@@ -534,7 +534,7 @@ def test_tolerances_decide_what_is_accepted():
         close = corrections <= (2e-8 if rtol is None else rtol) * np.array(iterates[1:])
         assert steps == np.argmax(close) + 2
         np.testing.assert_allclose(error, abs(iterates[steps] - 1), atol=1e-15)
-    # Near enough to the previous state is not near the solution.
+    # A state close to the previous one need not be close to the solution.
     assert np.isnan(jax.jit(Implicit(F, max_steps=20))(jnp.full(1, 1e10), 0.0))
 
 
@@ -550,7 +550,7 @@ SINGULAR = {
 
 @pytest.mark.parametrize("name", SINGULAR)
 def test_a_singular_solution_fails(name):
-    """From many starts, however many steps there are; and so does its derivative."""
+    """From many starts and with any number of steps, and its derivative fails too."""
     cell = Implicit(lambda z, h, x: SINGULAR[name](z) - x, max_steps=200)
     starts = 1 + np.array([1e-7, 1e-5, -1e-3, 0.03, -0.2, 0.9, 0.51, 1.7, 3.3])
     starts = np.stack([starts, starts[::-1]], axis=1)
@@ -565,7 +565,7 @@ def test_a_singular_solution_fails(name):
 
 
 def test_a_solution_that_is_nearly_singular_does_not_fail():
-    """Roots at 1 and 1 + gap, from beyond and from the middle of them, and at rest."""
+    """Roots at 1 and 1 + gap, from outside, from between, and from a root itself."""
     gap = 1e-4
     cell = Implicit(lambda z, h, x: (z - 1) * (z - 1 - gap) - x)
     starts = jnp.array([[3.0], [1 + 0.7 * gap], [1 + gap], [1 + gap + 1e-9]])
@@ -588,7 +588,7 @@ def test_a_singular_solution_is_reported(solver):
 
 
 def test_tolerances_below_rounding_are_rounding():
-    """Also where the solution is zero, and what makes it is not."""
+    """Also where the solution is zero but its terms are not."""
 
     def F(z, h, x):
         return jnp.tanh(z) - 0.1 * z[::-1] + h - x
@@ -620,7 +620,7 @@ def rotated(m, p, z, h, x):
 
 
 def test_complex_states():
-    """As the same equation in real and imaginary parts."""
+    """They equal those of the same equation in real and imaginary parts."""
     a = np.array(0.5)
     parts = Equation(
         rotated, {"a": a}, normal(0, T, 2, 3), normal(1, 2, 3), "BlockDiagonal(2)"
@@ -650,7 +650,7 @@ def test_complex_states():
 
 
 def test_integer_inputs_and_rules_inside():
-    """A table looked up by tokens, a `relu`, and a matrix in the previous state."""
+    """A table indexed by tokens, a `relu`, and a matrix in the previous state."""
     table, U = jnp.asarray(normal(0, 3, 4)), jnp.asarray(0.5 * normal(1, 4, 4))
     tokens, h0 = jnp.arange(T) % 3, jnp.zeros(4)
 

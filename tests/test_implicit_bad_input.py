@@ -1,4 +1,4 @@
-"""What `Implicit` refuses, and what it says then."""
+"""What `Implicit` refuses, and with which message."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ WRONG = {
         ValueError,
         ["`atol`", "nan"],
     ),
-    "a tolerance that is no number": (
+    "a tolerance that is not a number": (
         lambda: Implicit(singular, rtol="1e-3"),
         ValueError,
         ["`rtol`", "'1e-3'"],

@@ -1,4 +1,4 @@
-"""Where methods start from: the states that a cell reaches from h0 in some steps."""
+"""Initial guesses of methods: the states that a cell reaches from h0 in some steps."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ WIDTH, BATCH = 3, 2
 
 
 def cell(h, x):
-    """Forgets slowly, so that what it started from shows."""
+    """A cell that forgets slowly, so that its start shows."""
     return 0.9 * jnp.sin(h) + x
 
 
@@ -41,14 +41,14 @@ def test_steps_before_each_segment(length, taken):
 
 @pytest.mark.parametrize("steps", [2, 63, 64, 97, 200])
 def test_every_step_a_segment(steps):
-    """From h0 before the block of time that precedes that of each step."""
+    """Start from h0 before the block of steps that precedes that of each step."""
     xs, h0 = problem(steps)
     found = jax.jit(lambda h0, x: guess_ends(cell, h0, x[None], 1))(h0, xs)
     for t in range(steps):
         if steps < 2 * _initial_guess.BLOCK:
             first = max(0, t + 1 - _initial_guess.FEWEST)
         else:
-            # Blocks as `split_time` cuts them: of one length, but for the last.
+            # Blocks as `split_time` cuts them: of one length, except for the last.
             length = -(-steps // -(-steps // _initial_guess.BLOCK))
             first = max(0, t // length * length - length)
         wanted = by_hand(h0, xs[first : t + 1])
@@ -56,7 +56,7 @@ def test_every_step_a_segment(steps):
 
 
 def test_a_cell_that_forgets_takes_one_step():
-    """By 3 steps from h0 it would take 3."""
+    """From a guess of 3 steps from h0 it would take 3."""
 
     def forgetful(h, x):
         return jnp.tanh(0.5 * h + x)

@@ -1,7 +1,7 @@
-"""torch's recurrent layers as ours and back: by NumPy loops, and by torch itself.
+"""torch's recurrent layers as ours and back, against NumPy loops and torch itself.
 
-The loops are written from the equations in torch's documentation, on its own names of
-the parameters. What needs torch is skipped without it.
+The loops are written from the equations in torch's documentation, with its names of the
+parameters. Tests that need torch are skipped without it.
 """
 
 import equinox as eqx
@@ -192,7 +192,7 @@ def changed(name="gru", **entries):
 
 
 class Module:
-    """What is asked of a module of torch."""
+    """The part of a torch module that is read."""
 
     def __init__(self, name, **attributes):
         self.name = name
@@ -445,7 +445,7 @@ def test_outputs_states_and_gradients_of_torch(name, dtype, atol, solver):
     close(of_xs, their_xs.grad)
     gradients = to_torch(gradient)
     for key, parameter in module.named_parameters():
-        # The derivative by a sum of biases is that by either of them.
+        # The derivative in a sum of biases is that in either of them.
         summed = NETWORKS[name][0] == "RNN" and key.startswith("bias_hh")
         close(gradients[key.replace("hh", "ih") if summed else key], parameter.grad)
 

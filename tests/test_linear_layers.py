@@ -19,7 +19,7 @@ from pararnn.scan import _heuristics as choose
 from tests.helpers import assert_close, decoded, in_two_parts, whole
 from tests.layers import D_MODEL, ROWS, disturbed, make, random_state
 
-T = 40  # long enough for derivatives to be chunkwise
+T = 40  # Long enough for chunkwise derivatives.
 PARTS = ("steps", "two parts", "windows")
 RESETS = np.isin(np.arange(T), [0, 4, 5, 20, T - 2])
 each_layer = pytest.mark.parametrize("name", ROWS)
@@ -43,7 +43,7 @@ def in_steps(layer, xs, state, reset):
 
 
 def in_windows(layer, xs, state, reset=None):
-    """As if `xs` was long: three windows and a rest. To be called while tracing."""
+    """Run as if `xs` were long: three windows and a rest. Call it while tracing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "_WINDOWED_FROM", 1)
         patch.setattr(windows, "_WINDOW", 12)
@@ -80,7 +80,7 @@ def test_equals_the_equations(name):
         assert_close(got[case], loop(xs, state))
     for case in ("reset", *(f"reset in {parts}" for parts in PARTS)):
         assert_close(got[case], loop(xs, state, RESETS))
-    # Backwards, a sequence starts at the step before the first one of the next.
+    # In reverse, a sequence starts at the step before the first one of the next.
     ends = np.append(RESETS[1:], False)[::-1]
     ys, last = loop(xs[::-1], state, ends)
     assert_close(got["reversed"], (ys[::-1], last))
@@ -214,11 +214,11 @@ def test_batch(name):
         assert_close(ys[i], run(batch[i], resets[i])[0], 1e-13)
 
 
-# One row for each way through the engine; RWKV-7 both erases and decays by key.
+# One row for each path through the engine; RWKV-7 both erases and decays by key.
 @pytest.mark.parametrize("name", ["lru", "s4d-convolution", "rwkv7", "lssl"])
 def test_derivative_of_a_batch(name, monkeypatch):
-    """Staged before it is differentiated; as many sequences as steps hides a mix-up."""
-    # Matrix states as of large heads: another form for the derivative.
+    """Staged first. With as many sequences as steps, mixed-up axes raise no error."""
+    # As for matrix states of large heads: another form for the derivative.
     monkeypatch.setattr(choose, "_SMALL", 0)
     size = T
     layer, _, _ = problem(name)
@@ -261,20 +261,23 @@ def test_what_is_not_finite_stays_in_its_sequence(name):
     lost = jax.tree.map(lambda v: jnp.full_like(v, jnp.inf), state)
     afresh, _ = run(xs, lost, at)
     assert_close(afresh[9:], clean[9:], 1e-14)
-    # Without a reset, and where a convolution spreads it, only what comes later.
+    # Without a reset, or where a convolution spreads it, only later steps change.
     plain = eqx.filter_jit(layer)
     bad, _ = plain(xs.at[5, 0].set(jnp.nan), state)
     assert_close(bad[:5], plain(xs, state)[0][:5], 1e-12)
     assert np.isnan(bad[-1, 0])
 
 
-BAD, AFTER = 10, 24  # a step that is not finite, and the next reset
+BAD, AFTER = 10, 24  # A step that is not finite, and the next reset.
 
 
 @each_layer
 def test_derivatives_stay_in_their_sequence(name):
-    """Those of the outputs behind a reset are the derivatives of these steps alone,
-    whatever is not finite before it; and of outputs that are lost, none is finite."""
+    """Outputs after a reset have the derivatives of these steps alone.
+
+    Values before it that are not finite change nothing. Outputs that are themselves not
+    finite have no finite derivative.
+    """
     layer, xs, state = problem(name)
     arrays, static = eqx.partition(layer, eqx.is_inexact_array)
     reset = jnp.arange(T) == AFTER
@@ -302,7 +305,7 @@ def test_derivatives_stay_in_their_sequence(name):
         sequence = jax.grad(alone, (0, 1), has_aux=True)(arrays, xs[AFTER:])
         return grad(arrays, *given), sequence, jax.grad(lost)(arrays, *one)
 
-    # Of a sequence, of one that is infinite, and of a state, in a batch.
+    # In a batch: a sequence with a NaN, one with an infinity, and a state of NaN.
     states = jax.tree.map(lambda v: jnp.stack([v, v, jnp.full_like(v, jnp.nan)]), state)
     (found, ys), (wanted, wanted_ys), of_lost = everything(arrays, xs, states)
     for i in range(3):
@@ -421,7 +424,7 @@ def test_refuses_calls(layer, case):
     assert type(made).__name__ in str(raised.value)
 
 
-# What is wrong, which layers refuse it, arguments, and what the message must say.
+# What is wrong, which layers refuse it, arguments, and a part of the message.
 EVERY = tuple(linear.LAYERS)
 HEADED = (
     *("deltanet", "gated_deltanet", "deltaproduct", "gated_deltaproduct"),
@@ -559,7 +562,7 @@ def test_large_steps_are_stored_for_a_window_only(name, monkeypatch):
 
     window = windows._NUMBERS_PER_WINDOW // layer.numbers_per_step()
     grown = (memory(8 * window) - memory(4 * window)) / (4 * window) / 4
-    # In numbers a step: of the thousands, the gradient of the inputs is left.
+    # In numbers a step: of thousands, only the gradient of the inputs remains.
     assert grown < 2 * 64 < layer.numbers_per_step() / 16, grown
 
 
@@ -574,8 +577,11 @@ EXTREMES = [
 
 @pytest.mark.parametrize("name, field, value", EXTREMES)
 def test_rates_beyond_floating_point(name, field, value):
-    """One rate at which decays are 0 or 1: values and derivatives are finite, and but
-    for that rate's own those of one that is as far off, and representable."""
+    """Values and derivatives are finite at a rate so extreme that decays are 0 or 1.
+
+    Except for the derivative of the rate itself, they equal those at a rate that is as
+    extreme but representable.
+    """
     layer, T = make(name, dtype="float32"), 12
     xs = jnp.asarray(np.random.default_rng(0).normal(size=(T, D_MODEL)), jnp.float32)
 

@@ -12,7 +12,7 @@ from pararnn import Dense, Diagonal, Scalar, linear_scan
 from tests.test_transitions import STRUCTURES, Structure
 
 BACKENDS = ("sequential", "associative", "chunked")
-# One for each path through the engine; the laws of the others are tested elsewhere.
+# One structure for each path through the engine; other tests have the laws of all.
 SCANNED = (
     "diagonal, further axis",
     "scalar, one number",
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
 
 def make(structure: Structure, steps, seed=0, dtype=np.float64, constant=False):
-    """Every array that a recurrence can have, the matrices of norm about one."""
+    """Every array that a recurrence can have; matrices have norms of about one."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -72,7 +72,7 @@ def as_matrix(structure: Structure, values):
 
 
 def loop(structure: Structure, problem: Problem, reverse: bool):
-    """The definition, step by step in NumPy and double precision."""
+    """The definition, step by step in NumPy in double precision."""
     steps = problem.inputs.shape[0]
     if steps == 0:
         return problem.inputs
@@ -190,7 +190,7 @@ def test_auto():
 @each_backend
 @pytest.mark.parametrize("name", ("diagonal", "blocks"))
 def test_dropped_state_leaves_no_trace(name, backend, reverse):
-    """Neither a value nor a derivative after a reset sees what was dropped there."""
+    """No value and no derivative after a reset depends on the dropped state."""
     structure, start = STRUCTURES[name], 5
     clean = make(structure, 13)._replace(reset=np.arange(13) == start)
     kept = slice(None, start + 1) if reverse else slice(start, None)
@@ -260,7 +260,7 @@ BATCHED = {
 
 
 def batch(structure: Structure, in_axes: Problem, size: int) -> Problem:
-    """Stacks the arrays that are batched; resets differ along the batch."""
+    """Stack the arrays that are batched; resets differ along the batch."""
     single = [make(structure, 6, seed=i) for i in range(size)]
     single = [
         p._replace(reset=np.arange(6) % (i + 2) == 1) for i, p in enumerate(single)
@@ -296,7 +296,7 @@ def test_vmap(batched, name, backend):
     problem = batch(structure, in_axes, 3)
     one = jax.jit(scan)
     expected = [one(take(problem, in_axes, i)) for i in range(3)]
-    # Each array is an argument of its own: `None` in a pytree is an empty subtree.
+    # Each array is a separate argument, as `None` in a pytree is an empty subtree.
     found = jax.jit(jax.vmap(lambda *p: scan(Problem(*p)), tuple(in_axes)))(*problem)
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-12, atol=1e-12)
 
@@ -350,7 +350,7 @@ def test_gradient_of_a_batch_with_shared_parameters(backend):
 
 
 def plain(structure: Structure, problem: Problem, reverse: bool):
-    """The same recurrence as a `lax.scan` that JAX differentiates by itself."""
+    """The same recurrence as a `lax.scan` that JAX differentiates."""
     initial = jnp.zeros_like(problem.inputs[0])
     initial = initial if problem.initial is None else problem.initial
     fresh = jnp.zeros_like(initial)
@@ -370,7 +370,7 @@ def plain(structure: Structure, problem: Problem, reverse: bool):
 
 
 def derivatives(scan, problem: Problem, direction: Problem):
-    """First and second order, in the arrays of `direction` that are not `None`."""
+    """First and second derivatives in the arrays of `direction` that are not `None`."""
     names = [n for n, v in direction._asdict().items() if v is not None]
     point = {n: getattr(problem, n) for n in names}
     along = {n: getattr(direction, n) for n in names}

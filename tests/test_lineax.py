@@ -19,7 +19,7 @@ from tests.test_transitions import STRUCTURES, Structure
 
 STEPS = 7
 TOLERANCE = {"rtol": 1e-11, "atol": 1e-11}
-# One for each way through the code; the laws of the others are tested elsewhere.
+# One structure for each path through the code; other tests have the laws of all.
 SYSTEMS = (
     "diagonal, two axes",
     "diagonal, further axis",
@@ -29,7 +29,7 @@ SYSTEMS = (
     "dense",
     "dense, wide",
 )
-# Those that are tested without a diagonal as well.
+# Those that are also tested without a diagonal.
 PLAIN = ("diagonal, further axis", "scalar, one number", "blocks, further axis")
 # name, D given, upper, dtype
 DIFFERENTIATED = (
@@ -130,7 +130,7 @@ def dense_solve(operator, vector):
 
 @jax.jit(static_argnums=(0, 2))
 def outcomes(structure: Structure, system: System, upper: bool):
-    """What the operator and the solver give."""
+    """The results of the operator and the solver."""
     operator, vector = system.operator(structure, upper=upper), system.vector
     return {
         "matrix": operator.as_matrix(),
@@ -170,7 +170,7 @@ def compare(structure: Structure, system: System, upper: bool):
     [(name, own) for name in SYSTEMS for own in (True, False) if own or name in PLAIN],
 )
 def test_values(name, own):
-    # The transposed solve is of the other side; half of them are complex.
+    # The transposed solve is on the other side; half of the systems are complex.
     index = SYSTEMS.index(name)
     dtype = np.complex128 if (index + own) % 2 else np.float64
     compare(*make(name, own=own, dtype=dtype), upper=index % 4 > 1)
@@ -193,7 +193,7 @@ def test_short(name, steps, own):
     ),
 )
 def test_constant_in_time(name, steps, varying):
-    """Both of the two, or one of them while the other is not."""
+    """Both arrays are constant, or only one of them."""
     structure, system = make(name, own=True, steps=steps, constant=True)
     if varying:
         _, other = make(name, own=True, steps=steps, seed=1)
@@ -240,7 +240,7 @@ def test_derivatives(name, own, upper, dtype):
 
 
 def test_gradient_by_differences():
-    """One gradient that owes nothing to the derivative rules of JAX or lineax."""
+    """One gradient without the derivative rules of JAX or lineax."""
     structure, system = make("dense", own=True)
     weights = np.random.default_rng(5).normal(size=system.vector.shape)
 
@@ -337,7 +337,7 @@ def test_backends(backend):
 @each_block
 @pytest.mark.parametrize("name", ("diagonal, further axis", "dense"))
 def test_state_of_the_transpose(name, own):
-    """The states are exactly those of the transposed and the conjugated operator."""
+    """The solver's states are exactly those of the transposed, conjugated operator."""
     structure, system = make(name, own=own, dtype=np.complex128)
 
     @jax.jit
@@ -453,7 +453,7 @@ def test_composition():
 
 
 def test_sum_of_two_sides():
-    """lineax replaces sums that it knows to be tridiagonal."""
+    """lineax replaces sums that it recognises as tridiagonal."""
     structure, system = make("scalar, one number", own=True)
 
     @jax.jit
@@ -498,7 +498,7 @@ def test_preconditioner():
     ),
 )
 def test_automatic_solver(name, own, solver):
-    """What the operator says of itself leads lineax to a solver that fits."""
+    """The operator's properties lead lineax to a suitable solver."""
     structure, system = make(name, own=own)
     auto = lx.AutoLinearSolver(well_posed=True)
 
@@ -516,7 +516,7 @@ def test_automatic_solver(name, own, solver):
         np.testing.assert_allclose(found, expected, **TOLERANCE)
 
 
-# name of the system, D given, upper, steps: what holds of it.
+# name of the system, D given, upper, steps: its properties.
 PROPERTIES = {
     ("diagonal, two axes", False, False, STEPS): {"unit_diagonal", "lower_triangular"},
     ("diagonal, two axes", True, True, STEPS): {"upper_triangular"},
@@ -600,7 +600,7 @@ def test_singular_blocks_are_reported(size):
     for trial in range(40):
         values = np.stack([np.eye(size)] * 3)
         system = System(0.5 * values, values.copy(), np.ones((3, size)))
-        # Divided by 3 or 7, it is singular up to rounding only.
+        # Divided by 3 or 7, it is singular only up to rounding.
         system.diagonal[trial % 3] = singular_block(rng, size) / (1, 3, 7)[trial % 3]
         _, successful = attempt(structure, system, size > 1)
         assert not successful, system.diagonal[trial % 3]
@@ -616,7 +616,7 @@ def test_bad_entries_are_reported(name, upper):
     for bad in (0.0, np.inf, np.nan):
         for step in (0, 3, STEPS - 1):
             broken = system.diagonal.copy()
-            # Of a block, a whole row: a zero in it alone would be no harm.
+            # A whole row of a block: one zero alone would do no harm.
             row = broken.reshape(STEPS, -1)[:, : 2 if name == "blocks" else 1]
             row[step] = bad
             assert np.shares_memory(row, broken)
@@ -632,7 +632,7 @@ def test_singular_systems_raise():
         run(system)
 
 
-def test_scales_are_no_singularity():
+def test_bad_scales_are_not_a_singularity():
     structure, system = make("dense", own=True)
     rows, columns = np.logspace(-30, 30, 3), np.logspace(40, -10, 3)
     scaled = System(

@@ -1,4 +1,4 @@
-"""What the operator and the solver for lineax refuse, and what they say then."""
+"""What the operator and the solver for lineax refuse, and with which message."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ WRONG = {
         TypeError,
         ["`transition` is a ndarray", "pararnn.Diagonal(a)"],
     ),
-    "a state that is no array": (
+    "a state that is not an array": (
         build(Diagonal(ONES((5, 3))), 3),
         TypeError,
         ["`state` is 3", "jax.ShapeDtypeStruct((n,)"],

@@ -56,7 +56,7 @@ SOLVERS = METHODS | {
     "sequential": Sequential(),
 }
 each_method = pytest.mark.parametrize("method", METHODS)
-# Every approximation once: at which segments it is made changes nothing after it.
+# Every approximation once: the number of segments does not matter here.
 each_kind = pytest.mark.parametrize(
     "solver",
     [
@@ -122,12 +122,12 @@ def test_short_sequences(method, steps):
 
 @each_method
 def test_as_many_steps_as_segments_always_suffice(method):
-    """Chaos, where no method but stepping predicts anything."""
+    """With chaos, no method predicts anything except by stepping."""
     xs = jnp.zeros(T)
     sol = run_jitted(logistic, xs, 0.37, solver=METHODS[method])
     oracle = jax.jit(lambda xs: scan(logistic, xs, 0.37))(xs)
     assert bool(sol.result == RESULTS.successful)
-    # Rounding doubles at every step; another compilation may round differently.
+    # Rounding errors double at every step, and another compilation rounds differently.
     assert_close(sol.states[:20], oracle[:20], 1e-9)
 
 
@@ -151,11 +151,11 @@ def test_vmap_equals_a_loop(solver):
     assert np.all(steps == T)
 
 
-# Derivatives: exact whatever the method approximates
+# Derivatives are exact, whatever the method approximates
 
 
 def derivatives(name, run):
-    """Gradient, JVP, and second derivatives forward over reverse."""
+    """The gradient, the JVP, and second derivatives forward over reverse."""
     cell, (parameters, xs, h0) = CELLS[name], instance(name)
 
     def loss(arguments):
@@ -214,7 +214,7 @@ def test_methods_need_the_steps_they_are_known_for():
     def lazy(h, x):
         return h + 1e-3 * (jnp.tanh(h) + x)
 
-    # The first step solves a linear recurrence, the second finds nothing to correct.
+    # The first step solves a linear recurrence; the second has nothing to correct.
     assert steps(linear, Newton()) <= 2
     assert steps(linear, QuasiNewton()) <= 2
     # A contraction by 0.01: two digits a step.
@@ -400,7 +400,7 @@ def test_a_ladder_says_which_rung_held():
 
 
 def test_windows_bound_the_memory():
-    """Beside inputs and outputs nothing grows with T."""
+    """Except for inputs and outputs, nothing grows with T."""
 
     def temporary(steps):
         xs = jax.ShapeDtypeStruct((steps, 8), jnp.float64)
@@ -487,7 +487,7 @@ def test_bad_solvers():
 # Optimistix
 
 
-# What makes a root finder of a method is the same for all; each kind of step once.
+# `RootFinder` is the same for all methods, so each kind of step once.
 @pytest.mark.parametrize(
     "method", ["newton-7", "quasi-newton", "damped", "elk-7", "picard", "jacobi"]
 )

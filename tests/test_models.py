@@ -1,4 +1,4 @@
-"""Language models and mixers: the equations, the protocol, and text from them."""
+"""Language models and mixers: equations, protocol, and generated text."""
 
 import functools
 
@@ -134,7 +134,7 @@ def test_mixed_precision(name):
     (logits, state), (wanted, _) = whole(lower, tokens), whole(model, tokens)
     assert logits.dtype == wanted.dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("float32")}
-    # Activations have eight bits: some parts in a hundred after a few layers.
+    # Activations have eight bits: an error of some per cent after a few layers.
     error = np.linalg.norm(logits - wanted) / np.linalg.norm(wanted)
     assert 1e-4 < error < 0.1
 
@@ -292,7 +292,7 @@ def test_distribution_of_what_is_drawn(options, wanted):
     ],
 )
 def test_distribution_of_equal_logits(dtype, options, wanted):
-    """Far from zero, where a quotient by a small temperature is infinite."""
+    """Far from zero, where dividing by a small temperature gives infinity."""
     check_distribution(jnp.array([50, -50, 50, 50], dtype), options, wanted)
 
 

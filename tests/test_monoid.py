@@ -1,4 +1,4 @@
-"""Reductions by a pinned tree: the engine, and the learned operation on top."""
+"""Reductions by a pinned tree: the engine, and the layer with a learned operation."""
 
 import itertools as it
 import re
@@ -30,7 +30,7 @@ def mixed_jax(l, r):
 
 
 def by_segments(op, xs, reset):
-    """Prefixes of each packed sequence by itself."""
+    """Prefixes of each packed sequence alone."""
     starts = [0, *(t for t in np.flatnonzero(reset) if t), len(xs)]
     parts = [xs[a:b] for a, b in it.pairwise(starts)]
     return np.concatenate([monoid_prefix(op, part) for part in parts])
@@ -64,7 +64,7 @@ RESETS = [(), (0,), (1,), (0, 1, 2, 3), (4, 11), (7, 8, 16, T - 1)]
 @pytest.mark.parametrize("at", RESETS)
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8, T])
 def test_prefixes_in_parts_with_resets(at, size):
-    """Cut anywhere: the same prefixes, and bit by bit the same state."""
+    """A cut anywhere gives the same prefixes, and bit by bit the same state."""
     xs = np.random.default_rng(0).normal(size=(T, 2))
     reset = resets(*at)
     state = tree_state(jnp.zeros(2), MAX)
@@ -82,7 +82,7 @@ def test_prefixes_in_parts_with_resets(at, size):
 
 
 def test_elements_are_a_pytree():
-    """Strings as intervals: the smallest step that would show a wrong order."""
+    """Strings as intervals, which show any wrong order."""
     steps = 13
     index = jnp.arange(steps, dtype=jnp.int32)
     elements = {"first": index, "last": index, "gaps": jnp.zeros((steps, 1, 2))}
@@ -104,7 +104,7 @@ def test_elements_are_a_pytree():
 
 
 def test_nothing_comes_through_a_reset():
-    """Neither values nor derivatives, not even where they are not finite."""
+    """No values and no derivatives, not even ones that are not finite."""
     xs = np.random.default_rng(0).uniform(1, 2, size=(T, 2))
     xs[:5] = 0
     reset = resets(5)
@@ -216,7 +216,7 @@ each_runner = pytest.mark.parametrize("runner", [whole, decoded, in_two_parts])
 @pytest.mark.parametrize("at", RESETS)
 @pytest.mark.parametrize("before", [0, 1, 6, 13])
 def test_equals_the_equations(runner, at, before):
-    """From a fresh state, and from that of any number of earlier steps."""
+    """From a fresh state, and from the state after any number of earlier steps."""
     layer = make()
     xs = np.random.default_rng(0).normal(size=(before + T, D))
     reset = np.concatenate([np.zeros(before, bool), resets(*at)])

@@ -75,7 +75,7 @@ def test_values_and_gradients(name, solver):
 
 @each_cell
 def test_a_step_is_a_step_of_the_sequence(name):
-    """With resets, and from a state of one's own."""
+    """With resets, and from a given state."""
     layer, xs = RNN(make(name), solver=Newton(5)), inputs()
     reset = jnp.zeros(T, bool).at[jnp.array([0, 7, 8])].set(True)
     state = jax.tree.map(lambda leaf: leaf + 0.3, layer.init_state())
@@ -106,7 +106,7 @@ def test_a_batch_and_no_steps(name):
     ],
 )
 def test_outputs_cost_what_is_theirs_alone(name, allowed):
-    """An output that the carry holds costs nothing, and a head not the cell."""
+    """An output that is in the carry costs nothing, and a head costs only itself."""
     layer, xs = RNN(make(name)), inputs()
     after = jax.tree.map(lambda h: jnp.stack([h] * T), layer.init_state())
     outputs = ft.partial(layer.cell.outputs, lambda: after)
@@ -148,7 +148,7 @@ def test_the_fresh_state_that_is_given_is_a_parameter(name):
     assert_close(got, wanted, 1e-11)
 
 
-def test_an_output_of_ones_own_replaces_that_of_the_cell():
+def test_a_given_output_replaces_that_of_the_cell():
     layer = RNN(make("Head"), output=lambda h: h[:1])
     assert whole(layer, inputs())[0].shape == (T, 1)
 
@@ -213,6 +213,6 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_refusals(name):
     wrong, exception, parts = WRONG[name]
-    # Flax's BatchNorm keeps its statistics in float32 whatever it is told.
+    # Flax's BatchNorm keeps its statistics in float32 in any case.
     with jax.numpy_dtype_promotion("standard"), refusal(exception, parts):
         wrong()

@@ -23,7 +23,7 @@ MODES = ("P", "D")
 
 
 def awake(module):
-    """With gates that are neither shut nor constant, unlike at the start."""
+    """Give the gates values that are neither closed nor constant, unlike initially."""
 
     def draw(path, v):
         name = jax.tree_util.keystr(path)
@@ -164,7 +164,7 @@ def an_image(height=HEIGHT, width=WIDTH):
 
 
 def with_gates(layer, choose):
-    """The layer with other gates of each direction."""
+    """The layer with other gates in each direction."""
 
     def gates(layer):
         named = (getattr(layer, name) for name in OF_EACH_DIRECTION)
@@ -190,7 +190,7 @@ def one_direction(layer, i):
 
 
 def by_the_equations(layer, image):
-    """From the docstring of the layer, direction by direction."""
+    """The equations of the layer's docstring, direction by direction."""
     p = parameters(layer)
     height, width, _ = image.shape
     cells = (height, width, p.heads)
@@ -244,14 +244,14 @@ def test_flips_permute_directions(mode):
         permuted = with_gates(layer, lambda v: v[np.array(order)])
         flipped = jnp.flip(run(permuted, jnp.flip(image, axis)), axis)
         assert_close(flipped, straight, 1e-12)
-        # Not with the gates where they were.
+        # Without permuted gates it does not hold.
         unpermuted = jnp.flip(run(layer, jnp.flip(image, axis)), axis)
         assert np.max(np.abs(unpermuted - straight)) > 1e-2
 
 
 @each_mode
 def test_directions_differ(mode):
-    """With the same gates, too."""
+    """Even with the same gates."""
     layer, image = image_layer(mode), jnp.asarray(an_image())
     one = one_direction(layer, 0)
     views = [jnp.flip(run(one, jnp.flip(image, axes)), axes) for axes in FLIPS]

@@ -1,4 +1,4 @@
-"""No wrong answer is reported as converged: the benchmark of that name, in short."""
+"""No wrong answer is reported as successful: a short version of the benchmark."""
 
 import functools as ft
 from typing import Any
@@ -19,7 +19,7 @@ CASES = list(cases(Settings(quick=True)))
 
 
 def measure(table, **key) -> dict[str, Any]:
-    """The row of a table of the benchmark, in its short version."""
+    """Measure a row of the benchmark, in its short version."""
     (case,) = [
         case
         for case in CASES

@@ -1,4 +1,4 @@
-"""The reservoir of linear units: its equations, its fit, and what it is reduced to.
+"""The reservoir of linear units: its equations, its fit, and its reduction.
 
 Multiple superimposed oscillators are the problem of Jaeger & Haas (2004), Wierstra et
 al. (2005) and Koryakin et al. (2012), as in section 5 of Stolzenburg et al.
@@ -27,7 +27,7 @@ def make(d_model=D_MODEL, d_state=D_STATE, **arguments):
 
 
 def with_output(layer):
-    """Any output, as if it had been fitted."""
+    """The layer with a random output matrix, as if it had been fitted."""
     weight = jr.normal(jr.key(7), layer.W_out.shape, layer.W_out.dtype) / 10
     return eqx.tree_at(lambda l: (l.W_out, l.fitted), layer, (weight, True))
 
@@ -134,7 +134,7 @@ def test_fit_solves_the_normal_equations(ridge):
 
 
 def test_fit_finds_the_smallest_of_all_minimisers():
-    """Fewer steps than weights: the targets are met, by the shortest weights."""
+    """With fewer steps than weights, the smallest weights that meet the targets."""
     rng = np.random.default_rng(0)
     xs, targets = rng.normal(size=(2, 9, 1))
     layer = make(1, 30, spectral_radius=0.9)
@@ -156,7 +156,7 @@ def test_generates_what_its_outputs_fed_back_are():
         ys, x = by_loop(p, u[None], x)
         u = ys[-1]
     np.testing.assert_allclose(got, np.stack(wanted), atol=1e-12)
-    # The same by the matrix of the closed network.
+    # The same from the matrix of the closed network.
     state = np.concatenate([np.asarray(xs[-1]), whole(layer, xs)[1]])
     for y in got:
         state = np.asarray(layer.closed()) @ state
@@ -172,11 +172,11 @@ def nrmse(got, wanted):
     return np.sqrt(np.mean((np.asarray(got) - wanted) ** 2) / np.var(wanted))
 
 
-# The largest of these errors over the keys 0 to 3 was, in this order, 4e-13, 2e-11,
-# 4e-10 and 2e-7, and of the reduced predictor 2e-12, 3e-11, 6e-10 and 3e-7.
+# The largest errors over keys 0 to 3 were, in this order, 4e-13, 2e-11, 4e-10 and 2e-7,
+# and those of the reduced predictor 2e-12, 3e-11, 6e-10 and 3e-7.
 @pytest.mark.parametrize("count, error", [(1, 1e-10), (2, 1e-9), (4, 1e-7), (8, 1e-5)])
 def test_multiple_superimposed_oscillators(count, error):
-    """400 steps given, the next 300 predicted; reduced to two units an oscillator."""
+    """Given 400 steps, predict the next 300; reduced to two units per oscillator."""
     series = oscillators(count, 700)
     given, following = series[:400], series[400:]
     layer = make(1, 100).fit(given)
@@ -204,7 +204,7 @@ def test_noise_is_left_out():
     assert reduced.size == 4
     angles = np.sort(np.angle(np.asarray(reduced.eigenvalues)))
     np.testing.assert_allclose(angles, FREQUENCIES[:2], atol=1e-3)
-    # The noise of a step is 0.01, and none of it is predicted.
+    # The noise of each step is 0.01, and cannot be predicted.
     assert nrmse(reduced.generate(300), clean[600:]) < 0.03
 
 

@@ -57,7 +57,7 @@ def test_continues_from_the_end(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("wrong", ["False", None, 1, np.ones(2, bool)])
-def test_what_is_no_flag_is_refused(name, wrong):
+def test_what_is_not_a_flag_is_refused(name, wrong):
     with pytest.raises(ValueError, match="`reverse` must be True or False, got"):
         LAYERS[name](XS, reverse=wrong)
 

@@ -280,7 +280,7 @@ def test_bidirectional_cannot_decode():
         layer.step(inputs()[0], layer.init_state())
 
 
-def test_a_fresh_state_of_ones_own_adds_no_second_copy_of_the_cell():
+def test_a_given_fresh_state_adds_no_second_copy_of_the_cell():
     cell = pararnn.GRUCell(3, 4, key=jr.key(0))
     count = len(jax.tree.leaves(eqx.filter(cell, eqx.is_array)))
     layer = pararnn.RNN(cell, init_state=jnp.ones(4))

@@ -1,6 +1,6 @@
 """Recurrences over several devices and over two processes, each in its own process.
 
-The number of devices is fixed once JAX has started, and all other tests have one.
+The number of devices is fixed once JAX has started, and all other tests use one.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the sLSTM adds to a cell: a stabiliser, and a guess for parallel solves."""
+"""The sLSTM's stabiliser, and its guess for parallel solves."""
 
 import functools as ft
 
@@ -40,7 +40,7 @@ def step_through(cell, state, gates, reset=None):
 
 
 def some_state(seed=5):
-    """A state as a run leaves it behind: n at least 1, h below 1."""
+    """A state as after a run: n at least 1, h below 1."""
     c, n, m, h = jr.normal(jr.key(seed), (4, D))
     return c, 1 + jnp.abs(n), 3 * m, jnp.tanh(h)
 
@@ -59,7 +59,7 @@ def test_a_fresh_state_holds_nothing(forget):
 @each_forget
 @pytest.mark.parametrize("size", [50.0, 80.0])
 def test_finite_for_extreme_gates(forget, size):
-    """Every combination of i and f at plus or minus `size`, for a few steps in turn."""
+    """Every combination of i and f at plus or minus `size`, each for a few steps."""
     cell = make("float32", forget=forget)
     rng = np.random.default_rng(0)
     signs = rng.choice([-1, 1], size=(2, 200, D))
@@ -71,7 +71,7 @@ def test_finite_for_extreme_gates(forget, size):
     assert np.all(n >= 1) and np.all(np.abs(h) <= 1)
     np.testing.assert_allclose(
         h[0], jax.nn.sigmoid(o[0]) * jnp.tanh(z[0]), rtol=1e-5
-    )  # the first output is of the first input alone
+    )  # the first output depends on the first input alone
 
     @jax.jit
     @jax.grad
@@ -83,7 +83,7 @@ def test_finite_for_extreme_gates(forget, size):
 
 @each_forget
 def test_outputs_do_not_depend_on_the_scale_of_the_state(forget):
-    """(c, n, m) and (c e^a, n e^a, m - a) stand for the same numbers."""
+    """(c, n, m) and (c e^a, n e^a, m - a) mean the same numbers."""
     cell, xs = make(forget=forget), jr.normal(jr.key(1), (T, D))
     c, n, m, h = some_state()
     a = jr.normal(jr.key(7), (D,))
@@ -98,7 +98,7 @@ def test_outputs_do_not_depend_on_the_scale_of_the_state(forget):
 @pytest.mark.parametrize("starts", [None, (0, 7, 8), (5,)])
 @pytest.mark.parametrize("sweeps", ["one, no recurrence", "one a step"])
 def test_guess_is_exact_where_it_must_be(forget, state, starts, sweeps):
-    """One sweep where R is zero; as many as steps where it is not."""
+    """After one sweep if R is zero, or as many sweeps as steps otherwise."""
     alone = sweeps == "one, no recurrence"
     cell = make(
         recurrence="zeros" if alone else "uniform",
@@ -125,7 +125,7 @@ def test_guess_has_the_dtypes_of_the_state():
 
 
 def test_the_guess_saves_steps():
-    """The layer passes it on: with as many sweeps as steps there is nothing to do."""
+    """The layer passes it on: after as many sweeps as steps, nothing is left to do."""
     xs = jr.normal(jr.key(1), (T, D))
 
     @eqx.filter_jit
@@ -139,7 +139,7 @@ def test_the_guess_saves_steps():
 
 
 class Astray(SLSTMCell):
-    """Its guess has no shape that a guess could have."""
+    """A cell whose guess has an impossible shape."""
 
     def guess(self, gates, state, reset=None):
         return state
@@ -152,7 +152,7 @@ def test_the_layer_asks_the_cell_for_its_guess():
 
 
 def test_a_state_that_does_not_fit_is_refused_by_name():
-    """Before the cell is asked for a guess from it."""
+    """The refusal comes before the cell is asked for a guess."""
     layer = RNN(make(), solver=Newton(4))
     with pytest.raises((TypeError, ValueError), match="solve: the cell could not"):
         layer(jr.normal(jr.key(1), (T, D)), jnp.zeros(D))

@@ -41,7 +41,7 @@ EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7}
 
 
 def solver_of(cell, **options):
-    """The jitted solve of a cell of the table, its parameters an argument."""
+    """The jitted solve of a cell of the table, with its parameters as an argument."""
 
     def run(parameters, xs, h0, **more):
         return solve(cell.f(parameters), xs, h0, **options, **more)
@@ -68,8 +68,8 @@ def is_success(result):
 # Values
 
 
-# The number of segments does not depend on the kind of state, so that every pair of
-# the two is not needed: all cells by two solvers, and the other solvers by a few.
+# The number of segments does not depend on the kind of state, so not every pair is
+# needed: all cells with two solvers, and the other solvers with a few cells.
 @pytest.mark.parametrize(
     "name, solver",
     [
@@ -89,7 +89,7 @@ def test_equals_scan_and_certifies_it(name, solver):
     parameters, xs, h0 = problem
     wanted = residual_of(cell.f(parameters), xs, h0, sol.states)
     largest = max(float(jnp.abs(s).max()) for s in jax.tree.leaves(sol.states))
-    # Another program may round every step differently.
+    # Another program may round each step differently.
     assert abs(float(sol.stats["residual"]) - wanted) <= 4 * EPS[cell.dtype] * largest
     assert sol.stats["first_nonfinite"] == T
 
@@ -350,7 +350,7 @@ def logistic_in_numpy(h, steps):
 
 @pytest.mark.parametrize("segments", [1, 2, 8, 16, 64])
 def test_segments_many_steps_are_always_enough(segments):
-    """Whatever the recurrence: each step makes one more segment exact."""
+    """For any recurrence: each step makes one more segment exact."""
     h0s = jnp.linspace(0.1, 0.8, 8)
 
     @jax.jit
@@ -361,19 +361,19 @@ def test_segments_many_steps_are_always_enough(segments):
         sol = run(h0)
         assert is_success(sol.result)
         assert sol.stats["num_steps"] <= segments
-        # Chaos doubles a difference of one rounding every step or so.
+        # Chaos doubles a difference of one rounding at about every step.
         wanted = logistic_in_numpy(float(h0), 20)
         np.testing.assert_allclose(sol.states[:20], wanted, rtol=0, atol=1e-6)
         np.testing.assert_array_less(sol.stats["residual"], 1e-13)
 
 
 def test_auto_is_right_where_newton_fails():
-    """Chaotic, and so long that Newton is tried first."""
+    """A chaotic sequence that is so long that Newton is tried first."""
     xs = jnp.zeros(4096)
     run = jax.jit(lambda h0: solve(logistic, xs, h0, solver=Auto(), max_steps=1))
     sol = run(0.37)
     assert is_success(sol.result) and bool(sol.stats["sequential"])
-    # One step of each rung, of which the loop is the third.
+    # One step of each rung; the loop is the third.
     assert sol.stats["num_steps"] == 2 and sol.stats["rung"] == 2
     wanted = jax.jit(lambda h0: solve(logistic, xs, h0, solver=Sequential()).states)
     assert_close(sol.states, wanted(0.37), 0)
@@ -435,7 +435,7 @@ def test_auto_off_the_cpu_goes_by_structure(
 
 @pytest.mark.parametrize("name", ["gru-diagonal", "lstm-blocks", "elman", "logistic"])
 def test_auto_off_the_cpu_is_right(monkeypatch, name):
-    """By the rule for a GPU, here: its ladder, and the loop where that fails."""
+    """By the rule for a GPU: its ladder, and the loop where that fails."""
     if name == "logistic":
         f, h0, xs = logistic, jnp.asarray(0.37), jnp.zeros(256)
     else:
@@ -563,7 +563,7 @@ def test_vmap_equals_a_loop(which, solver, getkey):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], batch)
         assert is_success(one.result)
         assert_close(one.states, sol.states, 1e-12)
-        # Frozen once converged, a sequence takes the steps it takes alone.
+        # A sequence is frozen once converged, so it takes as many steps as alone.
         assert one.stats["num_steps"] == sol.stats["num_steps"]
         assert set(one.stats) == set(sol.stats)
 
@@ -656,7 +656,7 @@ def test_each_sequence_has_its_own_cause(solver):
 
 
 def count_loops(fn, *args):
-    """`while` operations in the compiled program."""
+    """The number of `while` operations in the compiled program."""
     text = jax.jit(fn).lower(*args).compile().as_text()
     return sum(" while(" in line for line in text.splitlines())
 

@@ -1,4 +1,4 @@
-"""What is peculiar to a cell: piecewise linearity, no inputs, convexity, spectra."""
+"""Properties of single cells: piecewise linearity, no inputs, convexity, spectra."""
 
 import equinox as eqx
 import jax
@@ -46,7 +46,7 @@ def instance(name):
 
 
 def loop(cell, xs, state):
-    """Written out, by the cell's own call."""
+    """A loop over the cell's own call."""
 
     def step(state, x):
         state = cell(state, x)
@@ -219,9 +219,9 @@ def test_no_step_expands():
 
 
 def test_the_norms_are_all_but_reached():
-    """Divided by the norm, not by something much larger: some direction is kept."""
+    """The divisor is the norm, not something much larger: some direction is kept."""
     cell = MAKE["iclrnn"](jr.key(0))
-    cell = eqx.tree_at(lambda c: c.b, cell, jnp.full(WIDTH, 10.0))  # Linear there.
+    cell = eqx.tree_at(lambda c: c.b, cell, jnp.full(WIDTH, 10.0))  # Linear.
     for argument in (0, 1):
         jacobian = jax.jacfwd(cell, argument)(jnp.ones(WIDTH), jnp.ones(IN))
         assert 0.998 < np.linalg.norm(jacobian, 2) <= 1 + 1e-14
@@ -249,7 +249,7 @@ def test_spectral_norm_from_above(name):
 
 @pytest.mark.parametrize("name", ["tall", "wide", "rank one", "tiny"])
 def test_derivative_of_the_spectral_norm(name):
-    """That of the largest singular value: the outer product of its vectors."""
+    """It is that of the largest singular value: the outer product of its vectors."""
     matrix = MATRICES[name]
     left, _, right = np.linalg.svd(np.asarray(matrix, np.float64))
     got = jax.jit(jax.grad(spectral_norm))(matrix)

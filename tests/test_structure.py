@@ -26,7 +26,7 @@ def one_step(name):
 
 @pytest.fixture
 def searches(monkeypatch):
-    """How often blocks were looked for, from an empty memory."""
+    """One entry for each search for blocks, from an empty cache."""
     calls = []
     original = _structure.find_blocks
 
@@ -161,7 +161,7 @@ def test_a_closed_over_table_is_known_under_jit(table):
 
 
 def test_a_traced_index_is_conservative():
-    """The table could hold anything, so every state may depend on every other."""
+    """The table could hold any index, so every state may depend on every other."""
     h, x = jnp.ones(4), jnp.ones(4)
     seen = []
 
@@ -286,7 +286,7 @@ def test_a_wide_cell_is_recognised_at_once(searches, cell, width, expected):
         structure = jacobian_structure(cell, h, h)
         took.append(time.perf_counter() - start)
     assert repr(structure) == expected
-    # Measured: 0.06 s, tracing included. Room for a machine that is busy.
+    # Measured: 0.06 s, tracing included. The rest is room for a busy machine.
     assert min(took) < 0.5
 
 
@@ -358,6 +358,6 @@ def test_a_cell_without_a_derivative_counts_as_coupling_everything():
 
 
 @pytest.mark.parametrize("blocks", [[[0, 1], [1, 2]], [[0], [1]], [0, 1, 2]])
-def test_blocks_that_are_no_partition_are_refused(blocks):
+def test_blocks_that_are_not_a_partition_are_refused(blocks):
     with pytest.raises(ValueError, match="exactly once"):
         Structure(np.array(blocks), 3)

@@ -25,7 +25,7 @@ SPECIAL = ["<s>", "</s>"]
 
 
 def train(path, special=SPECIAL):
-    """A byte-level tokenizer of pairs of bytes, small, in a file."""
+    """Train a small byte-pair tokenizer, and write it to a file."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -75,7 +75,7 @@ def test_bytes_are_tokens(data):
     assert (tokenizer.vocab_size, tokenizer.begin) == (257, 256)
 
 
-# Whole characters, parts of them, and bytes that are none.
+# Whole characters, parts of them, and bytes that are not characters.
 PARTS = st.lists(
     st.sampled_from([*"aé木🙂\ufffd"]).map(str.encode)
     | st.binary(max_size=3)
@@ -179,7 +179,7 @@ def test_bytes_are_worth_one_byte_each(corpus):
 
 
 class Counting:
-    """A tokenizer of one's own, which counts how often it is asked."""
+    """A user's own tokenizer, which counts how often it is called."""
 
     vocab_size, begin, identity = 0x110001, 0x110000, "counting"
 
@@ -233,7 +233,7 @@ def test_two_processes_may_encode_at_once(corpus, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_bytes_that_are_no_text_are_reported(path, tmp_path):
+def test_bytes_that_are_not_text_are_reported(path, tmp_path):
     corpus = find_corpus(write(tmp_path / "corpus", [b"a\xff", b"good"]))
     with pytest.warns(UserWarning, match=r"1 documents are not valid UTF-8.*'0\.txt'"):
         packed = Packed(corpus, FileTokenizer(path), 2, cache=tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Training: the step's arithmetic, runs that stop and go on, and what is refused."""
+"""Training: the step's arithmetic, runs that stop and resume, and refusals."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def some_batch(*shape, seed=0):
 
 
 def copy_array(leaf):
-    """Another buffer, as a step consumes those that it is given."""
+    """Copy an array, as a step consumes its arguments' buffers."""
     return leaf.copy() if eqx.is_array(leaf) else leaf
 
 
@@ -94,7 +94,7 @@ def test_microbatches_are_one_batch():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), states[0], other
         )
-    # And they are not what they were.
+    # And they have changed.
     before = jax.tree.leaves(eqx.filter(small_model(), eqx.is_array))
     assert all(np.any(a != b) for a, b in zip(before, states[0], strict=True))
 
@@ -120,7 +120,7 @@ def test_the_learning_rate():
             updates, state = optimiser.update(
                 {"w": jnp.ones((2, 2))}, state, parameters
             )
-        # Without memory Adam's step has the size of the learning rate.
+        # Without memory, Adam's step has the size of the learning rate.
         rates.append(-float(updates["w"][0, 0]))
     rise = [0.25, 0.5, 0.75, 1.0]
     fall = [0.1 + 0.9 * (1 + np.cos(np.pi * i / 6)) / 2 for i in range(1, 7)]
@@ -164,7 +164,7 @@ def go(config, folder, **options):
 
 
 def curve(folder):
-    """What a run logged and that is the same whenever it is run."""
+    """The fields of a run's log that are the same in every run."""
     lines = read_metrics(folder)
     return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
@@ -189,7 +189,7 @@ def test_a_run_leaves_what_it_promises(finished):
     checks = [line for line in lines if "validation_bits_per_byte" in line]
     assert [line["step"] for line in checks] == [6, 12]
     assert checks[-1]["validation_bits_per_byte"] == outcome.bits_per_byte
-    # The two newest and, which is among them here, the best.
+    # The two newest and the best, which is among them here.
     kept = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
     assert kept == [8, 12]
     assert Config.load(folder / "config.json").steps == 12
@@ -198,7 +198,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 @pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(corpus, finished, tmp_path):
-    """By a signal at any moment; the second time with another order of calls."""
+    """Stopped by a signal at any moment; the second time in another order of calls."""
     folder, config = tmp_path / "run", configure(corpus)
 
     def stop_after(lines):
@@ -296,7 +296,7 @@ def test_another_run_in_the_folder(corpus, finished, tmp_path):
     wider = dataclasses.replace(configure(corpus).model, d_model=16)
     with pytest.raises(ValueError, match=r"model\.d_model: 8 then, 16 now"):
         go(configure(corpus, model=wider), folder, resume=True)
-    # The configuration changed by hand: the checkpoint itself is looked at.
+    # With the configuration changed by hand, the checkpoint itself is checked.
     changed = tmp_path / "copy"
     changed.mkdir()
     (changed / "checkpoints").symlink_to(folder / "checkpoints")

@@ -1,4 +1,4 @@
-"""Cells whose `vmap` is another computation, or that communicate: as by `lax.scan`.
+"""Cells whose `vmap` is another computation, or that communicate: as with `lax.scan`.
 
 JAX batches and differentiates the loops that these tests compare with.
 """
@@ -46,7 +46,7 @@ def keys(kind):
 
 
 def drawn(key):
-    """A cell whose Jacobian is what it draws."""
+    """A cell whose Jacobian is the number that it draws."""
     return lambda h, x: jnp.tanh(jr.normal(key(x), (N,)) * h + 0.1)
 
 
@@ -56,7 +56,7 @@ def raw(kind):
 
 
 def summed(x):
-    """Of a batch it would be another number."""
+    """The sum of all entries: for a batch at once it would be another number."""
     return np.full_like(x, np.sum(x))
 
 
@@ -123,7 +123,7 @@ def test_what_the_input_draws_is_drawn_once(name, solver):
 
 @pytest.mark.parametrize("solver", [Sequential(), Newton(4)], ids=repr)
 def test_a_batch_draws_as_that_of_the_loop(solver):
-    """With one key for all, and with keys for each, which JAX draws from otherwise."""
+    """With one key for all, and with one for each, where JAX draws differently."""
     each = jax.vmap(lambda n: jr.split(jr.key(n, impl="rbg"), T))(jnp.arange(B))
     cell = BEFORE["rbg"][0]
     for xs, axis in ((each, 0), (keys("rbg"), None)):
@@ -138,7 +138,7 @@ def test_a_batch_draws_as_that_of_the_loop(solver):
 
 
 def test_what_is_called_has_its_derivative():
-    """It is an input like any other, also where it depends on a parameter."""
+    """It is an input like any other, even if it depends on a parameter."""
 
     @jax.custom_jvp
     def host(x):
@@ -286,7 +286,7 @@ def over(axes, run):
 
 @pytest.mark.parametrize("name, solver", SHARED)
 def test_collectives_along_a_batch(name, solver):
-    """Values, gradients and second derivatives, with resets of each sequence's own."""
+    """Values, gradients and second derivatives, with different resets by sequence."""
     cell, coupled, axes = COLLECTIVES[name]
     xs, h0 = batch(axes, 5), batch(axes, 6)[..., 0, :]
     reset = batch(axes, 7)[..., 0] > 0.8
@@ -308,7 +308,7 @@ def test_collectives_along_a_batch(name, solver):
     # The tolerance is relative to the state, of each solve.
     assert_close(derive(run), derive(lambda *at: scan(cell, *at)), 1e-9)
     if coupled and solver == Auto():
-        # The names are gone by the time of the derivative.
+        # The names no longer exist when the derivative is taken.
         loss = lambda run: lambda h: jnp.sum(run(xs, h, reset))  # noqa: E731
         outside = jax.grad(loss(jax.jit(over(axes, run))))(h0)
         wanted = jax.grad(loss(over(axes, lambda *at: scan(cell, *at))))(h0)
@@ -325,7 +325,7 @@ def test_a_derivative_from_outside_of_the_named_axis_is_refused():
 
 @pytest.mark.parametrize("solver", [Auto(), Newton(3)], ids=repr)
 def test_coupled_sequences_fail_together(solver):
-    """What is NaN in one is so in the others one step later."""
+    """A NaN in one sequence reaches the others one step later."""
     cell = COLLECTIVES["pmean"].cell
     xs, h0 = jnp.zeros((B, T, N)).at[1, 4].set(jnp.nan), jnp.zeros((B, N))
 
@@ -341,7 +341,7 @@ def test_coupled_sequences_fail_together(solver):
 
 
 def test_sequences_are_not_certified_beside_coupled_ones_that_are_not():
-    """One with a small residual has been solved for with wrong states of others."""
+    """One with a small residual has been solved with wrong states of the others."""
 
     def cell(h, x):
         return jnp.tanh(x * h + 1e-3 * lax.pmean(h, "b"))

@@ -1,4 +1,4 @@
-"""The laws of every transition; a new one is a line or two in `STRUCTURES`."""
+"""The laws of every transition; a new transition is a line or two in `STRUCTURES`."""
 
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ STRUCTURES = {
     "blocks of one": Structure(BlockDiagonal, (3, 1, 1), (3,)),
     "dense": Structure(Dense, (3, 3), (3,)),
     "dense, further axes": Structure(Dense, (2, 2), (2, 3, 1)),
-    # Past the size to which products are written out.
+    # Above the size up to which products are unrolled.
     "dense, wide": Structure(Dense, (17, 17), (17,)),
 }
 DTYPES = (np.float32, np.float64, np.complex64, np.complex128)
@@ -44,7 +44,7 @@ each_structure = pytest.mark.parametrize(
 
 
 def arrays(shape, dtype):
-    """Small whole numbers: then every product is exact, and so is every law."""
+    """Small whole numbers, for which every product is exact, and so is every law."""
     whole = hnp.arrays(np.int64, shape, elements=st.integers(-3, 3))
     if np.issubdtype(dtype, np.complexfloating):
         return st.tuples(whole, whole).map(lambda v: (v[0] + 1j * v[1]).astype(dtype))
@@ -155,7 +155,7 @@ ONES = np.ones
         ),
         (lambda: BlockDiagonal(ONES((2, 2, 2, 2))).layout(()), ValueError, r"cannot"),
         (lambda: Dense(ONES((2, 3, 3))).layout((2, 3)), ValueError, r"cannot act"),
-        # The message names the class that the user wrote.
+        # The message names the user's class.
         (
             lambda: Dense(ONES((2, 3, 3))).layout((4,)),
             ValueError,

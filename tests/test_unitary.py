@@ -1,4 +1,4 @@
-"""Rotations chosen by the input: the exponential, and the layer on top."""
+"""Rotations chosen by the input: the exponential, and the layer that uses it."""
 
 import functools as ft
 
@@ -48,7 +48,7 @@ def test_orthogonal_to_rounding(size, norm, dtype):
 def test_is_the_exponential(size, norm):
     a = skew(size, norm) if size > 1 else np.zeros((4, 1, 1))
     wanted = np.stack([expm(step) for step in a])
-    # An angle is known to rounding of the matrix, whose norm this is.
+    # An angle is known up to the rounding of the matrix, whose norm this is.
     np.testing.assert_allclose(exponential(a), wanted, atol=1e-14 + 2e-15 * norm)
 
 
@@ -136,7 +136,7 @@ def test_equals_the_equations(runner, start):
 
 @pytest.mark.parametrize("dtype, slack", [("float32", 1e-3), ("float64", 2e-12)])
 def test_keeps_the_norm_of_its_state(dtype, slack):
-    """Over 10000 steps: rounding of each of them, and no more."""
+    """Over 10000 steps, up to the rounding of each step."""
     layer = make(8, 16, dtype=dtype)
     xs = jr.normal(jr.key(1), (10000, 8), dtype)
     _, state = whole(layer, xs)

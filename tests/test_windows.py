@@ -42,14 +42,14 @@ def problem(steps):
     ],
 )
 def test_equals_one_loop(steps, length, windows):
-    """Whatever the division; no more than two programs, one if there is a divisor."""
+    """For any division, with at most two programs, or one if the length divides T."""
     seen = []
 
-    def noted(h, xs):
+    def recorded(h, xs):
         seen.append(xs["a"].shape[0])
         return run(h, xs)
 
-    found = jax.jit(lambda h, xs: in_windows(noted, h, xs, length))(*problem(steps))
+    found = jax.jit(lambda h, xs: in_windows(recorded, h, xs, length))(*problem(steps))
     assert_close(found, run(*problem(steps)), 1e-14)
     assert seen == (windows or [steps])
 

@@ -16,12 +16,12 @@ MESHES = ({"data": 1, "time": 4}, {"data": 1, "fsdp": 2, "time": 2})
 
 
 def problem():
-    """The model, a cell and a matrix behind it, and a batch."""
+    """Return the model, a cell followed by a matrix, and a batch."""
     keys = jr.split(jr.key(0), 4)
     cell = pararnn.ParaGRUCell(2, 8, key=keys[0])
     model = cell, jr.normal(keys[1], (8, 1)) * 0.3
     xs = jr.normal(keys[2], (4, 32, 2))
-    # To be told at each step: a running sum, which needs the past.
+    # The target at each step is a running sum, which needs the past.
     return model, (xs, jnp.cumsum(xs[..., :1], axis=1) / 4)
 
 
@@ -33,7 +33,7 @@ def loss(model, batch):
 
 
 def train(loss, model, batch, keep=lambda model: model) -> list[float]:
-    """The losses of some steps of gradient descent; `keep` says where it lies."""
+    """Return the losses of some steps of gradient descent; `keep` places the model."""
 
     @eqx.filter_jit
     def step(model, batch):
@@ -63,7 +63,7 @@ def main(address: str, number: int, output: Path) -> None:
             model, batch = problem()
             batch = pararnn.shard_batch(batch, mesh)
             runs.append(train(loss, keep(model), batch, keep))
-    # Not printed: Gloo's threads write to the standard output too, in pieces.
+    # To a file: Gloo's threads write to the standard output too, in pieces.
     output.write_text(json.dumps(runs))
 
 
