@@ -8,7 +8,7 @@ import numpy as np
 def is_count(value: Any, least: int = 0) -> bool:
     """Whether a whole number, not below `least`; a bool is not one."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return whole and value >= least
+    return whole and bool(value >= least)
 
 
 def check_count(

@@ -204,8 +204,8 @@ class _Newton(NamedTuple):
     Near a solution of multiplicity m, where the Jacobian is singular, corrections
     shrink by the factor 1 - 1/m only, down to where rounding decides: there one of them
     may be small by chance. So if corrections have crawled, or are noise, a last step is
-    taken from 8 tolerances beside the solution. From there it leads back to a regular one, and at
-    most half of the way, or anywhere, to a singular one.
+    taken from 8 tolerances beside the solution. From there it leads back to a regular
+    one, and at most half of the way, or anywhere, to a singular one.
     """
 
     rtol: float | None

@@ -74,7 +74,7 @@ class CheckedProblem(NamedTuple):
     reset: Bool[Array, " T"]
     fresh: PyTree
     recurrence: Recurrence
-    constants: list[Array]
+    constants: tuple[Array, ...]
 
     @property
     def length(self) -> int:

@@ -40,16 +40,16 @@ class Outcome(NamedTuple):
     stats: Stats
     code: Int[Array, "*batch"]  # of the result
     first_nonfinite: Int[Array, "*batch"]
-    # 0, but it cannot be read without the failure check.
-    checked: Int[Array, "*batch"] | None
+    # 0, for those who step outside of the solver: it cannot be read without the check.
+    checked: Int[Array, "*batch"] | None = None
 
 
 def find_outcome(
     problem: BoundProblem, states: tuple[Array, ...], stats: Stats, *, throw: bool
-) -> Outcome:
-    """The result of a solve; only a failed one pays for the search for a cause.
+) -> tuple[Outcome, Int[Array, ""]]:
+    """The result of a solve, and 0; only a failed one pays for the search for a cause.
 
-    With `throw`, whatever uses `checked` raises if the solve failed.
+    With `throw`, whatever uses this 0 raises if the solve failed.
     """
     steps, shape = problem.steps, problem.batch_shape
     stats = vary(stats, states)
@@ -71,7 +71,7 @@ def find_outcome(
     # conditional.
     code, first, checked = lax.cond(good, all_good, find_failure)
     certified = jnp.minimum(stats.certified_steps, first)
-    return Outcome(stats._replace(certified_steps=certified), code, first, checked)
+    return Outcome(stats._replace(certified_steps=certified), code, first), checked
 
 
 def check_batch(states: tuple[Array, ...], code: Array) -> Array:

@@ -49,12 +49,12 @@ class AbstractMethod(AbstractSolver):
     - `history`: how many steps of the residual history to keep in `stats`.
     """
 
+    # Whether corrections shrink quadratically near the solution, rather than linearly.
+    quadratic: AbstractClassVar[bool]
     segments: int | None = eqx.field(static=True, default=None)
     rtol: float | None = eqx.field(static=True, kw_only=True, default=None)
     atol: float | None = eqx.field(static=True, kw_only=True, default=None)
     history: int = eqx.field(static=True, kw_only=True, default=0)
-    # Whether corrections shrink quadratically near the solution, rather than linearly.
-    quadratic: AbstractClassVar[bool]
 
     @abc.abstractmethod
     def linearize(

@@ -70,8 +70,8 @@ class Stats(NamedTuple):
     def of(cls, problem: "BoundProblem", **values: Any) -> "Stats":
         """Statistics of a problem; those that are not given are 0, false or empty."""
         real, shape = problem.recurrence.dtype, problem.batch_shape
-        dtypes = dict.fromkeys(_COUNTS, jnp.int32) | dict.fromkeys(_FLAGS, jnp.bool_)
-        dtypes["residual"] = real
+        dtypes: dict[str, Any] = {"residual": real}
+        dtypes |= dict.fromkeys(_COUNTS, jnp.int32) | dict.fromkeys(_FLAGS, jnp.bool_)
         fields = {
             name: jnp.broadcast_to(jnp.asarray(values.pop(name, 0), dtype), shape)
             for name, dtype in dtypes.items()

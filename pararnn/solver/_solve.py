@@ -192,10 +192,10 @@ def _batched_run(options: _Options) -> Callable:
     def run(problem: BoundProblem, guess, places):
         states, stats = options.solver.run(problem, guess, options.max_steps)
         throw = options.throw and not problem.axes
-        outcome = find_outcome(problem, states, stats, throw=throw)
+        outcome, checked = find_outcome(problem, states, stats, throw=throw)
         if throw:
-            states = attach_check(states, outcome.checked, time_axis=0)
-        return states, _with_check(outcome, outcome.checked, problem.batch_shape)
+            states = attach_check(states, checked, time_axis=0)
+        return states, _with_check(outcome, checked, problem.batch_shape)
 
     @run.def_vmap
     def _(size, batched, problem: BoundProblem, guess, places):
@@ -239,15 +239,15 @@ def _with_axis(size: int, batched, problem: BoundProblem, guess, places):
 
     of, in_guess, in_places = batched
     here = [name for name, along in in_places.items() if along]
-    axis = jtu.tree_map(lambda b: 0 if b else None, (of.parameters, of.inputs))
-    problem = problem.under(*axis, here[0] if here else None).replace(
+    axes = jtu.tree_map(lambda b: 0 if b else None, (of.parameters, of.inputs))
+    deeper = problem.under(axes[0], axes[1], here[0] if here else None).replace(
         inputs=jtu.tree_map(after_time, problem.inputs, of.inputs),
         h0=jtu.tree_map(everywhere, problem.h0, of.h0),
     )
     guess = jtu.tree_map(
         lambda x, b: after_time(everywhere(x, b), True), guess, in_guess
     )
-    return problem, guess, {n: place for n, place in places.items() if n not in here}
+    return deeper, guess, {n: place for n, place in places.items() if n not in here}
 
 
 def _places(recurrence: Recurrence) -> dict[Any, Array]:
