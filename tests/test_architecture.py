@@ -99,6 +99,7 @@ MAY_IMPORT = {
         "pararnn.solver",
         "pararnn._parameters",
         "pararnn._jsonl",
+        "pararnn._progress",
     },
     "pararnn.comparison": {
         "pararnn.comparison",

@@ -124,13 +124,13 @@ def solve_recurrence(
 
     def solve(_, terms):
         x0, b = terms
-        x, _ = run_scan(schedule, backend, a, b, x0, reset)
+        x, _ = run_scan_under_vmap(schedule, backend, a, b, x0, reset)
         return x0, x
 
     def transpose_solve(_, cotangents):
         g0, g = cotangents
         transposed = a if kind == "elementwise" else jnp.swapaxes(a, -1, -2)
-        x, u = run_scan(
+        x, u = run_scan_under_vmap(
             Schedule(kind, "before", not reverse),
             backend,
             transposed,
@@ -157,31 +157,33 @@ def fake_dependency(x: Array, to: Array) -> Array:
 
 
 def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
-    """Choose the schedule once the batch is known, and run it.
+    """Choose a backend by the size of the whole batch, and run it.
 
-    Under `vmap` the batch becomes an axis after time, instead of a transformation of
-    the loops, so that a choice by size sees the true size.
+    A `vmap` of this would transform the loops after the choice is made; where there may
+    be one, use `run_scan_under_vmap`.
     """
+    shards = time_shards(b.shape[0])
+    length = -(-b.shape[0] // shards)
+    choice = choose_backend(backend, schedule.kind, length, a.shape[-1])
+    method = {
+        "sequential": sequential,
+        "associative": associative,
+        "chunked": ft.partial(chunked, chunks=choice.chunks),
+    }[choice.backend]
+    if shards == 1:
+        return method(schedule, a, b, u, reset)
+    return scan_shards(
+        ft.partial(method, schedule),
+        schedule,
+        shards,
+        1 if choice.backend == "sequential" else choice.chunks,
+        (a, b, u, reset),
+    )
 
-    @custom_vmap
-    def run(a, b, u, reset):
-        shards = time_shards(b.shape[0])
-        length = -(-b.shape[0] // shards)
-        choice = choose_backend(backend, schedule.kind, length, a.shape[-1])
-        method = {
-            "sequential": sequential,
-            "associative": associative,
-            "chunked": ft.partial(chunked, chunks=choice.chunks),
-        }[choice.backend]
-        if shards == 1:
-            return method(schedule, a, b, u, reset)
-        return scan_shards(
-            ft.partial(method, schedule),
-            schedule,
-            shards,
-            1 if choice.backend == "sequential" else choice.chunks,
-            (a, b, u, reset),
-        )
+
+def run_scan_under_vmap(schedule: Schedule, backend: Backend, a, b, u, reset):
+    """`run_scan`, in which a `vmap` becomes an axis of the arrays after time."""
+    run = custom_vmap(ft.partial(run_scan, schedule, backend))
 
     @run.def_vmap
     def _(size, batched, *arguments):
@@ -200,7 +202,7 @@ def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
         u = u if batched[2] else u[None]
         b = jnp.broadcast_to(b, (b.shape[0], size, *b.shape[2:]))
         u = jnp.broadcast_to(u, (size, *u.shape[1:]))
-        x, u = run_scan(schedule, backend, a, b, u, reset)
+        x, u = run_scan_under_vmap(schedule, backend, a, b, u, reset)
         return jnp.moveaxis(x, 1, 0), u
 
     return run(a, b, u, reset)
