@@ -17,11 +17,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .jaxprs import (
-    calls_hold_arrays,
+    backward_slice,
     consts_to_args,
     evaluate,
-    part_for,
-    without_calls,
+    inline_jit,
+    jit_has_consts,
 )
 
 
@@ -158,11 +158,11 @@ class FlaxCell(eqx.Module):
         """
         h, x = (jtu.tree_map(_one_step, tree) for tree in (after, xs))
         closed, shapes = jax.make_jaxpr(self.step, return_shape=True)(h, x)
-        if calls_hold_arrays(closed.jaxpr):
-            closed = without_calls(closed)
+        if jit_has_consts(closed.jaxpr):
+            closed = inline_jit(closed)
         old, inputs = _split(closed.jaxpr.invars, h)
         new, emitted = _split(closed.jaxpr.outvars, h)
-        part = part_for(consts_to_args(closed), emitted, new)
+        part = backward_slice(consts_to_args(closed), emitted, new)
         moving = _named(inputs, xs) | _named(new, after)
         if not moving.keys() >= set(old).intersection(part.invars):
             moving = _named(old, before()) | moving

@@ -14,7 +14,7 @@ import optimistix as optx
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from ._equation import with_derivative
+from ._equation import attach_derivative
 from .scan import check_bits
 from .solver import (
     RESULTS,
@@ -129,7 +129,7 @@ def integrate(
 def _as_cell(method, terms, args) -> Step:
     """One step of the method, as a function of the state and of (t0, t1)."""
     if _is_plain_explicit(method):
-        return _write_out(method.tableau, terms, args)
+        return _unrolled_step(method.tableau, terms, args)
     if isinstance(method, diffrax.AbstractImplicitSolver):
         return _as_implicit_cell(method, terms, args)
     # The other kinds of equinox's loop lack one of the two modes of derivative.
@@ -161,7 +161,7 @@ def _is_plain_explicit(method) -> bool:
     )
 
 
-def _write_out(tableau: diffrax.ButcherTableau, terms, args) -> Step:
+def _unrolled_step(tableau: diffrax.ButcherTableau, terms, args) -> Step:
     """An explicit Runge-Kutta step, stage by stage.
 
     diffrax loops over the stages, with all of them in one buffer. Written out, a step
@@ -186,14 +186,14 @@ def _write_out(tableau: diffrax.ButcherTableau, terms, args) -> Step:
                 continue
             # `t0 + (t1 - t0)` need not be `t1` in floating point.
             t = t1 if node == 1 else t0 + float(node) * (t1 - t0)
-            at = _advance(y, row, stages)
+            at = _add_increments(y, row, stages)
             stages.append(terms.vf_prod(t, at, args, control))
-        return _advance(y, tableau.b_sol, stages)
+        return _add_increments(y, tableau.b_sol, stages)
 
     return step
 
 
-def _advance(y, weights, stages):
+def _add_increments(y, weights, stages):
     """`y + Σ w_j k_j`, over the nonzero weights."""
     used = [
         (float(weight), stage)
@@ -223,9 +223,9 @@ def _as_implicit_cell(method, terms, args) -> Step:
     """
     stepped = type(method).step
     if stepped is diffrax.ImplicitEuler.step:
-        restore = ft.partial(_through_euler, terms, args)
+        restore = ft.partial(_attach_euler_derivative, terms, args)
     elif stepped is diffrax.AbstractRungeKutta.step:
-        restore = ft.partial(_through_stages, method.tableau, terms, args)
+        restore = ft.partial(_attach_stage_derivatives, method.tableau, terms, args)
     else:
         restore = None  # its stages are not known
     exact = not eqx.is_array_like(method.root_finder.rtol)
@@ -261,7 +261,7 @@ def _without_derivative(tree):
     return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
-def _through_euler(terms, args, point, after, slopes):
+def _attach_euler_derivative(terms, args, point, after, slopes):
     """The state after a step of the implicit Euler method, with its derivative."""
     del slopes
 
@@ -270,10 +270,10 @@ def _through_euler(terms, args, point, after, slopes):
         change = terms.vf_prod(t1, after, args, terms.contr(t0, t1))
         return jtu.tree_map(lambda z, y, k: z - y - k, after, y, change)
 
-    return with_derivative(residual, after, point)(after, point)
+    return attach_derivative(residual, after, point)(after, point)
 
 
-def _through_stages(tableau, terms, args, point, after, slopes):
+def _attach_stage_derivatives(tableau, terms, args, point, after, slopes):
     """The state after a Runge-Kutta step with known slopes, with its derivative.
 
     Each slope is the solution of an equation that has those before it for inputs. With
@@ -287,22 +287,22 @@ def _through_stages(tableau, terms, args, point, after, slopes):
         tableaus, terms = tableau.tableaus, terms.terms
     y = point[0]
     stages = [
-        _Stages(*part, args, point)
+        _StageSlopes(*part, args, point)
         for part in zip(tableaus, terms, slopes, strict=True)
     ]
     for number in range(tableaus[0].num_stages):
         at = y
         for stage in stages:
-            at = _advance(at, stage.lower(number), stage.found)
+            at = _add_increments(at, stage.lower(number), stage.found)
         # The explicit ones start from what the implicit one has found.
         for stage in sorted(stages, key=lambda s: not s.tableau.implicit):
             at = stage.find(number, at)
     for stage in stages:
-        y = _advance(y, stage.tableau.b_sol, stage.found)
+        y = _add_increments(y, stage.tableau.b_sol, stage.found)
     return y
 
 
-class _Stages:
+class _StageSlopes:
     """The slopes of one tableau and its term, found one after the other."""
 
     def __init__(self, tableau: diffrax.ButcherTableau, term, slopes, args, point):
@@ -327,21 +327,21 @@ class _Stages:
         if weight not in self.known:
             self.known[weight] = self._with_derivative(weight, slope, inputs)
         self.found.append(self.known[weight](slope, inputs))
-        return _advance(at, [weight], self.found[-1:])
+        return _add_increments(at, [weight], self.found[-1:])
 
     def _with_derivative(self, weight: float, slope, inputs):
         def residual(slope, inputs):
             at, t, t0, t1 = inputs
-            at = _advance(at, [weight], [slope])
+            at = _add_increments(at, [weight], [slope])
             control = self.term.contr(t0, t1)
             return jtu.tree_map(
                 jnp.subtract, slope, self.term.vf_prod(t, at, self.args, control)
             )
 
-        return with_derivative(residual, slope, inputs)
+        return attach_derivative(residual, slope, inputs)
 
 
-class _UntilStill(optx.Newton):
+class _NewtonByCorrection(optx.Newton):
     """Newton's method until its correction is small.
 
     `optimistix.Newton` also wants a small residual. In a stiff step that is the state
@@ -375,7 +375,10 @@ def _with_root_finder(method, y, dt):
         lambda m: (m.root_finder, m.root_find_max_steps),
         method,
         # A fixed step cannot be rejected and tried again, so there is more patience.
-        (_UntilStill(tolerance, tolerance * size), max(method.root_find_max_steps, 50)),
+        (
+            _NewtonByCorrection(tolerance, tolerance * size),
+            max(method.root_find_max_steps, 50),
+        ),
     )
 
 
@@ -465,32 +468,32 @@ def _check_method(method: Any, terms) -> None:
             "to estimate its error. Fixed steps have no use for the estimate: pass the "
             "solver itself, with twice as many `ts` for the same accuracy."
         )
-    wanted, given = method.term_structure, _outline(terms)
-    if _fits(wanted, terms):
+    wanted, given = method.term_structure, _class_names(terms)
+    if _has_structure(wanted, terms):
         return
     raise ValueError(
         f"integrate: {type(method).__name__} takes terms of the form "
-        f"{_outline(wanted)}, but `terms` is {given}. Likely causes: (a) an "
+        f"{_class_names(wanted)}, but `terms` is {given}. Likely causes: (a) an "
         "implicit-explicit method wants diffrax.MultiTerm(explicit, implicit), a "
         "symplectic one a tuple of two terms (or functions); (b) several terms were "
         "given to a method for one: join them as diffrax.MultiTerm(...)."
     )
 
 
-def _fits(wanted, terms) -> bool:
+def _has_structure(wanted, terms) -> bool:
     if isinstance(wanted, tuple):
         return (
             isinstance(terms, tuple)
             and len(terms) == len(wanted)
-            and all(_fits(w, t) for w, t in zip(wanted, terms, strict=True))
+            and all(_has_structure(w, t) for w, t in zip(wanted, terms, strict=True))
         )
     return isinstance(terms, get_origin(wanted) or wanted)
 
 
-def _outline(terms) -> str:
+def _class_names(terms) -> str:
     """Terms by the names of their classes."""
     if isinstance(terms, tuple):
-        return f"({', '.join(map(_outline, terms))})"
+        return f"({', '.join(map(_class_names, terms))})"
     cls = get_origin(terms) or (terms if isinstance(terms, type) else type(terms))
     return cls.__name__
 

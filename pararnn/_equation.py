@@ -100,7 +100,7 @@ def _(primals, tangents, *, equation: Equation, search: Search):
     return v, -equation.apply(inverse, pushed)
 
 
-def with_derivative(F: Callable[[PyTree, PyTree], PyTree], z: PyTree, inputs: PyTree):
+def attach_derivative(F: Callable[[PyTree, PyTree], PyTree], z: PyTree, inputs: PyTree):
     """A function `(z, inputs) -> z` with the derivative that `F(z, inputs) = 0` has.
 
     Its value is the z that is given, a solution found elsewhere. The arguments here
@@ -115,13 +115,13 @@ def with_derivative(F: Callable[[PyTree, PyTree], PyTree], z: PyTree, inputs: Py
     def known(z, inputs):
         v = lax.stop_gradient(recurrence.ravel(jtu.tree_leaves(z)))
         leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(inputs))
-        v = solution(constants, leaves, v, equation=equation, search=_as_it_is)
+        v = solution(constants, leaves, v, equation=equation, search=_return_start)
         return equation.state(v)
 
     return known
 
 
-def _as_it_is(equation: Equation, constants, inputs, start: Array) -> Array:
+def _return_start(equation: Equation, constants, inputs, start: Array) -> Array:
     del equation, constants, inputs
     return start
 
@@ -134,7 +134,7 @@ def _inverse(blocks: Float[Array, "n size size"]) -> Float[Array, "n size size"]
     small, most often, and eliminated side by side.
     """
     if len(blocks) > 1:
-        return _eliminate(blocks)
+        return _gauss_jordan(blocks)
     factors, _, order = lax.linalg.lu(blocks[0])
     permuted = order[:, None] == lax.broadcasted_iota(order.dtype, factors.shape, 1)
     half = lax.linalg.triangular_solve(
@@ -154,7 +154,7 @@ def _(primals, tangents):
     return inverse, -moved
 
 
-def _eliminate(blocks: Array) -> Array:
+def _gauss_jordan(blocks: Array) -> Array:
     """Gauss-Jordan elimination with partial pivoting, all blocks side by side."""
     size = blocks.shape[1]
     row = lax.broadcasted_iota(jnp.int32, blocks.shape[:2], 1)

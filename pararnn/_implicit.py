@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._checks import is_count
 from ._equation import Equation, solution
 from .scan import check_bits
-from .solver._certificate import along_entries, largest
+from .solver._certificate import along_entries, max_abs
 from .solver._inputs import AbstractImplicitCell
 from .solver._problem import Recurrence
 
@@ -30,7 +30,7 @@ class Implicit(AbstractImplicitCell):
 
     Backward Euler, differential-algebraic equations of index 1 and implicit layers are
     recurrences of this form. `Implicit(F)` is a cell `f(h, x) -> h_new`, for
-    [`pararnn.solve`][] with any solver, [`pararnn.RNN`][], or a loop of one's own:
+    [`pararnn.solve`][] with any solver, [`pararnn.RNN`][], or a loop of your own:
 
         def F(h_new, h, x):  # backward Euler of dh/dt = g(h, x)
             return h_new - h - dt * g(h_new, x)
@@ -139,7 +139,7 @@ class Implicit(AbstractImplicitCell):
         **Raises:** `ValueError` or `TypeError` while tracing, if `F` or `guess` does
         not fit the state.
         """
-        equation, arguments, search = _pose(self, h, x)
+        equation, arguments, search = _make_equation(self, h, x)
         return equation.state(solution(*arguments, equation=equation, search=search))
 
     def refine(self, z: PyTree[Array], h: PyTree[Array], x: PyTree) -> PyTree[Array]:
@@ -155,7 +155,7 @@ class Implicit(AbstractImplicitCell):
 
         **Raises:** as a call.
         """
-        equation, (constants, inputs, _), _ = _pose(self, h, x)
+        equation, (constants, inputs, _), _ = _make_equation(self, h, x)
         v = lax.stop_gradient(equation.recurrence.ravel(_leaves(z)))
         held = lax.stop_gradient((constants, inputs))
         _, inverse = equation.residual_and_inverse(held[0], v, held[1])
@@ -173,7 +173,7 @@ class Implicit(AbstractImplicitCell):
 
         **Raises:** as a call.
         """
-        equation, arguments, search = _pose(self, h, x)
+        equation, arguments, search = _make_equation(self, h, x)
         end = search.run(equation, *lax.stop_gradient(arguments))
         return {
             "converged": end.converged,
@@ -188,7 +188,7 @@ class _Iterate(NamedTuple):
 
     v: Float[Array, " width"]
     correction: Float[Array, ""]  # the last one, in the max-norm
-    own: Float[Array, ""]  # the same, each entry relative to itself
+    relative: Float[Array, ""]  # the same, each entry relative to itself
     near: Bool[Array, ""]  # it was small beside every entry
     close: Bool[Array, ""]  # it was within the tolerance
     crawled: Bool[Array, ""]  # a small one was followed by another of its size
@@ -231,7 +231,7 @@ class _Newton(NamedTuple):
             change = equation.apply(inverse, value)
             probed = at._replace(
                 num_steps=at.num_steps + 1,
-                converged=largest(change - reach) <= 0.25 * largest(reach),
+                converged=max_abs(change - reach) <= 0.25 * max_abs(reach),
                 ended=jnp.asarray(True),
             )
             moved = self._move(at, change, before, eps)
@@ -245,37 +245,37 @@ class _Newton(NamedTuple):
         at = _Iterate(start, first, first, no, no, no, no, none, no, no)
         return lax.while_loop(unfinished, step, at)
 
-    def _reach(self, v: Array, before: Array, eps: np.ndarray) -> Array:
+    def _probe_distance(self, v: Array, before: Array, eps: np.ndarray) -> Array:
         """How far from v to probe, entry by entry."""
         rtol = along_entries(np.maximum(self.rtol or 0, eps**0.5), v)
         rounding = along_entries(64 * eps, v) * jnp.abs(before)
         return 8 * (self.atol + rtol * jnp.abs(v) + rounding)
 
-    def _move(
+    def _update(
         self, at: _Iterate, change: Array, before: Array, eps: np.ndarray
     ) -> _Iterate:
         """One step, and what it says about all of them."""
         v = at.v - change
         change, sizes = jnp.abs(change), jnp.maximum(jnp.abs(v), jnp.abs(before))
-        correction, finite = largest(change), jnp.all(jnp.isfinite(v))
+        correction, finite = max_abs(change), jnp.all(jnp.isfinite(v))
         # Each entry against its own size, or a small one would come out wrong beside a
         # large one; but one that is small since larger ones cancel is known no better
         # than these, which shows in corrections that shrink no more.
-        own = largest(jnp.where(change == 0, 0, change / sizes))
+        relative = max_abs(jnp.where(change == 0, 0, change / sizes))
         roundings = along_entries(64 * eps, v) * sizes
-        rounding = largest(roundings)
+        rounding = max_abs(roundings)
         exact = finite & jnp.all(change <= roundings)
         rtol = eps**0.5 if self.rtol is None else np.full_like(eps, self.rtol)
         tolerance = self.atol + along_entries(rtol, v) * jnp.abs(v)
         close = finite & jnp.all(change <= jnp.maximum(tolerance, roundings))
-        stalled = finite & (correction <= rounding) & (own >= 0.25 * at.own)
+        stalled = finite & (correction <= rounding) & (relative >= 0.25 * at.relative)
         slow = (correction > 0.25 * at.correction) & (correction > rounding)
         crawled = at.crawled | (at.near & slow)
         at_rest = exact | (close & at.close) | stalled
         return _Iterate(
             v=v,
             correction=correction,
-            own=own,
+            relative=relative,
             near=jnp.all(change <= self.atol + along_entries(eps**0.25, v) * sizes),
             close=close,
             crawled=crawled,
@@ -289,7 +289,7 @@ class _Newton(NamedTuple):
 # What users pass, checked.
 
 
-def _pose(options: Implicit, h: PyTree, x: PyTree):
+def _make_equation(options: Implicit, h: PyTree, x: PyTree):
     """The equation of one step, its constants, inputs and start, and the search."""
     _check_state(h)
     # The recurrence drops a time axis, which one step has not.

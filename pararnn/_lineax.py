@@ -197,7 +197,7 @@ class ParallelScan(lx.AbstractLinearSolver):
                 "another kind of operator, for which `lineax.AutoLinearSolver` picks "
                 "a solver."
             )
-        return _recurrence(operator)
+        return _as_recurrence(operator)
 
     def compute(
         self,
@@ -286,7 +286,7 @@ class _Recurrence(eqx.Module):
         )
 
 
-def _recurrence(operator: BlockBidiagonalLinearOperator) -> _Recurrence:
+def _as_recurrence(operator: BlockBidiagonalLinearOperator) -> _Recurrence:
     lower = operator.transpose() if operator.upper else operator
     kind, state_shape = operator.transition.layout(operator.state_shape)
     if operator.steps == 0:

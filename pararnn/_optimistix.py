@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._adapters import as_step
 from .solver import AbstractMethod, states_before
-from .solver._certificate import largest
+from .solver._certificate import max_abs
 from .solver._inputs import check_like, check_resets, count_steps, make_recurrence
 from .solver._iteration import Carry, Iteration
 from .solver._problem import BoundProblem
 from .solver._segments import Segments
-from .solver._stepwise import refuse_special
+from .solver._stepwise import refuse_unbatchable
 from .solver._structure import find_structure
 
 
@@ -165,7 +165,7 @@ class RootFinder(optx.AbstractRootFinder):
                 "args=pararnn.Problem(cell, xs, h0))`."
             )
         recurrence = make_recurrence(where, problem.f, problem.xs, problem.h0)
-        refuse_special(where, recurrence)
+        refuse_unbatchable(where, recurrence)
         steps = count_steps(where, problem.xs)
         reset, fresh = problem.reset, problem.reset_state
         fresh = check_resets(where, recurrence, reset, fresh, steps)
@@ -182,5 +182,5 @@ class RootFinder(optx.AbstractRootFinder):
 
 def max_norm(tree: PyTree) -> Array:
     """The largest number of a pytree, infinite if one is not a number."""
-    sizes = [largest(leaf) for leaf in jax.tree.leaves(tree)]
+    sizes = [max_abs(leaf) for leaf in jax.tree.leaves(tree)]
     return jnp.max(jnp.stack(sizes))

@@ -39,19 +39,19 @@ class Graph:
         arrays = [np.broadcast_to(a, shape) for a in many if a is not None]
         if len(arrays) < 2:
             return arrays[0] if arrays else None
-        once = only_once(*arrays)
+        once = unbroadcast_index(*arrays)
         merged = self.merge(np.stack([a[once] for a in arrays], -1))
         return np.broadcast_to(merged, shape)
 
     def sum(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
         """One node for all along some axes, which stay, with length 1."""
         axes = sorted(axis % nodes.ndim for axis in axes)
-        few = np.moveaxis(nodes[only_once(nodes)], axes, range(-len(axes), 0))
+        few = np.moveaxis(nodes[unbroadcast_index(nodes)], axes, range(-len(axes), 0))
         merged = self.merge(few.reshape(*few.shape[: nodes.ndim - len(axes)], -1))
         kept = [1 if i in axes else n for i, n in enumerate(nodes.shape)]
         return np.broadcast_to(np.expand_dims(merged, axes), kept)
 
-    def blur(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+    def merge_along(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
         """Every entry the node of all along some axes: any of them may be meant."""
         return np.broadcast_to(self.sum(nodes, axes), nodes.shape) if axes else nodes
 
@@ -80,7 +80,7 @@ class Graph:
         return np.unique(label, return_inverse=True)[1]
 
 
-def only_once(*arrays: np.ndarray):
+def unbroadcast_index(*arrays: np.ndarray):
     """An index that takes one entry along the axes where all arrays repeat theirs."""
     strides = zip(*(a.strides for a in arrays), strict=True)
     return tuple(slice(None) if any(s) else slice(0, 1) for s in strides)

@@ -18,7 +18,7 @@ from jaxtyping import Array
 JITTED = frozenset(("jit", "pjit"))
 
 
-def inner_programs(params: dict[str, Any]) -> Iterator[jex.core.Jaxpr]:
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[jex.core.Jaxpr]:
     """The programs within an equation: bodies of loops, branches, called functions."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
@@ -37,7 +37,7 @@ def is_index(constant: Any) -> bool:
     return kind in tuple("biu") and not isinstance(constant, Tracer)
 
 
-def called_program(eqn) -> Any:
+def called_jaxpr(eqn) -> Any:
     """The program of a called function, with its constants where it has them."""
     return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
 
@@ -53,7 +53,7 @@ def primitives_of(program: jex.core.Jaxpr) -> set[str]:
 
 def primitives_within(eqn) -> set[str]:
     """The names of all that the inner programs of an equation do."""
-    return set().union(*map(primitives_of, inner_programs(eqn.params)))
+    return set().union(*map(primitives_of, inner_jaxprs(eqn.params)))
 
 
 def variables(atoms: Sequence) -> list[jex.core.Var]:
@@ -61,7 +61,7 @@ def variables(atoms: Sequence) -> list[jex.core.Var]:
     return list(dict.fromkeys(v for v in atoms if isinstance(v, jex.core.Var)))
 
 
-def reached(program: jex.core.Jaxpr, start) -> set[jex.core.Var]:
+def dependents_of(program: jex.core.Jaxpr, start) -> set[jex.core.Var]:
     """All that depends on some variables, they themselves included."""
     found = set(start)
     for eqn in program.eqns:
@@ -99,7 +99,7 @@ def consts_to_args(closed: jex.core.ClosedJaxpr) -> jex.core.Jaxpr:
     return sub_jaxpr(program, program.eqns, arguments, program.outvars)
 
 
-def part_for(program: jex.core.Jaxpr, outvars, known) -> jex.core.Jaxpr:
+def backward_slice(program: jex.core.Jaxpr, outvars, known) -> jex.core.Jaxpr:
     """The part that some variables are computed by, from others that are known.
 
     Its arguments are those that it needs: known ones, and arguments of the program.
@@ -136,7 +136,7 @@ def evaluate_inlined(
 
     for eqn in program.eqns:
         if eqn.primitive.name in calls:
-            inner = called_program(eqn)
+            inner = called_jaxpr(eqn)
             operands = [*inner.consts, *map(read, eqn.invars)]
             outs = evaluate_inlined(consts_to_args(inner), *operands, calls=calls)
         else:
@@ -173,12 +173,12 @@ def _inline(closed: jex.core.ClosedJaxpr, calls: frozenset[str]):
     return jax.make_jaxpr(run)(*closed.in_avals)
 
 
-def calls_hold_arrays(program: jex.core.Jaxpr) -> bool:
+def jit_has_consts(program: jex.core.Jaxpr) -> bool:
     """Whether a jitted function in it closes over arrays that JAX knows."""
     calls = [e.params["jaxpr"] for e in program.eqns if e.primitive.name in JITTED]
-    return any(call.consts or calls_hold_arrays(call.jaxpr) for call in calls)
+    return any(call.consts or jit_has_consts(call.jaxpr) for call in calls)
 
 
-def without_calls(closed: jex.core.ClosedJaxpr) -> jex.core.ClosedJaxpr:
+def inline_jit(closed: jex.core.ClosedJaxpr) -> jex.core.ClosedJaxpr:
     """The program with jitted functions inlined, and what they hold made its own."""
     return _inline(closed, JITTED)

@@ -57,7 +57,9 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
     """
     if time_shards(steps) > 1:
         if adjoint == "sweep":
-            raise _no_sweep("`adjoint` is 'sweep'", "Leave it out, or pass 'parallel'")
+            raise _cannot_sweep(
+                "`adjoint` is 'sweep'", "Leave it out, or pass 'parallel'"
+            )
         return Plan(True, steps)
     if adjoint == "parallel":
         return Plan(True, steps)
@@ -73,7 +75,7 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
     return Plan(structure.size <= 4, _divisor(steps, target))
 
 
-def _no_sweep(what: str, remedy: str) -> ValueError:
+def _cannot_sweep(what: str, remedy: str) -> ValueError:
     return ValueError(
         f"solve: {what}, so that the derivative is taken one step after the other, but "
         "the time axis lies across devices (the mesh in context has an axis "
@@ -91,7 +93,7 @@ def _divisor(steps: int, target: int) -> int:
     return target
 
 
-def replace_lost(parameters, inputs, h0, states):
+def replace_nonfinite(parameters, inputs, h0, states):
     """What to linearise at, and which steps `[T]` are lost, if any may be.
 
     A step is lost if it starts from or leads to a state that is not finite. With
@@ -107,7 +109,7 @@ def replace_lost(parameters, inputs, h0, states):
     if reset is None:
         return (parameters, inputs, h0, states), None
     before, after = (
-        ft.reduce(jnp.logical_or, map(_spoiled, group))
+        ft.reduce(jnp.logical_or, map(_has_nonfinite, group))
         for group in (jtu.tree_map(lambda h: h[None], h0), states)
     )
     lost = after | (shift(before[0], after) & ~reset)
@@ -121,7 +123,7 @@ def replace_lost(parameters, inputs, h0, states):
     return (parameters, inputs, h0, states), lost
 
 
-def _spoiled(states):
+def _has_nonfinite(states):
     return ~jnp.all(jnp.isfinite(states.reshape(len(states), -1)), axis=1)
 
 
@@ -143,7 +145,7 @@ def solve_tangents(
     steps, length = states[0].shape[0], plan.chunk
     count = steps // length
 
-    def stretch(d, before, parameters, inputs, tangents, lost):
+    def solve_window(d, before, parameters, inputs, tangents, lost):
         terms = _driving_terms(recurrence, before, (parameters, inputs), tangents)
         if lost is not None:
             terms = poison(terms, jnp.broadcast_to(lost[:, None], terms.shape))
@@ -157,7 +159,7 @@ def solve_tangents(
         def whole_sequence(d, known, tangents):
             parameters, inputs, h0, states, lost = known
             before = states_before(h0, states)
-            return stretch(d, before, parameters, inputs, tangents, lost)[1]
+            return solve_window(d, before, parameters, inputs, tangents, lost)[1]
 
         known = (parameters, inputs, h0, states, lost)
         return whole_sequence(start, known, (t_parameters, t_inputs))
@@ -166,9 +168,11 @@ def solve_tangents(
         parameters, inputs, h0, states, lost = known
         first = index * plan.chunk
         at = ft.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=length)
-        before = _chunk_before(h0, states, first, length)
+        before = _states_before_window(h0, states, first, length)
         inputs, lost = jtu.tree_map(at, (inputs, lost))
-        return stretch(d, before, parameters, inputs, (t_parameters, t_inputs), lost)
+        return solve_window(
+            d, before, parameters, inputs, (t_parameters, t_inputs), lost
+        )
 
     # What is known is sliced inside the chunk: scanned over, it would be copied whole
     # under `vmap`, which puts the batch between the chunks and their steps.
@@ -200,7 +204,7 @@ def split_by_tangents(primals, tangents):
     return moved, held
 
 
-def _chunk_before(h0, states, first, length: int):
+def _states_before_window(h0, states, first, length: int):
     """The states that the steps `first, ..., first + length - 1` start from."""
 
     def one(h0, states):
@@ -295,12 +299,12 @@ def _swept(recurrence, structure, parameters, before, inputs, d, terms):
 def _depends_on_arguments(fn, args) -> list[bool]:
     """Which outputs can depend on the arguments, not only on the closure."""
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    reached = set(jaxpr.invars)
+    dependent = set(jaxpr.invars)
     for eqn in jaxpr.eqns:
-        if any(v in reached for v in eqn.invars if isinstance(v, jex.core.Var)):
-            reached.update(eqn.outvars)
+        if any(v in dependent for v in eqn.invars if isinstance(v, jex.core.Var)):
+            dependent.update(eqn.outvars)
     return [
-        v in reached if isinstance(v, jex.core.Var) else False for v in jaxpr.outvars
+        v in dependent if isinstance(v, jex.core.Var) else False for v in jaxpr.outvars
     ]
 
 
@@ -315,7 +319,7 @@ def _step_by_step(recurrence: Recurrence, primals, tangents, lost):
     parameters, inputs, h0, states = primals
     t_parameters, t_inputs, t_h0 = tangents
     if time_shards(states[0].shape[0]) > 1:
-        raise _no_sweep(
+        raise _cannot_sweep(
             "the cell contains a function with `custom_vjp`, which has no JVP",
             "Write the function without it, or with `custom_jvp`",
         )

@@ -21,10 +21,10 @@ from ..scan import is_symbolic, join_time, shift, split_time, time_shards
 
 ROUNDINGS = 64
 # Sizes are looked for in about so many steps before, in blocks of so many.
-REACH, BLOCK = 32, 8
+REACH, BIN = 32, 8
 
 
-def largest(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:
+def max_abs(values: Array, axis: int | tuple[int, ...] | None = None) -> Array:
     """The largest size along the axes; infinite where one of them is NaN.
 
     `jnp.max` alone loses NaN: of 70000 ones and a NaN it returns 1, jitted on a CPU
@@ -48,7 +48,7 @@ def entry_sizes(
     if is_symbolic(count) or is_symbolic(length):
         blocks, back = count, 1
     else:
-        together = max(1, BLOCK // length)
+        together = max(1, BIN // length)
         blocks = shards * -(-count // (together * shards))
         back = -(-REACH // (length * -(-count // blocks)))
     finite = jnp.where(jnp.isfinite(starts), jnp.abs(starts), 0)
@@ -59,11 +59,11 @@ def entry_sizes(
     cut = jnp.zeros((*earlier.shape[:-1], 1), bool)
     if cuts is not None:
         cut = jnp.any(split_time(cuts, blocks), axis=0)[..., None]
-    reached = cut
+    after_reset = cut
     for _ in range(back):
         earlier, cut = _one_later(earlier), _one_later(cut)
-        before = jnp.maximum(before, jnp.where(reached, 0, earlier))
-        reached = reached | cut
+        before = jnp.maximum(before, jnp.where(after_reset, 0, earlier))
+        after_reset = after_reset | cut
     return join_time(jnp.maximum(sizes, before[None]), count)
 
 
@@ -78,7 +78,7 @@ def along_entries(values: Float[np.ndarray, " width"], like: Array) -> Array:
     return jnp.asarray(values.reshape(*(1,) * (like.ndim - 1), -1), like.dtype)
 
 
-def is_small(
+def is_within_tolerance(
     residuals: Float[Array, "S *batch width"],
     sizes: Float[Array, "S *batch width"],
     rtol: Float[np.ndarray, " width"],

@@ -63,7 +63,7 @@ def find_outcome(
         return code, vary(jnp.full(shape, steps, jnp.int32), states), zero
 
     def find_failure():
-        first, cause = _look_for_nonfinite(problem, states)
+        first, cause = _find_nonfinite(problem, states)
         found = jnp.where(first < steps, cause, code)
         return found, first, _check(found) if throw else zero
 
@@ -127,7 +127,7 @@ def _on_every_device(check: Callable) -> Callable:
     )
 
 
-def _look_for_nonfinite(problem: BoundProblem, states):
+def _find_nonfinite(problem: BoundProblem, states):
     """The first step whose state is not finite (T if none is), and the cause's code."""
     steps, shape = problem.steps, problem.batch_shape
     shards = time_shards(steps)

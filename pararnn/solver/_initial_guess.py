@@ -19,12 +19,12 @@ from ..scan import is_symbolic, join_time, shift, split_time
 # On GRUs and Elman cells of 4 to 16 units, T = 4096 to 65536 in 64 segments, Newton's
 # method then takes 1 step where it took 2 from a guess by 3 steps, and 0.55 to 0.8 of
 # the time. Measured for Newton's method; the steps of Jacobi and Picard are cheaper.
-FEWEST, MOST = 3, 64
+MIN_STEPS, MAX_STEPS = 3, 64
 # Where a segment is one step, blocks of time are stepped through twice, from h0 and
 # from the ends that the blocks before have found so, which is less work than 3 steps
 # for each. The same cells, T = 1024 to 16384: 1 Newton step in place of 3 or 4, 0.35 to
 # 0.65 of the time. Blocks of 16: up to 2; of 64: the same, a little slower.
-BLOCK = 32
+COARSE_SEGMENT = 32
 
 
 def guess_ends(
@@ -46,17 +46,21 @@ def guess_ends(
         return jnp.broadcast_to(h0, (count, *h0.shape))
 
     if is_symbolic(length) or length > 1:
-        few = FEWEST if is_symbolic(length) else max(FEWEST, min(length // 2, MOST))
+        few = (
+            MIN_STEPS
+            if is_symbolic(length)
+            else max(MIN_STEPS, min(length // 2, MAX_STEPS))
+        )
         return ends(from_h0(count), jax.tree.map(lambda x: x[-few:], inputs))
     inputs = jax.tree.map(lambda x: x[0], inputs)
     # A loop of small steps costs nothing on a CPU; elsewhere it has not been measured.
-    few = is_symbolic(count) or count < 2 * BLOCK
+    few = is_symbolic(count) or count < 2 * COARSE_SEGMENT
     if shards > 1 or few or jax.default_backend() != "cpu":
         h = lax.fori_loop(
-            0, FEWEST - 1, lambda _, h: shift(h0, step(h, inputs)), from_h0(count)
+            0, MIN_STEPS - 1, lambda _, h: shift(h0, step(h, inputs)), from_h0(count)
         )
         return step(h, inputs)
-    blocks = -(-count // BLOCK)
+    blocks = -(-count // COARSE_SEGMENT)
     inputs = jax.tree.map(lambda x: split_time(x, blocks), inputs)
     starts = shift(h0, ends(from_h0(blocks), inputs))
 

@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from ..scan import is_symbolic, shift, vary
-from ._certificate import largest
+from ._certificate import max_abs
 from ._joint_newton import JointSweep
 from ._problem import BoundProblem
 from ._segments import Segments, Trajectory, relative
@@ -280,7 +280,7 @@ class Iteration:
         Each start is measured against its own size: one that runs away must not excuse
         the others. (h0 stays, and need not be finite.)
         """
-        change = relative(largest(starts - carry.starts, -1), largest(starts, -1))
+        change = relative(max_abs(starts - carry.starts, -1), max_abs(starts, -1))
         change = jnp.where(self.segments.place(change.ndim) == 0, 0, change)
         starts, change, overflowed = lax.cond(
             jnp.all(jnp.isfinite(change)),
@@ -336,7 +336,7 @@ class Iteration:
     def _keep_best(self, carry: Carry, defects) -> Best | None:
         if carry.best is None:
             return None
-        residual = largest(defects, (0, defects.ndim - 1))
+        residual = max_abs(defects, (0, defects.ndim - 1))
         better = residual < carry.best.residual
         return Best(
             jnp.where(better[None, ..., None], carry.starts, carry.best.starts),
@@ -347,7 +347,7 @@ class Iteration:
         """The history with the largest defect of each sequence that moves."""
         if not self.method.history:
             return carry.history
-        size = largest(defects, (0, defects.ndim - 1))
+        size = max_abs(defects, (0, defects.ndim - 1))
         entry = jnp.arange(self.method.history, dtype=jnp.int32)
         here = (entry == carry.num_steps[..., None]) & moving[..., None]
         return jnp.where(here, size[..., None], carry.history)

@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, PyTree
 
 from ..jaxprs import (
     JITTED,
-    calls_hold_arrays,
     consts_to_args,
     evaluate,
     evaluate_inlined,
+    inline_jit,
     is_index,
+    jit_has_consts,
     primitives_of,
-    without_calls,
 )
 from ..scan import promote, shift, split_time, struct, varying_axes
 
@@ -70,9 +70,9 @@ class Recurrence:
         wider = axes | varying_axes(closed.out_avals)
         if wider != axes:
             self.state_leaves, closed, out = trace(wider)
-        if calls_hold_arrays(closed.jaxpr):
+        if jit_has_consts(closed.jaxpr):
             # Then the cell closes over them itself, and they are parameters like all.
-            closed = without_calls(closed)
+            closed = inline_jit(closed)
         self.refinement: jex.core.Jaxpr | None = None
         refining = []
         if refine is not None:

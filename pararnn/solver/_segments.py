@@ -18,7 +18,13 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from ..scan import is_symbolic, join_time, shift, split_time, spread, time_shards, vary
-from ._certificate import ROUNDINGS, along_entries, entry_sizes, is_small, largest
+from ._certificate import (
+    ROUNDINGS,
+    along_entries,
+    entry_sizes,
+    is_within_tolerance,
+    max_abs,
+)
 from ._initial_guess import guess_ends
 from ._problem import BoundProblem
 from ._sequential import States, are_finite
@@ -199,13 +205,13 @@ class Segments:
         residuals = jnp.where(self._followed(ends.ndim), jnp.abs(ends - following), 0)
         sizes = entry_sizes(following, self.length, self.cuts)
         lost = ~jnp.all(jnp.isfinite(residuals), axis=-1)
-        small = is_small(residuals, sizes, self.rtol, self.atol) & ~lost
+        small = is_within_tolerance(residuals, sizes, self.rtol, self.atol) & ~lost
         # The last state of a segment is the next start; it is as good as its residual.
         first = jnp.min(jnp.where(small, self.count, self.place(small.ndim)), axis=0)
         failed = (first + 1) * self.length - 1
         return Trajectory(
             parts=states,
-            residual=largest(residuals, (0, -1)),
+            residual=max_abs(residuals, (0, -1)),
             certified=jnp.all(small, axis=0),
             ended=jnp.all(small | lost, axis=0),
             certified_steps=jnp.where(jnp.all(small, axis=0), self.steps, failed),

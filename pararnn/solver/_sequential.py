@@ -105,7 +105,7 @@ class Sequential(AbstractSolver):
         return states, Stats.exact(problem, all_zero(tainted, problem.rank))
 
 
-class Given(AbstractSolver):
+class GivenStates(AbstractSolver):
     """The guess, as states that a loop outside of the solver has computed."""
 
     history: int = eqx.field(static=True, default=0)

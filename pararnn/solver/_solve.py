@@ -18,17 +18,17 @@ from ._adjoint import (
     ADJOINTS,
     Adjoint,
     plan_adjoint,
-    replace_lost,
+    replace_nonfinite,
     solve_tangents,
 )
 from ._failure import Outcome, as_result, attach_check, check_batch, find_outcome
 from ._hoist import split_step
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._problem import BoundProblem, Recurrence
-from ._sequential import AbstractSolver, Given
+from ._sequential import AbstractSolver, GivenStates
 from ._solution import RESULTS, Solution, Stats
 from ._solvers import Auto, check_solver
-from ._stepwise import must_only_step, must_sweep, settle, why_stepped
+from ._stepwise import must_sweep, needs_loop, precompute_unbatchable, why_stepped
 from ._structure import Structure, declared_structure, find_structure
 
 # A trajectory, a name, or a function of (xs, h0); see `solve`.
@@ -106,7 +106,7 @@ def solve(
     guess = _make_guess(initial_guess, f, xs, h0, recurrence, steps)
     x_leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(xs))
     if steps:
-        recurrence, x_leaves = settle(recurrence, x_leaves)
+        recurrence, x_leaves = precompute_unbatchable(recurrence, x_leaves)
     if structure is not None:
         structure = declared_structure(structure, recurrence)
     used = _solver_for(recurrence, solver, steps)
@@ -127,12 +127,12 @@ def solve(
     )
     options = _Options(used, adjoint, max_steps, throw)
     if not steps:
-        return _empty(problem, solver)
+        return _empty_solution(problem, solver)
     if _is_coupled_loop(problem, options):
         states, outcome = _step_coupled(problem, options)
     else:
-        places = _places(recurrence)
-        states, outcome = _evaluate(problem, guess, places, options=options)
+        axis_indices = _axis_indices(recurrence)
+        states, outcome = _evaluate(problem, guess, axis_indices, options=options)
     stats = outcome.stats.as_dict() | {"first_nonfinite": outcome.first_nonfinite}
     tree = jtu.tree_unflatten(recurrence.state_tree, states)
     return Solution(tree, as_result(outcome.code), stats, repr(solver))
@@ -148,19 +148,19 @@ class _Options(NamedTuple):
 
 
 @eqx.filter_custom_jvp
-def _evaluate(problem: BoundProblem, guess, places, *, options: _Options):
+def _evaluate(problem: BoundProblem, guess, axis_indices, *, options: _Options):
     """The states, by leaf, and how the solve ended."""
-    return _batched_run(options)(problem, guess, places)
+    return _batched_run(options)(problem, guess, axis_indices)
 
 
 @_evaluate.def_jvp
 def _(primals, tangents, *, options: _Options):
     """The derivative at the solution; the solver's iterations take no part in it."""
-    (problem, guess, places), (t_problem, _, _) = primals, tangents
+    (problem, guess, axis_indices), (t_problem, _, _) = primals, tangents
     recurrence = problem.recurrence
     try:
         states, outcome = _evaluate(
-            problem.replace(differentiated=True), guess, places, options=options
+            problem.replace(differentiated=True), guess, axis_indices, options=options
         )
         if must_sweep("solve", recurrence):
             plan, structure = None, None
@@ -170,12 +170,12 @@ def _(primals, tangents, *, options: _Options):
         known, lost = (problem.parameters, problem.inputs, problem.h0, states), None
         # With `throw`, states that are not finite raise, and have no derivative.
         if not options.throw:
-            known, lost = replace_lost(*known)
+            known, lost = replace_nonfinite(*known)
         moved = t_problem.parameters, t_problem.inputs, t_problem.h0
         t_states = solve_tangents(recurrence, plan, structure, known, moved, lost)
     except NameError as error:
         if recurrence.coupled_along:
-            raise _axis_is_gone(recurrence, error) from error
+            raise _axis_not_in_scope(recurrence, error) from error
         raise
     return (states, outcome), (t_states, jtu.tree_map(lambda _: None, outcome))
 
@@ -189,7 +189,7 @@ def _batched_run(options: _Options) -> Callable:
 
     @custom_vmap
     @jax.jit  # outside of `jit`, a call would otherwise run operation by operation
-    def run(problem: BoundProblem, guess, places):
+    def run(problem: BoundProblem, guess, axis_indices):
         states, stats = options.solver.run(problem, guess, options.max_steps)
         throw = options.throw and not problem.axes
         outcome = find_outcome(problem, states, stats, throw=throw)
@@ -198,11 +198,11 @@ def _batched_run(options: _Options) -> Callable:
         return states, _with_check(outcome, outcome.checked, problem.batch_shape)
 
     @run.def_vmap
-    def _(size, batched, problem: BoundProblem, guess, places):
-        given = problem, guess, places
+    def _(size, batched, problem: BoundProblem, guess, axis_indices):
+        given = problem, guess, axis_indices
         marks = zip(jtu.tree_leaves(given), jtu.tree_leaves(batched), strict=True)
         refuse_explicit("solve", [x for x, b in marks if b])
-        deeper = _with_axis(size, batched, problem, guess, places)
+        deeper = _with_axis(size, batched, problem, guess, axis_indices)
         states, outcome = run(*deeper)
         states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
         if options.throw:
@@ -216,19 +216,19 @@ def _batched_run(options: _Options) -> Callable:
 
     def _with_check(outcome: Outcome, checked, shape):
         # Only who has computed the states asks for it.
-        kept = isinstance(options.solver, Given)
+        kept = isinstance(options.solver, GivenStates)
         checked = jnp.broadcast_to(checked, shape) if kept else None
         return outcome._replace(checked=checked)
 
     return run
 
 
-def _with_axis(size: int, batched, problem: BoundProblem, guess, places):
+def _with_axis(size: int, batched, problem: BoundProblem, guess, axis_indices):
     """The arguments of a batch as one problem with another axis.
 
     A rule is not told the name of its axis, along which the cell may communicate.
-    `places` tells: the index along a named axis is batched by the `vmap` of this axis
-    and by no other.
+    `axis_indices` tells it: the index along a named axis is batched by the `vmap` of
+    that axis, and by no other.
     """
 
     def everywhere(x, b):
@@ -237,8 +237,8 @@ def _with_axis(size: int, batched, problem: BoundProblem, guess, places):
     def after_time(x, b):
         return jnp.moveaxis(x, 0, 1) if b else x
 
-    of, in_guess, in_places = batched
-    here = [name for name, along in in_places.items() if along]
+    of, in_guess, in_indices = batched
+    here = [name for name, along in in_indices.items() if along]
     axis = jtu.tree_map(lambda b: 0 if b else None, (of.parameters, of.inputs))
     problem = problem.under(*axis, here[0] if here else None).replace(
         inputs=jtu.tree_map(after_time, problem.inputs, of.inputs),
@@ -247,10 +247,14 @@ def _with_axis(size: int, batched, problem: BoundProblem, guess, places):
     guess = jtu.tree_map(
         lambda x, b: after_time(everywhere(x, b), True), guess, in_guess
     )
-    return problem, guess, {n: place for n, place in places.items() if n not in here}
+    return (
+        problem,
+        guess,
+        {n: place for n, place in axis_indices.items() if n not in here},
+    )
 
 
-def _places(recurrence: Recurrence) -> dict[Any, Array]:
+def _axis_indices(recurrence: Recurrence) -> dict[Any, Array]:
     """This sequence's index along each named axis that the cell communicates along."""
     return {name: jax.lax.axis_index(name) for name in recurrence.coupled_along}
 
@@ -273,16 +277,16 @@ def _step_coupled(problem: BoundProblem, options: _Options):
 
     states = jax.lax.scan(step, problem.h0, problem.inputs)[1]
     fixed, found = jax.lax.stop_gradient((problem, states))
-    given = options._replace(solver=Given(options.solver.residuals_kept))
-    places = _places(problem.recurrence)
-    _, outcome = _evaluate(fixed, found, places, options=given)
+    given = options._replace(solver=GivenStates(options.solver.residuals_kept))
+    axis_indices = _axis_indices(problem.recurrence)
+    _, outcome = _evaluate(fixed, found, axis_indices, options=given)
     if options.throw:
         good = outcome.checked == 0
         states = tuple(jnp.where(good, s, jnp.nan) for s in states)
     return states, outcome
 
 
-def _axis_is_gone(recurrence: Recurrence, error: NameError) -> NameError:
+def _axis_not_in_scope(recurrence: Recurrence, error: NameError) -> NameError:
     axes = ", ".join(map(repr, recurrence.coupled_along))
     return NameError(
         f"solve: the cell communicates along the axis {axes}, and its derivative "
@@ -324,7 +328,7 @@ def _solver_for(
             'the one before. Use a mesh without an axis "time".'
         )
     solver = solver.for_stepping()
-    if must_only_step(recurrence) and not solver.only_steps(steps):
+    if needs_loop(recurrence) and not solver.only_steps(steps):
         raise ValueError(
             f"solve: `solver` is {solver!r:.80}, which takes many steps at once, but "
             f"{reason}. Or pass pararnn.Sequential() or pararnn.Auto(), which then "
@@ -373,7 +377,7 @@ def _guess_by_name(name: str, f: Callable, xs, h0, like) -> PyTree:
     )
 
 
-def _empty(problem: BoundProblem, solver: AbstractSolver) -> Solution:
+def _empty_solution(problem: BoundProblem, solver: AbstractSolver) -> Solution:
     leaves = [
         jnp.zeros((0, *s.shape), s.dtype) for s in problem.recurrence.state_leaves
     ]

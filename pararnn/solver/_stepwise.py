@@ -23,58 +23,60 @@ from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
 
 from ..jaxprs import (
+    dependents_of,
     evaluate,
-    inner_programs,
-    reached,
+    inline_jit,
+    inner_jaxprs,
     read_by,
     sub_jaxpr,
     variables,
-    without_calls,
     written_by,
 )
 from ._problem import Recurrence, _shape_dtype, is_key, known_index
 
 # By their names, all of JAX whose `vmap` need not be the same computation: bits drawn
 # by the compiler's own generator, and what a rule of the user's stands for.
-_OWN_RULE = {"rng_bit_generator", "rng_uniform", "infeed", "outfeed"}
-_OWN_RULE |= {"custom_vmap_call"}
+_UNBATCHABLE = {"rng_bit_generator", "rng_uniform", "infeed", "outfeed"}
+_UNBATCHABLE |= {"custom_vmap_call"}
 # Callbacks too, but for those that were told to be called once for each.
 _CALLBACKS = {"pure_callback", "io_callback", "buffer_callback", "ffi_call"}
-_ONE_BY_ONE = {"sequential", "sequential_unrolled"}
+_SEQUENTIAL_METHODS = {"sequential", "sequential_unrolled"}
 # What returns something else each time: never evaluated twice, nor once for all steps.
 _IMPURE = {"rng_uniform", "io_callback", "infeed", "outfeed"}
 # Names an axis only to say what varies along it.
 _TYPES_ONLY = {"pvary", "pcast", "reduced_vary_cast", "vary_unreduced_cast"}
 
 
-def must_step(eqn) -> bool:
+def changes_under_vmap(eqn) -> bool:
     """Whether an equation is another computation for many steps at once."""
     name = eqn.primitive.name
-    if name in _OWN_RULE:
+    if name in _UNBATCHABLE:
         return True
-    if name in _CALLBACKS and eqn.params.get("vmap_method") not in _ONE_BY_ONE:
+    if name in _CALLBACKS and eqn.params.get("vmap_method") not in _SEQUENTIAL_METHODS:
         return True
     values = [v.aval for v in (*variables(eqn.invars), *eqn.outvars)]
     kinds = {str(getattr(value, "dtype", None)) for value in values if is_key(value)}
     # JAX's own kind alone draws the same from each key, however many there are.
     return bool(kinds - {"key<fry>"}) or any(
-        must_step(e) for program in inner_programs(eqn.params) for e in program.eqns
+        changes_under_vmap(e)
+        for program in inner_jaxprs(eqn.params)
+        for e in program.eqns
     )
 
 
 def _is_impure(eqn) -> bool:
     return eqn.primitive.name in _IMPURE or any(
-        _is_impure(e) for program in inner_programs(eqn.params) for e in program.eqns
+        _is_impure(e) for program in inner_jaxprs(eqn.params) for e in program.eqns
     )
 
 
-def _axes_of(eqn) -> set:
+def _named_axes_of(eqn) -> set:
     """The named axes that an equation communicates along."""
-    inner = [e for program in inner_programs(eqn.params) for e in program.eqns]
+    inner = [e for program in inner_jaxprs(eqn.params) for e in program.eqns]
     if inner:
         # (A `shard_map` within the cell names axes of its own.)
         own = eqn.params.get("manual_axes", frozenset())
-        return set().union(*map(_axes_of, inner)) - own
+        return set().union(*map(_named_axes_of, inner)) - own
     if eqn.primitive.name in _TYPES_ONLY:
         return set()
     names = eqn.params.get("axis_name", eqn.params.get("axes", ()))
@@ -83,26 +85,26 @@ def _axes_of(eqn) -> set:
     return {name for name in names if not isinstance(name, int | np.integer)}
 
 
-class _Parts(NamedTuple):
+class _Precomputed(NamedTuple):
     """Equations that are evaluated before: once, and at each step."""
 
     once: list
     stepped: list
 
 
-def settle(
+def precompute_unbatchable(
     recurrence: Recurrence, x_leaves: tuple[Array, ...]
 ) -> tuple[Recurrence, tuple[Array, ...]]:
     """The recurrence without what can be computed before, and its inputs with it."""
     # (A copy, which describes the rest of the step.)
     rest = copy.copy(recurrence)
-    if recurrence.refinement is not None and _is_special(recurrence.refinement):
+    if recurrence.refinement is not None and _is_unbatchable(recurrence.refinement):
         rest.refinement = None
-    if not _is_special(recurrence.jaxpr):
+    if not _is_unbatchable(recurrence.jaxpr):
         return rest, x_leaves
-    program = without_calls(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
+    program = inline_jit(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
     constants, h, x = _arguments(recurrence, program)
-    once, stepped = _parts(program, h, x)
+    once, stepped = _find_precomputable(program, h, x)
     before = {id(e) for e in (*once, *stepped)}
     left = [e for e in program.eqns if id(e) not in before]
     later = read_by(left) | set(variables(program.outvars))
@@ -110,9 +112,9 @@ def settle(
     moving = [v for v in written_by(stepped) if v in later]
 
     own = recurrence.constants
-    values = evaluate(_slice(program, constants, fixed), *own)
+    values = evaluate(_program_for(program, constants, fixed), *own)
     given = [*constants, *fixed, *x]
-    at_each_step = _slice(program, given, moving)
+    at_each_step = _program_for(program, given, moving)
 
     def one_step(_, x):
         return None, tuple(evaluate(at_each_step, *own, *values, *x))
@@ -124,18 +126,18 @@ def settle(
     )
     rest.add_constants(values, [known_index(v) for v in values])
     rest.x_structs = [*recurrence.x_structs, *(_shape_dtype(v.aval) for v in moving)]
-    rest.must_step = any(map(must_step, left))
+    rest.must_step = any(map(changes_under_vmap, left))
     rest.is_impure = any(map(_is_impure, left))
-    rest.coupled_along = tuple(sorted(set().union(*map(_axes_of, left)), key=str))
+    rest.coupled_along = tuple(sorted(set().union(*map(_named_axes_of, left)), key=str))
     return rest, (*x_leaves, *made)
 
 
-def refuse_special(where: str, recurrence: Recurrence) -> None:
+def refuse_unbatchable(where: str, recurrence: Recurrence) -> None:
     """Refuse what only `pararnn.solve` does one step at a time.
 
     **Raises:** `ValueError`.
     """
-    if _is_special(recurrence.jaxpr):
+    if _is_unbatchable(recurrence.jaxpr):
         raise ValueError(
             f"{where}: the cell does something that is another computation for many "
             "steps at once than for each: (a) it draws from random keys of the kind "
@@ -183,7 +185,7 @@ def why_stepped(recurrence: Recurrence) -> str | None:
     return None
 
 
-def must_only_step(recurrence: Recurrence) -> bool:
+def needs_loop(recurrence: Recurrence) -> bool:
     """Whether no other solver than the loop can be used.
 
     Along an axis of a `shard_map` each device would take another number of iterations,
@@ -196,8 +198,8 @@ def must_only_step(recurrence: Recurrence) -> bool:
     )
 
 
-def _is_special(program: jex.core.Jaxpr) -> bool:
-    return any(must_step(e) or _axes_of(e) for e in program.eqns)
+def _is_unbatchable(program: jex.core.Jaxpr) -> bool:
+    return any(changes_under_vmap(e) or _named_axes_of(e) for e in program.eqns)
 
 
 def _arguments(recurrence: Recurrence, program: jex.core.Jaxpr):
@@ -210,22 +212,23 @@ def _arguments(recurrence: Recurrence, program: jex.core.Jaxpr):
     )
 
 
-def _parts(program: jex.core.Jaxpr, h, x) -> _Parts:
+def _find_precomputable(program: jex.core.Jaxpr, h, x) -> _Precomputed:
     """What does not depend on the state, of the equations that cannot be batched."""
     impure = [e for e in program.eqns if _is_impure(e)]
-    of_h = reached(program, h)
-    of_x = reached(program, [*x, *written_by(impure)])
+    of_h = dependents_of(program, h)
+    of_x = dependents_of(program, [*x, *written_by(impure)])
     found = [
         e
         for e in program.eqns
-        if (must_step(e) or _axes_of(e)) and of_h.isdisjoint(variables(e.invars))
+        if (changes_under_vmap(e) or _named_axes_of(e))
+        and of_h.isdisjoint(variables(e.invars))
     ]
     stepped = [e for e in found if not of_x.isdisjoint(e.outvars) or _is_impure(e)]
     steps = set(map(id, stepped))
-    return _Parts([e for e in found if id(e) not in steps], stepped)
+    return _Precomputed([e for e in found if id(e) not in steps], stepped)
 
 
-def _slice(program: jex.core.Jaxpr, given, wanted) -> jex.core.Jaxpr:
+def _program_for(program: jex.core.Jaxpr, given, wanted) -> jex.core.Jaxpr:
     """The program that computes some variables from others."""
     needed, found = set(wanted) - set(given), []
     for eqn in reversed(program.eqns):

@@ -22,9 +22,9 @@ from ..scan import struct, varying_axes
 from ._inputs import make_recurrence
 from ._problem import Recurrence
 
-_remembered: dict[tuple[int, str], np.ndarray] = {}
-_MOST_REMEMBERED = 256
-_unique = itertools.count()
+_cache: dict[tuple[int, str], np.ndarray] = {}
+_CACHE_SIZE = 256
+_counter = itertools.count()
 
 
 class Structure:
@@ -111,13 +111,13 @@ def find_structure(recurrence: Recurrence) -> Structure:
     if recurrence.coupled_along:
         # A state may depend on all of its own, by way of the other sequences'.
         return Structure(np.arange(width)[None], width)
-    program = _trace_tangent(recurrence)
-    key = width, _digest(program)
-    if key not in _remembered:
-        while len(_remembered) >= _MOST_REMEMBERED:
-            _remembered.pop(next(iter(_remembered)))
-        _remembered[key] = _find_blocks(program, width)
-    return Structure(_remembered[key], width)
+    program = _trace_jvp(recurrence)
+    key = width, _fingerprint(program)
+    if key not in _cache:
+        while len(_cache) >= _CACHE_SIZE:
+            _cache.pop(next(iter(_cache)))
+        _cache[key] = _list_blocks(program, width)
+    return Structure(_cache[key], width)
 
 
 def declared_structure(declared: Any, recurrence: Recurrence) -> Structure:
@@ -169,7 +169,7 @@ def _picture(structure: Structure, width: int) -> str:
     return f"Pattern found (first {shown} states):\n" + "\n".join(rows)
 
 
-def _trace_tangent(recurrence: Recurrence) -> jex.core.ClosedJaxpr | None:
+def _trace_jvp(recurrence: Recurrence) -> jex.core.ClosedJaxpr | None:
     """The JVP of a step on vectors as a function of the tangent first.
 
     Its constants are the whole numbers that the cell closes over and are known. `None`
@@ -196,7 +196,7 @@ def _trace_tangent(recurrence: Recurrence) -> jex.core.ClosedJaxpr | None:
         return None
 
 
-def _find_blocks(program: jex.core.ClosedJaxpr | None, width: int) -> np.ndarray:
+def _list_blocks(program: jex.core.ClosedJaxpr | None, width: int) -> np.ndarray:
     """The blocks as [`Structure`][pararnn.Structure] lists them."""
     if program is None:
         return np.arange(width)[None]
@@ -209,14 +209,14 @@ def _find_blocks(program: jex.core.ClosedJaxpr | None, width: int) -> np.ndarray
     return blocks
 
 
-def _digest(closed: jex.core.ClosedJaxpr | None) -> str:
+def _fingerprint(closed: jex.core.ClosedJaxpr | None) -> str:
     """A text that two programs share only if they have the same dependencies."""
     digest = hashlib.sha256()
 
     def add(*items):
         text = repr(items)
         # What is shown by its address may be gone when another has that address.
-        digest.update((text + str(next(_unique) if " at 0x" in text else "")).encode())
+        digest.update((text + str(next(_counter) if " at 0x" in text else "")).encode())
 
     def add_array(value):
         content = np.asarray(value).tobytes() if is_index(value) else None

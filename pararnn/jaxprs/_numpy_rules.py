@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-_DROPPED = jax.lax.GatherScatterMode.FILL_OR_DROP
+_FILL_OR_DROP = jax.lax.GatherScatterMode.FILL_OR_DROP
 
 
 def _broadcast_in_dim(eqn, a, *_):
@@ -53,7 +53,7 @@ def _split(eqn, a):
 
 
 # Each takes the equation and its operands, and returns an array or a list of them.
-MOVEMENTS: dict[str, Callable] = {
+DATA_MOVEMENT: dict[str, Callable] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": lambda eqn, *many: np.concatenate(many, eqn.params["dimension"]),
     "copy": lambda eqn, a: a,
@@ -102,8 +102,8 @@ _ARITHMETIC = {
     "ne": np.not_equal,
 }
 # What index tables and masks are made of, too.
-BY_NUMPY: dict[str, Callable] = {
-    **MOVEMENTS,
+NUMPY_RULES: dict[str, Callable] = {
+    **DATA_MOVEMENT,
     **{
         name: lambda eqn, *arrays, function=function: function(*arrays)
         for name, function in _ARITHMETIC.items()
@@ -114,7 +114,7 @@ BY_NUMPY: dict[str, Callable] = {
 }
 
 
-class Windows(NamedTuple):
+class IndexedWindows(NamedTuple):
     """The windows that a gather reads, or a scatter writes, in terms of their axes."""
 
     shape: tuple[int, ...]  # of the operand
@@ -150,36 +150,36 @@ class Windows(NamedTuple):
         return np.where(inside, total, -1)
 
 
-def gather_windows(eqn) -> Windows:
+def gather_windows(eqn) -> IndexedWindows:
     """What a `gather` reads."""
     numbers = eqn.params["dimension_numbers"]
     batch = numbers.operand_batching_dims
-    return Windows(
+    return IndexedWindows(
         shape=eqn.invars[0].aval.shape,
         sizes=tuple(eqn.params["slice_sizes"]),
         axes=tuple(numbers.offset_dims),
         absent=(*numbers.collapsed_slice_dims, *batch),
         batch=tuple(zip(batch, numbers.start_indices_batching_dims, strict=True)),
         indexed=tuple(numbers.start_index_map),
-        dropped=eqn.params["mode"] == _DROPPED,
+        dropped=eqn.params["mode"] == _FILL_OR_DROP,
     )
 
 
-def scatter_windows(eqn) -> Windows:
+def scatter_windows(eqn) -> IndexedWindows:
     """What any kind of `scatter` writes."""
     numbers = eqn.params["dimension_numbers"]
     shape, updates = eqn.invars[0].aval.shape, eqn.invars[2].aval.shape
     batch = numbers.operand_batching_dims
     absent = *numbers.inserted_window_dims, *batch
     sizes = iter([updates[axis] for axis in sorted(numbers.update_window_dims)])
-    return Windows(
+    return IndexedWindows(
         shape=shape,
         sizes=tuple(1 if a in absent else next(sizes) for a in range(len(shape))),
         axes=tuple(numbers.update_window_dims),
         absent=absent,
         batch=tuple(zip(batch, numbers.scatter_indices_batching_dims, strict=True)),
         indexed=tuple(numbers.scatter_dims_to_operand_dims),
-        dropped=eqn.params["mode"] == _DROPPED,
+        dropped=eqn.params["mode"] == _FILL_OR_DROP,
     )
 
 
