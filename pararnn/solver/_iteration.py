@@ -198,7 +198,7 @@ class Iteration:
         self.rank = segments.problem.rank
 
     def start(self, starts: Array, *, may_fail: bool) -> Carry:
-        """Return the loop's first state; a solve that may fail keeps the best iterate."""
+        """Return the first state of the loop, with a best iterate if it may fail."""
         shape, real = self.segments.problem.batch_shape, self.recurrence.dtype
         best = Best(starts, jnp.full(shape, jnp.inf, real)) if may_fail else None
         carry = Carry(
@@ -259,8 +259,8 @@ class Iteration:
     def _correct(self, carry: Carry, entering, tangents):
         """Return the starts after one correction, and the defects that it corrects.
 
-        After k steps the first k starts are exact and stay as they are. Rounded again as
-        `old + (end - old)` they would keep moving by an ulp, which a chaotic cell
+        After k steps the first k starts are exact and stay as they are. Rounded again
+        as `old + (end - old)` they would keep moving by an ulp, which a chaotic cell
         amplifies. The next start is the end of the segment before it.
         """
         old, place = carry.starts, self.segments.place(carry.starts.ndim)
@@ -300,7 +300,7 @@ class Iteration:
         """Replace starts that overflowed by finite ones, and count them.
 
         An overflowed Jacobian gives no information, but the end of the segment before
-        does. If that segment is exact, so is its end, so each step still gains a segment.
+        does. If that segment is exact, so is its end: each step still gains a segment.
         """
         broken = ~jnp.isfinite(starts) & (self.segments.place(starts.ndim) > 0)
         restart = jnp.where(jnp.isfinite(entering), entering, self.segments.restart)

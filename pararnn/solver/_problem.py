@@ -200,7 +200,7 @@ class Recurrence:
         return sum(s.size * (2 if _is_complex(s) else 1) for s in self.state_leaves)
 
     def ravel(self, h) -> Array:
-        """Return a state's leaves as one real vector `[width]` (real, then imaginary)."""
+        """Return the leaves of a state as one real vector `[width]`."""
         parts = []
         for leaf in h:
             halves = [leaf.real, leaf.imag] if _is_complex(leaf) else [leaf]

@@ -106,7 +106,7 @@ class Stats(NamedTuple):
         )
 
     def unless_certified(self, later: "Stats") -> "Stats":
-        """Take the later statistics where these are not certified; add up the steps."""
+        """Take the later statistics unless these are certified; add up the steps."""
         kept = self.certified
 
         def choose(old, new):

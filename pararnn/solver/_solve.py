@@ -312,7 +312,7 @@ def _check_options(solver: Any, adjoint: Any, max_steps: Any) -> None:
 def _solver_for(
     recurrence: Recurrence, solver: AbstractSolver, steps: int
 ) -> AbstractSolver:
-    """Return the solver, or the loop in place of `Auto` for a cell better stepped through.
+    """Return the solver, or the loop instead of `Auto` for a cell better stepped.
 
     **Raises:** `ValueError` if only the loop works for the cell and another solver is
     asked for, or if devices share time.

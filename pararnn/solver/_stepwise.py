@@ -1,16 +1,15 @@
-"""What of a cell has to be done one step at a time, and is done so before the solve.
+"""Operations that must run one step at a time: done before the solve if possible.
 
-A solver evaluates a cell for many steps at once, by `vmap`. Of most programs that is
-the same computation for each of the steps; of some it is another one, without notice:
-random keys of the kinds `rbg` and `unsafe_rbg` draw other numbers, a callback or a
-function with `custom_vmap` does whatever its rule says. What communicates along a named
-axis (`lax.psum`, `lax.axis_index`) couples the sequences that lie along it, which a
-solver of each would not notice either.
+A solver evaluates a cell for many steps at once, by `vmap`. Most programs then compute
+the same for each step, but some silently compute something else. Random keys of the
+kinds `rbg` and `unsafe_rbg` draw other numbers. A callback or a function with
+`custom_vmap` does whatever its rule says. Communication along a named axis (`lax.psum`,
+`lax.axis_index`) couples the sequences along it, so they cannot be solved one by one.
 
-Where such an operation does not depend on the state, its results are inputs like any
-other: they are computed here by `lax.scan`, which JAX batches and differentiates
-itself, and any solver takes what is left of the cell. A cell in which one depends on
-the state says so (`must_step`, `coupled_along`) and is stepped through.
+If such an operation does not depend on the state, its results are inputs like any
+other. They are computed here by `lax.scan`, which JAX batches and differentiates
+itself, and any solver can solve the rest of the cell. If one depends on the state, the
+recurrence records it (`must_step`, `coupled_along`), and the cell is stepped through.
 """
 
 import copy
@@ -23,6 +22,7 @@ from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
 
 from ..jaxprs import (
+    backward_slice,
     dependents_of,
     evaluate,
     inline_jit,
@@ -34,21 +34,21 @@ from ..jaxprs import (
 )
 from ._problem import Recurrence, _shape_dtype, is_key, known_index
 
-# By their names, all of JAX whose `vmap` need not be the same computation: bits drawn
-# by the compiler's own generator, and what a rule of the user's stands for.
+# The names of all primitives whose `vmap` may be another computation: bits drawn by the
+# compiler's own generator, and functions with a rule of the user's own.
 _UNBATCHABLE = {"rng_bit_generator", "rng_uniform", "infeed", "outfeed"}
 _UNBATCHABLE |= {"custom_vmap_call"}
-# Callbacks too, but for those that were told to be called once for each.
+# So may callbacks, except for those that are called once for each.
 _CALLBACKS = {"pure_callback", "io_callback", "buffer_callback", "ffi_call"}
 _SEQUENTIAL_METHODS = {"sequential", "sequential_unrolled"}
-# What returns something else each time: never evaluated twice, nor once for all steps.
+# These differ at each call: never evaluated twice, and never once for all steps.
 _IMPURE = {"rng_uniform", "io_callback", "infeed", "outfeed"}
-# Names an axis only to say what varies along it.
+# These name an axis only to say what varies along it.
 _TYPES_ONLY = {"pvary", "pcast", "reduced_vary_cast", "vary_unreduced_cast"}
 
 
 def changes_under_vmap(eqn) -> bool:
-    """Whether an equation is another computation for many steps at once."""
+    """Return whether `vmap` over steps changes what an equation computes."""
     name = eqn.primitive.name
     if name in _UNBATCHABLE:
         return True
@@ -56,7 +56,7 @@ def changes_under_vmap(eqn) -> bool:
         return True
     values = [v.aval for v in (*variables(eqn.invars), *eqn.outvars)]
     kinds = {str(getattr(value, "dtype", None)) for value in values if is_key(value)}
-    # JAX's own kind alone draws the same from each key, however many there are.
+    # Only JAX's own kind draws the same from a key under `vmap`.
     return bool(kinds - {"key<fry>"}) or any(
         changes_under_vmap(e)
         for program in inner_jaxprs(eqn.params)
@@ -71,7 +71,7 @@ def _is_impure(eqn) -> bool:
 
 
 def _named_axes_of(eqn) -> set:
-    """The named axes that an equation communicates along."""
+    """Return the named axes that an equation communicates along."""
     inner = [e for program in inner_jaxprs(eqn.params) for e in program.eqns]
     if inner:
         # (A `shard_map` within the cell names axes of its own.)
@@ -86,7 +86,7 @@ def _named_axes_of(eqn) -> set:
 
 
 class _Precomputed(NamedTuple):
-    """Equations that are evaluated before: once, and at each step."""
+    """Equations evaluated before the solve: once, or at each step."""
 
     once: list
     stepped: list
@@ -95,7 +95,10 @@ class _Precomputed(NamedTuple):
 def precompute_unbatchable(
     recurrence: Recurrence, x_leaves: tuple[Array, ...]
 ) -> tuple[Recurrence, tuple[Array, ...]]:
-    """The recurrence without what can be computed before, and its inputs with it."""
+    """Move such operations from the cell to its inputs, if they need no state.
+
+    **Returns:** the recurrence without them, and its inputs with their results.
+    """
     # (A copy, which describes the rest of the step.)
     rest = copy.copy(recurrence)
     if recurrence.refinement is not None and _is_unbatchable(recurrence.refinement):
@@ -133,63 +136,64 @@ def precompute_unbatchable(
 
 
 def refuse_unbatchable(where: str, recurrence: Recurrence) -> None:
-    """Refuse what only `pararnn.solve` does one step at a time.
+    """Refuse operations that only `pararnn.solve` does one step at a time.
 
     **Raises:** `ValueError`.
     """
     if _is_unbatchable(recurrence.jaxpr):
         raise ValueError(
-            f"{where}: the cell does something that is another computation for many "
-            "steps at once than for each: (a) it draws from random keys of the kind "
-            "'rbg' or 'unsafe_rbg'; (b) it calls a function with `custom_vmap`, or a "
+            f"{where}: the cell does something that gives other results when many "
+            "steps are taken at once: (a) it draws from random keys of the kind 'rbg' "
+            "or 'unsafe_rbg'; (b) it calls a function with `custom_vmap`, or a "
             "callback whose `vmap_method` is not 'sequential'; (c) it communicates "
-            "along a named axis. Use `pararnn.solve`, which does so one step at a "
-            "time, or do it before and pass what it returns as `xs`."
+            "along a named axis. Use `pararnn.solve`, which does this one step at a "
+            "time, or do it beforehand and pass the results as `xs`."
         )
 
 
 def must_sweep(where: str, recurrence: Recurrence) -> bool:
-    """Whether the derivative, too, has to be taken one step at a time.
+    """Return whether the derivative, too, has to be taken one step at a time.
 
-    **Raises:** `NotImplementedError` if it would evaluate what is something else each
-    time.
+    **Raises:** `NotImplementedError` if the cell differs at each call, and so has no
+    derivative at the solution.
     """
     if recurrence.is_impure:
         raise NotImplementedError(
-            f"{where}: the cell calls, on its state, what returns something else each "
-            "time (`io_callback`, `lax.rng_uniform`). The derivative evaluates the "
-            "cell again, and would be that of other states. Call it before the solve, "
-            "for all steps, and pass what it returns as `xs`."
+            f"{where}: the cell calls, on its state, a function that returns something "
+            "else each time (`io_callback`, `lax.rng_uniform`). The derivative "
+            "evaluates the cell again, so it would belong to other states. Call the "
+            "function before the solve, for all steps, and pass the results as `xs`."
         )
     coupled = bool(recurrence.coupled_along)
     return recurrence.has_custom_vjp or recurrence.must_step or coupled
 
 
 def why_stepped(recurrence: Recurrence) -> str | None:
-    """Why a cell is stepped through, if it is, whatever its size."""
+    """Return why a cell has to be stepped through, or `None` if it does not."""
     if recurrence.must_step:
         return (
-            "the cell does something on its state that is another computation for "
-            "many steps at once than for each: (a) it draws from random keys of the "
-            "kind 'rbg' or 'unsafe_rbg' that depend on the state, or within a loop or "
-            "branch that does: use keys of JAX's default kind, or draw before the loop "
-            "or branch; (b) it calls a function with `custom_vmap`, or a callback "
-            "whose `vmap_method` is not 'sequential', on the state"
+            "the cell does something on its state that gives other results when many "
+            "steps are taken at once: (a) it draws from random keys of the kind 'rbg' "
+            "or 'unsafe_rbg' that depend on the state, or within a loop or branch that "
+            "does: use keys of JAX's default kind, or draw before the loop or branch; "
+            "(b) it calls a function with `custom_vmap`, or a callback whose "
+            "`vmap_method` is not 'sequential', on the state"
         )
     if recurrence.coupled_along:
         axes = ", ".join(map(repr, recurrence.coupled_along))
         return (
-            f"the cell communicates what depends on its state along the axis {axes}, "
-            "which couples the sequences: communicate what depends on `xs` alone"
+            f"the cell communicates values that depend on its state along the axis "
+            f"{axes}, which couples the sequences: communicate only values that depend "
+            "on `xs` alone"
         )
     return None
 
 
 def needs_loop(recurrence: Recurrence) -> bool:
-    """Whether no other solver than the loop can be used.
+    """Return whether only the sequential loop can solve this cell.
 
-    Along an axis of a `shard_map` each device would take another number of iterations,
-    and wait for what the others do not send.
+    Along an axis of a `shard_map`, an iterative solver would take another number of
+    iterations on each device, and devices would wait for messages that are never sent.
     """
     mesh = get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
@@ -213,7 +217,7 @@ def _arguments(recurrence: Recurrence, program: jex.core.Jaxpr):
 
 
 def _find_precomputable(program: jex.core.Jaxpr, h, x) -> _Precomputed:
-    """What does not depend on the state, of the equations that cannot be batched."""
+    """Find the unbatchable equations that do not depend on the state."""
     impure = [e for e in program.eqns if _is_impure(e)]
     of_h = dependents_of(program, h)
     of_x = dependents_of(program, [*x, *written_by(impure)])
@@ -229,10 +233,6 @@ def _find_precomputable(program: jex.core.Jaxpr, h, x) -> _Precomputed:
 
 
 def _program_for(program: jex.core.Jaxpr, given, wanted) -> jex.core.Jaxpr:
-    """The program that computes some variables from others."""
-    needed, found = set(wanted) - set(given), []
-    for eqn in reversed(program.eqns):
-        if not needed.isdisjoint(eqn.outvars):
-            found.append(eqn)
-            needed |= set(variables(eqn.invars)) - set(given)
-    return sub_jaxpr(program, found[::-1], given, wanted)
+    """Return the program that computes the wanted variables from all given ones."""
+    eqns = backward_slice(program, wanted, given).eqns
+    return sub_jaxpr(program, eqns, given, wanted)
