@@ -8,8 +8,8 @@ one could be entirely wrong. So entry j of the state at step t has to satisfy
 where `rtol_j` defaults to 64 roundings of that entry's own dtype, and `atol` to 0.
 `size_{t,j}` is the largest absolute value of entry j at this step and at the starts of
 segments in about 32 steps before it; if segments are longer, at the one start before
-it. Values before a reset do not count. So an entry that passes through zero is not held
-to a tolerance of zero, and large values long ago, or later, do not loosen the tolerance.
+it. Values before a reset do not count. So an entry that passes through zero does not
+get a tolerance of zero, and neither values of long ago nor later ones loosen it.
 """
 
 import jax.numpy as jnp

@@ -1,11 +1,10 @@
-"""Hoisting: what a step computes without the state is computed for all steps at once.
+"""Hoisting: compute for all steps at once whatever does not depend on the state.
 
-Most cells project their input, `W @ x + b`. Inside the step that is a product of a
-matrix and a vector at every step, and in Newton's method at every step of every
-iteration. Here it is found in the cell's program and done once, as one matrix product
-over time.
+Most cells project their input, `W @ x + b`. Inside the step this is a matrix-vector
+product at every step, and in Newton's method at every step of every iteration. Hoisting
+finds it in the cell's program and does it once, as one matrix product over time.
 
-Only the forward solve is split this way. The derivative sees the cell as written.
+Only the forward solve is split this way. The derivative uses the cell as written.
 """
 
 import copy
@@ -32,27 +31,27 @@ from ._problem import BoundProblem, Recurrence, _shape_dtype
 from ._stepwise import changes_under_vmap
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
-# These compute nothing: XLA makes them part of what reads them.
+# These compute nothing: XLA fuses them into the operations that read them.
 LAYOUT_ONLY = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "split"}
-# These would be more work for all steps at once: `vmap` takes every branch, and as many
-# turns as the longest loop.
+# For all steps at once these would be more work: `vmap` takes every branch, and as many
+# iterations as the longest loop.
 NOT_HOISTABLE = {"cond", "while"}
 
-# The operations that storing a number for each step, and reading it there, costs.
+# Storing a number for each step, and reading it again, costs as many operations.
 COST_PER_STORED = 8
-# Fewer operations saved than this part of a step are not worth a program.
+# Hoisting has to save at least this fraction of a step's operations.
 MIN_GAIN = 1 / 8
-# Nothing that is hoisted may be larger than this many times a state and an input.
+# Hoisted values may be at most this many times as large as a state and an input.
 MAX_GROWTH = 16
-# A loop that hoists a window of steps at a time: as many numbers as stay in cache until
-# they are read, and at least so many steps.
+# The sequential loop hoists a window of steps at a time: as many numbers as stay in
+# cache until they are read, but at least MIN_WINDOW steps.
 WINDOW_SIZE, MIN_WINDOW = 2**18, 32
 
 
 class SplitStep(NamedTuple):
     """A step as `advance(h, kept, prepare(x))`; both also take the cell's constants.
 
-    `kept` are the places of the leaves of x that `advance` reads as they are.
+    `kept` are the positions of the leaves of x that `advance` reads itself.
     """
 
     prepare: jex.core.Jaxpr
@@ -61,8 +60,8 @@ class SplitStep(NamedTuple):
 
 
 def split_step(recurrence: Recurrence) -> SplitStep | None:
-    """Split a step in two, or return `None` where that gains nothing."""
-    # An implicit step is one loop, and what has effects keeps its place in time.
+    """Split a step in two, or return `None` if that saves nothing."""
+    # An implicit step is one loop, and effects must stay in order.
     if recurrence.refinement is not None or recurrence.jaxpr.effects:
         return None
     if not PRODUCTS & primitives_of(recurrence.jaxpr):
@@ -76,7 +75,7 @@ def split_step(recurrence: Recurrence) -> SplitStep | None:
     kept = tuple(i for i, v in enumerate(x) if v in partition.read_later)
     made = [v for v in written_by(partition.prepared) if v in partition.read_later]
     left = [*(x[i] for i in kept), *made]
-    # This copy describes the rest of the step; nothing else is asked of it.
+    # This copy describes the rest of the step, and is used for nothing else.
     advance = copy.copy(recurrence)
     given = [*constants, *h, *left]
     advance.jaxpr = sub_jaxpr(program, partition.advancing, given, program.outvars)
@@ -86,7 +85,7 @@ def split_step(recurrence: Recurrence) -> SplitStep | None:
 
 
 def hoist(problem: BoundProblem) -> BoundProblem:
-    """Compute for all steps what needs no state; return the problem that is left."""
+    """Compute for all steps what needs no state; return the rest of the problem."""
     split = problem.split
     if split is None:
         return problem
@@ -116,9 +115,9 @@ def _prepare(problem: BoundProblem, split: SplitStep) -> tuple:
 
 
 def hoisting_window(problem: BoundProblem) -> int:
-    """How many steps to hoist at a time for a loop that then takes them one by one.
+    """Return how many steps the sequential loop hoists at a time.
 
-    To save memory, at most a sixteenth of all, unless those are too few.
+    To save memory, this is at most a sixteenth of all steps, unless that is too few.
     """
     steps, sequences = problem.steps, math.prod(problem.batch_shape)
     if problem.split is None or is_symbolic(steps, sequences):
@@ -128,19 +127,19 @@ def hoisting_window(problem: BoundProblem) -> int:
 
 
 class _Partition(NamedTuple):
-    """Equations of a step, and what those of the second list read, among others."""
+    """The equations of a step, in two lists."""
 
     prepared: list[Any]
     advancing: list[Any]
-    read_later: set[jex.core.Var]
+    read_later: set[jex.core.Var]  # the variables that `advancing` reads, and others
     worthwhile: bool
 
 
 def _partition(program: jex.core.Jaxpr, h, x) -> _Partition:
     """Prepare what depends on the input and not on the state.
 
-    But not what only makes numbers into more numbers, such as a broadcast, at the end
-    of it: then the fewer are stored.
+    Operations at the end of this that only enlarge their operands, such as a broadcast,
+    are left in the step, so that the smaller operands are stored.
     """
     of_x = dependents_of(program, x)
     staying = [
@@ -188,7 +187,7 @@ def _partition(program: jex.core.Jaxpr, h, x) -> _Partition:
 
 
 def _must_stay_in_step(eqn) -> bool:
-    """Whether an equation has to be done one step at a time."""
+    """Return whether an equation has to be done one step at a time."""
     names = {eqn.primitive.name}
     for inner in inner_jaxprs(eqn.params):
         names |= primitives_of(inner)
@@ -201,7 +200,7 @@ def _split_at(sequence, *bounds):
 
 
 def _with_constants(program: jex.core.Jaxpr, eqns, varying: set, outvars) -> list:
-    """Equations in the program's order, with those that they need of constants."""
+    """Return equations in the program's order, with the constant ones they need."""
     chosen = set(map(id, eqns))
     needed, found = set(variables(outvars)), []
     for eqn in reversed(program.eqns):
@@ -213,12 +212,12 @@ def _with_constants(program: jex.core.Jaxpr, eqns, varying: set, outvars) -> lis
 
 
 def _count_numbers(of) -> int:
-    """How many numbers some variables hold."""
+    """Return how many numbers some variables hold."""
     return sum(math.prod(v.aval.shape) for v in of)
 
 
 def _count_operations(eqn) -> int:
-    """Multiplications and additions, and one for each number of any other result."""
+    """Count multiplications and additions, and one for each number of other results."""
     name, results = eqn.primitive.name, _count_numbers(eqn.outvars)
     inner = list(inner_jaxprs(eqn.params))
     if inner:

@@ -132,7 +132,7 @@ class Segments:
         return step(self.over.parameters, h, x)
 
     def sweep(self, starts: Array) -> tuple[Array, Array]:
-        """Return the ends of the segments, and compressed columns of their Jacobians."""
+        """Return the segments' ends, and the compressed columns of their Jacobians."""
         starts = spread(starts)
         seeds = vary(jnp.asarray(self.structure.seeds, starts.dtype), starts)
         if self.length == 1:

@@ -120,7 +120,7 @@ class Stats(NamedTuple):
         )
 
     def over_windows(self, starts: Int[Array, " windows"], steps: int) -> "Stats":
-        """Merge statistics of windows `[windows, *batch]` into those of the sequence."""
+        """Merge the statistics `[windows, *batch]` into those of the sequence."""
         starts = starts.reshape(-1, *(1,) * (self.certified.ndim - 1))
         # The steps up to the first window that is not certified, and the certified
         # steps in it.
