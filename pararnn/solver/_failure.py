@@ -16,8 +16,8 @@ from ._export import refuse_export
 from ._problem import BoundProblem
 from ._solution import RESULTS, Stats
 
-# A solve carries its result as a number, so that arrays can hold those of a batch: 0 for
-# success, else the position in this list, counted from 1.
+# A solve carries its result as a number, so that an array can hold those of a batch: 0
+# for success, else the position in this list, counted from 1.
 FAILURES = (
     RESULTS.not_converged,
     RESULTS.nonfinite_inputs,

@@ -20,8 +20,8 @@ from ..scan import is_symbolic, join_time, shift, split_time
 MIN_STEPS, MAX_STEPS = 3, 64
 # If each segment is one step, longer ones of this many steps are stepped through twice:
 # first from h0, then from the ends of the ones before. This is less work than 3 steps
-# for each. Newton's method then takes 1 step instead of 3 or 4, and 35% to 65% less time
-# (the same cells; docs/devdocs/solver.md).
+# for each. Newton's method then takes 1 step instead of 3 or 4, and 35% to 65% less
+# time (the same cells; docs/devdocs/solver.md).
 COARSE_SEGMENT = 32
 
 
