@@ -1,17 +1,18 @@
-"""Which states depend on which, read off the program of the derivative.
+"""Find which states depend on which, from the program of the derivative.
 
 The JVP of a step is traced as a function of the tangent. So JAX itself decides what has
-a derivative, and which (`stop_gradient`, `floor`, the rule of a `custom_jvp`), and what
-remains is linear in the tangent: movements of data, sums, products with other numbers.
+a derivative (`stop_gradient`, `floor`, the rule of a `custom_jvp`). The rest is linear
+in the tangent: data movement, sums, and products with other numbers.
 
-Every entry of every array has the number of a node in one graph, or 0 if the tangent
-does not reach it. Moving data moves the numbers. Where entries meet, a new node has an
-edge from each of them. A sum of n entries is n edges, and a product with a matrix one
-node for a row, so the graph is as large as the program's arrays: never states times
-states. Two states are in one block if a chain of paths through the graph, each from an
-input to an output, connects them; output i counts as input i.
+Each entry of each array holds the number of a node in a graph, or 0 if it does not
+depend on the tangent. Moving data moves these numbers. Where entries are combined, a
+new node gets an edge from each of them. A sum of n entries has n edges, and a product
+with a matrix one node for each row. So the graph is as large as the program's arrays,
+never states times states. Two states are in one block if a chain of paths connects
+them, each from an input to an output, where output i counts as input i.
 
-What no rule is known for couples all that it reads with all that it writes.
+A primitive without a rule here couples everything that it reads with everything that it
+writes.
 """
 
 import math
@@ -34,7 +35,7 @@ from ._numpy_rules import (
     scatter_windows,
 )
 
-# Loops of at most so many equations, over all rounds, are followed round by round.
+# Loops of at most so many equations, over all iterations, are unrolled.
 _MAX_UNROLLED = 10_000
 # Known factors of at most so many entries are searched for zeros.
 _MAX_SEARCHED = 2**22
@@ -43,8 +44,8 @@ _MAX_SEARCHED = 2**22
 class ArrayInfo(NamedTuple):
     """What is known of an array.
 
-    `nodes` are the numbers of its entries, `None` if the tangent reaches none of them.
-    `value` computes the array, `None` if that takes more than the program's text.
+    `nodes` are the nodes of its entries, `None` if none depends on the tangent. `value`
+    computes the array, and is `None` if the program alone does not determine it.
     """
 
     nodes: np.ndarray | None = None
@@ -52,10 +53,10 @@ class ArrayInfo(NamedTuple):
 
 
 def find_blocks(program: jex.core.ClosedJaxpr) -> np.ndarray:
-    """The block that each state belongs to.
+    """Find the block that each state belongs to.
 
-    **Arguments:** `program`, of a function of the tangent `[width]` and anything else,
-    linear in the tangent, to the tangent `[width]` of the next state.
+    **Arguments:** `program`, a function of the tangent `[width]` and other arguments to
+    the tangent `[width]` of the next state, linear in the tangent.
 
     **Returns:** int `[width]`, the numbers of the blocks, from 0.
     """
@@ -68,7 +69,7 @@ def find_blocks(program: jex.core.ClosedJaxpr) -> np.ndarray:
 
 
 def propagate(graph: Graph, closed: Any, given: Sequence[ArrayInfo]) -> list[ArrayInfo]:
-    """What is known of the results of a program, from what is of its arguments."""
+    """Return what is known of a program's results, given that of its arguments."""
     program = getattr(closed, "jaxpr", closed)
     known = dict(zip(program.invars, given, strict=True))
     constants = getattr(closed, "consts", ())
@@ -103,7 +104,7 @@ def _constant(value: Any) -> ArrayInfo:
 
 
 def _fold_lazily(eqn, values: Sequence[ArrayInfo]) -> list[ArrayInfo]:
-    """Results that the tangent does not reach, computed only if they are asked for."""
+    """Return results that do not depend on the tangent, to be computed on demand."""
     if any(v.value is None for v in values) or not _is_foldable(eqn):
         return [ArrayInfo() for _ in eqn.outvars]
     memory: list[np.ndarray] = []
@@ -117,7 +118,7 @@ def _fold_lazily(eqn, values: Sequence[ArrayInfo]) -> list[ArrayInfo]:
 
 
 def _is_foldable(eqn) -> bool:
-    """Whether the text of an equation determines what it computes."""
+    """Return whether an equation alone determines what it computes."""
     params = {k: v for k, v in eqn.params.items() if k != "update_jaxpr"}
     functions = any(map(callable, params.values()))
     return not (functions or eqn.effects or list(inner_jaxprs(params)))
@@ -173,7 +174,7 @@ def _look_up(places: np.ndarray, nodes: np.ndarray) -> np.ndarray:
 def _indices(
     windows: IndexedWindows, known: ArrayInfo, var
 ) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The indices, and along which axes they could be any others."""
+    """Return the indices, and the axes along which they are not known."""
     if known.value is None:
         return np.zeros(var.aval.shape, int), windows.indexed
     return np.asarray(known.value()), ()
@@ -207,7 +208,7 @@ def _scatter(graph, eqn, operand: ArrayInfo, indices: ArrayInfo, updates: ArrayI
 
 
 def _slice_window(starts: Sequence[ArrayInfo], sizes, shape):
-    """The slices of a dynamic slice, and the axes along which it may lie anywhere."""
+    """Return the slices of a dynamic slice, and the axes whose start is not known."""
     slices, anywhere = [], []
     for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         known = 0 if start.value is None else int(start.value())
@@ -244,7 +245,7 @@ def _elementwise(graph, eqn, *values: ArrayInfo):
 
 
 def _mul(graph, eqn, *values: ArrayInfo):
-    """Entry by entry; where a factor is known to be zero, so is the product."""
+    """Multiply entry by entry; a product with a known zero is zero."""
     out = _elementwise(graph, eqn, *values)
     for value in values:
         if value.value and out.size <= _MAX_SEARCHED:
@@ -269,7 +270,7 @@ def _cumsum(graph, eqn, operand: ArrayInfo):
 
 
 def _dot_general(graph, eqn, *values: ArrayInfo):
-    """One node for all products with a row, unless it is known which are zero."""
+    """Make one node for all products with a row, unless zeros are known."""
     summed, batch = eqn.params["dimension_numbers"]
     shape, parts = eqn.outvars[0].aval.shape, []
     for side, (mine, other) in enumerate((values, values[::-1])):
@@ -307,7 +308,7 @@ def _fft(graph, eqn, operand: ArrayInfo):
 
 
 def _batched_linalg(graph, eqn, *values: ArrayInfo):
-    """Linear algebra on stacks of matrices: no matrix reads of another."""
+    """Couple the entries of each matrix in a stack, but not those of two matrices."""
     summed = [graph.sum(v.nodes, (-2, -1)) for v in values if v.nodes is not None]
     return graph.join(eqn.outvars[0].aval.shape, *summed)
 
@@ -316,7 +317,7 @@ def _batched_linalg(graph, eqn, *values: ArrayInfo):
 
 
 def _count_equations(program) -> int:
-    """Those of a loop's body count for every round."""
+    """Count the equations; those of a loop count for each iteration."""
     return sum(
         1
         + eqn.params.get("length", 1)
@@ -339,9 +340,9 @@ def _cond(graph, eqn, index: ArrayInfo, *values: ArrayInfo):
 
 
 def _loop_to_fixed_point(graph, body, constants, carry, others):
-    """Any number of rounds: what is carried has nodes that lead back to themselves.
+    """Cover any number of iterations: nodes of the carry lead back to themselves.
 
-    Returns what is known of the carry, and of what the body returns.
+    **Returns:** what is known of the carry, and of the body's results.
     """
     variables = body.jaxpr.invars[len(constants) :][: len(carry)]
     ends = body.jaxpr.outvars[: len(carry)]
@@ -350,7 +351,7 @@ def _loop_to_fixed_point(graph, body, constants, carry, others):
         inside = [
             ArrayInfo(
                 graph.new(var.aval.shape) if is_reached else None,
-                # Known before the loop, and changed by no round.
+                # Known before the loop, and changed by no iteration.
                 value.value if var is end else None,
             )
             for value, is_reached, var, end in zip(
@@ -372,7 +373,7 @@ def _loop_to_fixed_point(graph, body, constants, carry, others):
 
 
 def _while(graph, eqn, *values: ArrayInfo):
-    # Not all versions of JAX say how many constants there are, but it follows.
+    # Not all versions of JAX give the number of constants, so it is computed.
     body, carried = eqn.params["body_jaxpr"], len(eqn.outvars)
     values = values[len(values) - len(body.jaxpr.invars) :]
     constants = len(values) - carried
@@ -383,7 +384,7 @@ def _while(graph, eqn, *values: ArrayInfo):
 
 def _scan(graph, eqn, *values: ArrayInfo):
     body, length = eqn.params["jaxpr"], eqn.params["length"]
-    # What is carried has the same rank within, what is scanned over has one axis less.
+    # In the body, the carry has the same rank, and the scanned inputs one axis less.
     inside = body.jaxpr.invars, body.jaxpr.outvars
     alike = [
         sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(*pair, strict=True))
@@ -394,7 +395,7 @@ def _scan(graph, eqn, *values: ArrayInfo):
     if length * _count_equations(body.jaxpr) <= _MAX_UNROLLED:
         return _unroll(graph, eqn, *parts)
     if start == end:
-        # Nothing is carried, so that all rounds can be followed at once.
+        # Nothing is carried, so all iterations can be propagated at once.
         mapped = jax.vmap(
             jex.core.jaxpr_as_fun(body),
             (None,) * start + (0,) * len(parts[2]),
@@ -440,7 +441,7 @@ def _unroll(graph, eqn, constants, carry, xs):
 
 
 def _solve_linear(graph, eqn, *values: ArrayInfo):
-    """`lax.custom_linear_solve`: what its own solver does."""
+    """Propagate through the solver of `lax.custom_linear_solve`."""
     lengths = eqn.params["const_lengths"]
     before = lengths.matvec + lengths.vecmat
     constants = values[before : before + lengths.solve]

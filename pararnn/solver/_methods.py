@@ -30,7 +30,7 @@ class AbstractMethod(AbstractSolver):
     r"""An iterative method for the whole trajectory, on segments of time.
 
     All methods solve $r_t(h) = f(h_{t-1}, x_t) - h_t = 0$ by corrections $\delta$ with
-    $\delta_t = A_t \delta_{t-1} + r_t$, at least approximately. They differ in the $A_t$
+    $\delta_t = A_t \delta_{t-1} + r_t$, or nearly so. They differ in the $A_t$
     that they take for the Jacobian $\partial f / \partial h$. The derivative of a solve
     does not depend on $A_t$: it is taken at the solution with the exact Jacobian.
 

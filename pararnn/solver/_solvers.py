@@ -191,7 +191,7 @@ class Windows(AbstractSolver):
         return self.solver.only_steps(self.length)
 
     def run(self, problem, guess, limit):
-        """Solve the windows; write their states into one array, read inputs in place."""
+        """Solve the windows, reading inputs and writing states in place."""
         steps, h0 = problem.steps, problem.h0
         refuse_symbolic("solve", "`solver` `Windows`", "Pass the solver itself", steps)
         length = min(self.length, steps)
