@@ -98,9 +98,9 @@ def propagate(graph: Graph, closed: Any, given: Sequence[ArrayInfo]) -> list[Arr
 
 
 def _constant(value: Any) -> ArrayInfo:
-    return (
-        ArrayInfo(value=lambda: np.asarray(value)) if is_index(value) else ArrayInfo()
-    )
+    if not is_index(value):
+        return ArrayInfo()
+    return ArrayInfo(value=lambda: np.asarray(value))
 
 
 def _fold_lazily(eqn, values: Sequence[ArrayInfo]) -> list[ArrayInfo]:
@@ -149,7 +149,7 @@ def _couple_all(graph, eqn, *values: ArrayInfo):
     return [np.broadcast_to(node, var.aval.shape) for var in eqn.outvars]
 
 
-# Movements.
+# Data movement.
 
 
 def _move(graph, eqn, *values: ArrayInfo):

@@ -81,6 +81,6 @@ class Graph:
 
 
 def unbroadcast_index(*arrays: np.ndarray):
-    """Return an index that drops the repetitions along axes of stride 0 in all arrays."""
+    """Return an index that drops repetitions: axes along which all strides are 0."""
     strides = zip(*(a.strides for a in arrays), strict=True)
     return tuple(slice(None) if any(s) else slice(0, 1) for s in strides)

@@ -127,7 +127,7 @@ def evaluate_inlined(
 ) -> list[Array]:
     """Evaluate a program, inlining the calls with these primitives' names.
 
-    Calls in loops and branches are inlined too, unless all of them are jitted functions.
+    Calls in loops and branches are inlined too, unless all are of jitted functions.
     """
     values = dict(zip(program.invars, args, strict=True))
 

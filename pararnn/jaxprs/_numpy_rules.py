@@ -184,7 +184,7 @@ def scatter_windows(eqn) -> IndexedWindows:
 
 
 def convolution_patches(eqn, images: np.ndarray) -> np.ndarray:
-    """Return what each output of a convolution reads, `[batch, group, *places, read]`."""
+    """Return what each output of a convolution reads, `[batch, group, *at, read]`."""
     p = eqn.params
     lhs, rhs, _ = p["dimension_numbers"]
     kernel = eqn.invars[1].aval.shape
