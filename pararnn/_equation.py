@@ -24,8 +24,8 @@ from .solver._structure import find_structure
 class Equation:
     """`F(z, inputs) = 0` for z, as data: a recurrence in z, driven by the inputs.
 
-    `F` is traced, and its structure found, like those of a cell: a "step" goes from z to
-    the residual. States are real vectors `v`, inputs are leaves, and `constants` are
+    `F` is traced, and its structure found, like those of a cell: a "step" goes from z
+    to the residual. States are real vectors `v`, inputs are leaves, and `constants` are
     the values that `F` closes over.
     """
 

@@ -16,8 +16,8 @@ def backwards(
 ) -> tuple[PyTree[Array], Any]:
     """Call `run(xs, state, reset=reset)` backwards in time; return outputs in order.
 
-    `reset` marks the first step of each sequence, so a run from the end resets its
-    state one step earlier in time.
+    `reset` marks the first step of each sequence. So the backward run starts again at
+    the step before each mark.
     """
 
     def flip(tree):
