@@ -203,9 +203,9 @@ class _Iterate(NamedTuple):
 class _Newton(NamedTuple):
     r"""Newton's method, until it has converged to a regular solution or failed.
 
-    At a solution of multiplicity m the Jacobian is singular, and corrections shrink only
-    by the factor 1 - 1/m, down to rounding, where one of them may be small by chance.
-    So if corrections have crawled, a last step is taken from 8 tolerances beside the
+    At a solution of multiplicity m the Jacobian is singular. Corrections shrink only by
+    the factor 1 - 1/m, down to rounding, where one of them may be small by chance. So
+    if corrections have crawled, a last step is taken from 8 tolerances beside the
     solution. It leads back to a regular solution. To a singular one it leads back at
     most half of the way, or it leads anywhere.
     """
