@@ -105,7 +105,7 @@ class BlockBidiagonalLinearOperator(lx.AbstractLinearOperator):
         return own - jnp.concatenate([outside, beside.mv(vector[:-1])])
 
     def as_matrix(self) -> Inexact[Array, "n n"]:
-        """Return the matrix for flattened vectors: slow, for tests and small systems."""
+        """Return the matrix for flat vectors; slow, for tests and small systems."""
         steps, size = self.steps, math.prod(self.state_shape)
         if steps == 0:
             return jnp.zeros((0, 0), self.dtype)
@@ -126,7 +126,7 @@ class BlockBidiagonalLinearOperator(lx.AbstractLinearOperator):
         return full.reshape(steps * size, steps * size)
 
     def transpose(self) -> "BlockBidiagonalLinearOperator":
-        """Return the transpose, without conjugation: the system of the other direction."""
+        """Return the transpose, not conjugated: the system of the other direction."""
         return BlockBidiagonalLinearOperator(
             self.transition.transpose(),
             jax.ShapeDtypeStruct(self.state_shape, self.dtype),
