@@ -1,7 +1,7 @@
 """Cells of other libraries: Equinox's, Flax's, and plain functions.
 
-The solver takes any of them as a function `f(h, x) -> h`, a layer as a cell with a
-fresh state and an output.
+The solver takes any of them as a function `f(h, x) -> h`. A layer takes them as a cell
+with a fresh state and an output.
 """
 
 import sys

@@ -227,7 +227,7 @@ class _Newton(NamedTuple):
         eps = recurrence.entry_eps
 
         def step(at: _Iterate) -> _Iterate:
-            reach = jnp.where(at.probing, self._reach(at.v, before, eps), 0)
+            reach = jnp.where(at.probing, self._probe_distance(at.v, before, eps), 0)
             beside = at.v + reach
             value, inverse = equation.residual_and_inverse(constants, beside, inputs)
             change = equation.apply(inverse, value)
@@ -236,7 +236,7 @@ class _Newton(NamedTuple):
                 converged=max_abs(change - reach) <= 0.25 * max_abs(reach),
                 ended=jnp.asarray(True),
             )
-            moved = self._move(at, change, before, eps)
+            moved = self._update(at, change, before, eps)
             return jtu.tree_map(ft.partial(jnp.where, at.probing), probed, moved)
 
         def unfinished(at: _Iterate):

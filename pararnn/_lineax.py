@@ -163,7 +163,7 @@ class ParallelScan(lx.AbstractLinearSolver):
     precision: if an elementwise one holds a zero, or if the spectral radius of
     $|(LU)^{-1}| |L| |U|$ may reach $1 / n \epsilon$, for blocks of size n. Every
     singular matrix is reported (Higham, Accuracy and Stability of Numerical Algorithms,
-    theorem 9.3). Rows or columns of different scales alone are no reason to report one.
+    theorem 9.3). Rows or columns of different scales alone do not cause a report.
 
     **Arguments:**
 

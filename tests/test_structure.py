@@ -242,7 +242,7 @@ def test_a_sequential_solve_needs_no_structure(searches):
 
 
 def test_the_memory_is_bounded(searches, monkeypatch):
-    monkeypatch.setattr(_structure, "_MOST_REMEMBERED", 2)
+    monkeypatch.setattr(_structure, "_CACHE_SIZE", 2)
     h = jnp.ones(3)
     for shift in (1, 2, 3, 4, 4):
         jacobian_structure(lambda h, x, k=shift: jnp.roll(h, 1) * k + x, h, h)

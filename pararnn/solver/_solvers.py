@@ -18,8 +18,8 @@ from ._sequential import AbstractSolver, Sequential, States
 from ._solution import Stats
 from ._structure import Structure
 
-# On a GPU: channels times the square of a block's size, beyond which a step of the loop
-# is as fast; and bytes of Jacobians.
+# On a GPU: the largest product of channels and the square of a block's size for which
+# segments are used, and the most bytes of Jacobians. See `choose_ladder`.
 _MAX_WORK_PER_STEP = 10**7
 _MAX_JACOBIAN_BYTES = 2**30
 
