@@ -263,7 +263,7 @@ class Iteration:
         as `old + (end - old)` they would keep moving by an ulp, which a chaotic cell
         amplifies. The next start is the end of the segment before it.
         """
-        old, place = carry.starts, self.segments.place(carry.starts.ndim)
+        old, place = carry.starts, self.segments.segment_index(carry.starts.ndim)
         exact = carry.num_steps - self.first_step
         exact = (exact if self.makes_exact else exact * 0)[None, ..., None]
         defects = jnp.where(place <= exact, 0, entering - old)
@@ -285,7 +285,7 @@ class Iteration:
         the others. (h0 is never changed, and need not be finite.)
         """
         change = relative(max_abs(starts - carry.starts, -1), max_abs(starts, -1))
-        change = jnp.where(self.segments.place(change.ndim) == 0, 0, change)
+        change = jnp.where(self.segments.segment_index(change.ndim) == 0, 0, change)
         starts, change, overflowed = lax.cond(
             jnp.all(jnp.isfinite(change)),
             lambda starts, change, entering: (starts, change, carry.nonfinite * 0),
@@ -302,7 +302,7 @@ class Iteration:
         An overflowed Jacobian gives no information, but the end of the segment before
         does. If that segment is exact, so is its end: each step still gains a segment.
         """
-        broken = ~jnp.isfinite(starts) & (self.segments.place(starts.ndim) > 0)
+        broken = ~jnp.isfinite(starts) & (self.segments.segment_index(starts.ndim) > 0)
         restart = jnp.where(jnp.isfinite(entering), entering, self.segments.restart)
         starts = jnp.where(broken, restart, starts)
         # If the start of a segment has converged but its end is not finite, then the

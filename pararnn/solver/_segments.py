@@ -107,7 +107,7 @@ class Segments:
         length = math.ceil(self.steps / wanted)
         return math.ceil(self.steps / length), length
 
-    def place(self, ndim: int) -> Array:
+    def segment_index(self, ndim: int) -> Array:
         """Return the index of each segment, shaped to broadcast with `[S, ...]`."""
         place = jnp.arange(self.count, dtype=jnp.int32)
         return place.reshape(-1, *(1,) * (ndim - 1))
@@ -185,7 +185,7 @@ class Segments:
         change = relative(jnp.abs(after - before), sizes)
         eps = self.recurrence.entry_eps
         change = change * along_entries(eps.min(initial=1) / eps, change)
-        change = jnp.where(self.place(change.ndim) == 0, 0, change)
+        change = jnp.where(self.segment_index(change.ndim) == 0, 0, change)
         return jnp.max(change, axis=(0, -1), initial=0)
 
     def trajectory(self, starts: Array) -> Trajectory:
@@ -209,7 +209,9 @@ class Segments:
         lost = ~jnp.all(jnp.isfinite(residuals), axis=-1)
         small = is_within_tolerance(residuals, sizes, self.rtol, self.atol) & ~lost
         # The last state of a segment is the next start, and may have a residual.
-        first = jnp.min(jnp.where(small, self.count, self.place(small.ndim)), axis=0)
+        first = jnp.min(
+            jnp.where(small, self.count, self.segment_index(small.ndim)), axis=0
+        )
         failed = (first + 1) * self.length - 1
         return Trajectory(
             parts=states,
@@ -272,7 +274,7 @@ class Segments:
 
     def _followed(self, ndim: int) -> Bool[Array, " S *ones"]:
         """Return which segments are followed by another one within the sequence."""
-        return (self.place(ndim) + 1) * self.length < self.steps
+        return (self.segment_index(ndim) + 1) * self.length < self.steps
 
     def _following(self, starts: Array) -> Array:
         """Return the next segment's start as the cell reads it, 0 if there is none."""
