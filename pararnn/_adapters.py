@@ -1,7 +1,7 @@
 """Cells of other libraries: Equinox's, Flax's, and plain functions.
 
-The solver takes any of them as a function `f(h, x) -> h`, a layer as a cell with a
-fresh state and an output.
+The solver takes any of them as a function `f(h, x) -> h`. A layer takes them as a cell
+with a fresh state and an output.
 """
 
 import sys
@@ -17,19 +17,20 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .jaxprs import (
-    calls_hold_arrays,
+    backward_slice,
     consts_to_args,
     evaluate,
-    part_for,
-    without_calls,
+    inline_jit,
+    jit_has_consts,
 )
 
 
 def as_step(cell: Callable) -> Callable:
-    """Any supported cell as a function `f(h, x) -> h`.
+    """Return any supported cell as a function `f(h, x) -> h`.
 
-    Equinox's `GRUCell` and `LSTMCell` take `(input, state)` and are turned round. Of
-    what a Flax NNX cell returns the carry is kept. Everything else is called as it is.
+    Equinox's `GRUCell` and `LSTMCell` take `(input, state)`, so the arguments are
+    swapped. A Flax NNX cell returns a carry and an output; the carry is kept.
+    Everything else is returned unchanged.
     """
     if isinstance(cell, eqx.nn.GRUCell | eqx.nn.LSTMCell):
         return lambda h, x: cell(x, h)
@@ -41,22 +42,22 @@ def as_step(cell: Callable) -> Callable:
 
 
 def loaded_nnx() -> Any:
-    """`flax.nnx` if it has been imported; without it there are no cells of it."""
+    """Return `flax.nnx` if it has been imported; otherwise no cell can be of Flax."""
     return sys.modules.get("flax.nnx")
 
 
 def call_nnx(
     graph: Any, parameters: PyTree[Array], state: PyTree, x: PyTree
 ) -> tuple[PyTree[Array], PyTree]:
-    """The carry and the output of one step of a Flax NNX cell, taken apart by `split`.
+    """Return carry and output of one step of a Flax NNX cell, split by `nnx.split`.
 
-    A cell that returns its carry alone also emits it.
+    A cell that only returns its carry emits the carry.
 
     **Raises:** `NotImplementedError` if the call changes a variable of the cell;
     `ValueError` if it returns neither `(carry, y)` nor a carry.
     """
     nnx = loaded_nnx()
-    # Flax's variables can be changed only under the trace that they were made in.
+    # Flax's variables can only be changed under the trace that created them.
     parameters = jtu.tree_map(lambda leaf: leaf, parameters)
     before = dict(jtu.tree_leaves_with_path(parameters))
     cell = nnx.merge(graph, parameters)
@@ -74,13 +75,13 @@ def call_nnx(
     raise ValueError(
         f"the Flax cell {type(cell).__name__} returned "
         f"{jtu.tree_structure(returned)}; expected `(carry, y)` or a carry, "
-        f"which is {like}. Likely causes: (a) the state that was given is not one of "
-        "this cell's; (b) the cell changes the structure of its carry"
+        f"which is {like}. Likely causes: (a) the state that was given belongs to "
+        "another cell; (b) the cell changes the structure of its carry"
     )
 
 
 def _changed(before: dict, after: PyTree) -> list[str]:
-    """The variables that hold another value, with their kinds."""
+    """Return the variables whose value has changed, with their kinds."""
     paths = [
         tuple(key.key for key in path if isinstance(key, jtu.DictKey))
         for path, leaf in jtu.tree_leaves_with_path(after)
@@ -94,11 +95,11 @@ def _changed(before: dict, after: PyTree) -> list[str]:
 def _refusal(name: str, changed: list[str]) -> NotImplementedError:
     what = ", ".join(changed) or "an attribute of the cell"
     return NotImplementedError(
-        f"A step of the Flax cell {name} changes {what}, but all steps are solved for "
-        "together, so that none can leave anything to the next one but its carry. "
+        f"A step of the Flax cell {name} changes {what}, but all steps are solved "
+        "together, so a step can only pass its carry on to the next one. "
         "Likely causes: (a) Dropout or another use of random numbers: call "
         "`cell.eval()`, or pass the masks as inputs; (b) BatchNorm or other running "
-        "statistics: call `cell.eval()`, or normalise outside of the cell; (c) a cache "
+        "statistics: call `cell.eval()`, or normalise outside the cell; (c) a cache "
         "or `sow`: make it part of the carry, or an output."
     )
 
@@ -124,14 +125,14 @@ class EquinoxCell(eqx.Module):
 
 
 class FlaxCell(eqx.Module):
-    """A Flax NNX cell, `cell(carry, x) -> (carry, y)`, its parameters as a pytree."""
+    """A Flax NNX cell, `cell(carry, x) -> (carry, y)`, with parameters as a pytree."""
 
     parameters: PyTree[Array]
     fresh: PyTree[Array] | None
     graph: Any = eqx.field(static=True)
 
     def __init__(self, cell: Any, *, own_carry: bool):
-        """`own_carry`, whether the fresh state is to be that of the cell."""
+        """`own_carry` is whether the cell provides the fresh state."""
         self.fresh = _first_carry(cell) if own_carry else None
         self.graph, self.parameters = loaded_nnx().split(cell)
 
@@ -150,19 +151,19 @@ class FlaxCell(eqx.Module):
     def outputs(
         self, before: Callable[[], PyTree[Array]], xs: PyTree, after: PyTree[Array]
     ) -> PyTree:
-        """The outputs of all steps, given the carries behind them.
+        """Return the outputs of all steps, given the carries after them.
 
-        Only what a step computes for its output alone is computed here: nothing where
-        the output is a part of the carry, the head where there is one. `before()` gives
-        the carries before the steps, if they are needed.
+        This computes only what a step computes for its output alone: nothing if the
+        output is part of the carry, the head if there is one. `before()` returns the
+        carries before the steps, and is called if they are needed.
         """
         h, x = (jtu.tree_map(_one_step, tree) for tree in (after, xs))
         closed, shapes = jax.make_jaxpr(self.step, return_shape=True)(h, x)
-        if calls_hold_arrays(closed.jaxpr):
-            closed = without_calls(closed)
+        if jit_has_consts(closed.jaxpr):
+            closed = inline_jit(closed)
         old, inputs = _split(closed.jaxpr.invars, h)
         new, emitted = _split(closed.jaxpr.outvars, h)
-        part = part_for(consts_to_args(closed), emitted, new)
+        part = backward_slice(consts_to_args(closed), emitted, new)
         moving = _named(inputs, xs) | _named(new, after)
         if not moving.keys() >= set(old).intersection(part.invars):
             moving = _named(old, before()) | moving
@@ -179,7 +180,7 @@ class FlaxCell(eqx.Module):
 
 
 def _split(atoms, state: PyTree) -> tuple[list, list]:
-    """The variables of the state, and those that follow."""
+    """Split off the variables of the state."""
     count = len(jtu.tree_leaves(state))
     return atoms[:count], atoms[count:]
 
@@ -194,10 +195,10 @@ def _one_step(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _first_carry(cell: Any) -> PyTree[Array]:
-    """What Flax would start from, for inputs `[in_features]`.
+    """Return the carry that Flax would start from, for inputs `[in_features]`.
 
-    Flax draws the first carry (zeros, unless `carry_init` says otherwise) from a
-    generator; drawn once here, it is the same at every call.
+    Flax draws the first carry from a generator (zeros, unless `carry_init` says
+    otherwise). It is drawn once here, so that it is the same at every call.
     """
     missing = [
         name for name in ("initialize_carry", "in_features") if not hasattr(cell, name)
@@ -215,18 +216,18 @@ def _first_carry(cell: Any) -> PyTree[Array]:
 
 
 def _check_flax(cell: Any) -> None:
-    """Refuse what runs over whole sequences by itself."""
+    """Refuse Flax modules that run over whole sequences themselves."""
     nnx = loaded_nnx()
     if isinstance(cell, nnx.RNN | nnx.Bidirectional):
         raise TypeError(
             f"RNN: the cell is a flax.nnx.{type(cell).__name__}, which runs over whole "
-            "sequences by itself. Pass the cell within it, `layer.cell`; for both "
+            "sequences itself. Pass the cell within it, `layer.cell`; for both "
             "directions, put two `pararnn.RNN` into a `pararnn.Bidirectional`."
         )
 
 
 class FunctionCell(eqx.Module):
-    """Any callable `f(h, x) -> h`, with a fresh state or an output of one's own."""
+    """Any callable `f(h, x) -> h`, with a user's fresh state or output function."""
 
     function: Callable[[PyTree, PyTree], PyTree]
     fresh: PyTree[Array] | None
@@ -251,9 +252,9 @@ class FunctionCell(eqx.Module):
 def as_cell(
     cell: Any, init_state: PyTree[Array] | None, output: Callable | None
 ) -> Any:
-    """A module with `__call__(state, x)`, `init_state()` and `output(state)`.
+    """Return a module with `__call__(state, x)`, `init_state()` and `output(state)`.
 
-    Only a `FlaxCell` has no `output`: what it emits is no function of the state alone.
+    Only a `FlaxCell` has no `output`: its output is not a function of the state alone.
 
     **Raises:** `TypeError` for something that cannot be called; `ValueError` if the
     fresh state of a plain function is not given.
@@ -286,7 +287,7 @@ def as_cell(
 
 
 def emitting_cell(cell: Any) -> FlaxCell | None:
-    """The Flax cell within an adapted one, if its own outputs are emitted."""
+    """Return the Flax cell within an adapted one, if its own outputs are emitted."""
     if isinstance(cell, FunctionCell) and cell.emit is None:
         cell = cell.function
     return cell if isinstance(cell, FlaxCell) else None

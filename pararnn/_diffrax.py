@@ -1,4 +1,4 @@
-"""Differential equations: one fixed step of a diffrax solver is a cell."""
+"""Differential equations: one fixed step of a diffrax solver, as a cell."""
 
 import functools as ft
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import optimistix as optx
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from ._equation import with_derivative
+from ._equation import attach_derivative
 from .scan import check_bits
 from .solver import (
     RESULTS,
@@ -26,7 +26,7 @@ from .solver import (
     solve,
 )
 
-# Any pytree of states; a step maps one to the next, given the times (t0, t1).
+# Maps a state, any pytree, to the next one, given the times (t0, t1).
 Step = Callable[[PyTree, tuple[Array, Array]], PyTree]
 
 
@@ -44,9 +44,9 @@ def integrate(
     adjoint: Literal["auto", "parallel", "sweep"] = "auto",
     throw: bool = True,
 ) -> Solution:
-    r"""Solve a differential equation by fixed steps, in parallel where that pays.
+    r"""Solve a differential equation by fixed steps, in parallel when that is faster.
 
-    One step $\Phi$ of a solver of diffrax, from one of the times to the next, is a cell
+    One step $\Phi$ of a diffrax solver, from one of the times to the next, is a cell
 
     $$y_n = \Phi(y_{n-1}; t_{n-1}, t_n), \qquad n = 1 \dots T,$$
 
@@ -56,46 +56,45 @@ def integrate(
     $$\Phi(y; t, t + \Delta) = y + \Delta \sum_i b_i k_i, \qquad
     k_i = f\Bigl(t + c_i \Delta,\ y + \Delta \sum_{j < i} a_{ij} k_j\Bigr);$$
 
-    the stages of an implicit one are found inside the step by its own root finder, and
-    differentiated by the implicit function theorem. A step whose root finder fails is
-    NaN, and so is its derivative; it raises nothing by itself, so that a solver may
-    come by such a step on its way. The numbers are those of
-    `diffrax.diffeqsolve(..., stepsize_controller=diffrax.StepTo(ts))`, whatever
-    `solver` is. Derivatives and `vmap` are those of [`pararnn.solve`][]: forward and
+    The root finder of an implicit method finds the stages inside the step, and the
+    implicit function theorem differentiates them. A step whose root finder fails is
+    NaN, and so is its derivative. It does not raise by itself, since a solver may meet
+    such a step on its way. The numbers are those of
+    `diffrax.diffeqsolve(..., stepsize_controller=diffrax.StepTo(ts))`, for every
+    `solver`. Derivatives and `vmap` are those of [`pararnn.solve`][]: forward and
     reverse mode, with respect to `y0`, `args`, `ts` and everything in `terms`.
 
-    The steps are fixed beforehand. An adaptive step size would be decided by the states
-    that are only being solved for, so there is no place for a step size controller; to
-    find good `ts` once, use `diffrax.diffeqsolve(..., saveat=SaveAt(steps=True))`.
+    The steps are fixed in advance. An adaptive step size would depend on states that
+    are not known yet, so there is no step size controller. To find good `ts` once, use
+    `diffrax.diffeqsolve(..., saveat=SaveAt(steps=True))`.
 
     **Arguments:**
 
     - `terms`: a vector field `f(t, y, args)`, or what `diffrax.diffeqsolve` takes: a
         `diffrax.ODETerm`, a `ControlTerm` (of an interpolation, or of a Brownian path
         with a fixed key), a `MultiTerm`, a tuple for `SemiImplicitEuler`.
-    - `method`: a solver of diffrax that carries nothing from step to step that changes
-        its numbers: `Euler()`, `Tsit5()`, `Kvaerno3()`, `KenCarp4()`, ... An implicit
-        one whose root finder has no tolerances gets Newton's method, run to the
-        rounding of the state.
+    - `method`: a one-step solver of diffrax: `Euler()`, `Tsit5()`, `Kvaerno3()`,
+        `KenCarp4()`, ... An implicit one whose root finder has no tolerances gets
+        Newton's method, run to the rounding of the state.
     - `ts`: floating point `[T + 1]`, strictly increasing or strictly decreasing (only
         increasing for terms other than `ODETerm`); `ts[0]` is the time of `y0`.
     - `y0`: state at `ts[0]`, a pytree; promoted to a dtype that holds that of `ts`.
     - `args`: passed to the vector field.
-    - `initial_guess`: as for [`pararnn.solve`][]; `y0` at all times if not given, which
-        is finite. The solution on every sixteenth of `ts`, interpolated, is a far
-        better one where it can be had; so are the states of the last training step.
+    - `initial_guess`: as for [`pararnn.solve`][]. Defaults to `y0` at all times, which
+        is finite. Much better guesses are the solution on every sixteenth of `ts`,
+        interpolated, or the states of the last training step.
     - `solver`, `max_steps`, `structure`, `adjoint`, `throw`: as for
         [`pararnn.solve`][].
 
     **Returns:** a [`pararnn.Solution`][], its states `[T, ...]` those at `ts[1:]`.
 
     **Raises:** `TypeError` or `ValueError` while tracing if terms, method and times do
-    not fit together; a runtime error if the times are not monotonic and only known when
-    the program runs; with `throw=True`, a runtime error as from [`pararnn.solve`][], or
-    if the root finder of an implicit step failed. With `throw=False` the states are
-    NaN from such a step on. (An implicit method of one's own that is neither a
-    Runge-Kutta method nor `ImplicitEuler` is differentiated by diffrax, whose linear
-    solves raise where a step has failed.)
+    not fit together; a runtime error if the times are traced and not monotonic; with
+    `throw=True`, a runtime error as from [`pararnn.solve`][], or if the root finder of
+    an implicit step fails. With `throw=False` the states are NaN from such a step on.
+    (If you wrote an implicit method that is neither a Runge-Kutta method nor
+    `ImplicitEuler`, diffrax differentiates it, and its linear solves raise where a step
+    has failed.)
 
     **Sources:** Kidger, *On Neural Differential Equations* (2202.02435, section 5);
     Hairer, Nørsett and Wanner, *Solving Ordinary Differential Equations I*, II.1; for
@@ -127,33 +126,33 @@ def integrate(
 
 
 def _as_cell(method, terms, args) -> Step:
-    """One step of the method, as a function of the state and of (t0, t1)."""
+    """Return one step of the method as a function of the state and (t0, t1)."""
     if _is_plain_explicit(method):
-        return _write_out(method.tableau, terms, args)
+        return _unrolled_step(method.tableau, terms, args)
     if isinstance(method, diffrax.AbstractImplicitSolver):
         return _as_implicit_cell(method, terms, args)
-    # The other kinds of equinox's loop lack one of the two modes of derivative.
+    # Equinox's other kinds of loop lack forward or reverse mode.
     method = _with_loop(method, "bounded")
     return lambda y, times: _step(method, terms, args, y, *times)[0]
 
 
 def _step(method, terms, args, y, t0, t1):
-    """One step by diffrax: the state, what it knows of the step, and the result."""
-    # Initialised at each step: a stage kept from the last one is only a saving.
+    """Take one step by diffrax; return the state, its details, and the result."""
+    # Initialised at each step: reusing the last stage would only save an evaluation.
     state = method.init(terms, t0, t1, y, args)
     y, _, details, _, result = method.step(terms, t0, t1, y, args, state, False)
     return y, details, result
 
 
 def _with_loop(method, kind: str):
-    """The method with that kind of loop over its stages, unless it has one already."""
+    """Return the method with this kind of loop over its stages, unless it has one."""
     if getattr(method, "scan_kind", "") is not None:
         return method
     return eqx.tree_at(lambda m: m.scan_kind, method, kind, is_leaf=lambda x: x is None)
 
 
 def _is_plain_explicit(method) -> bool:
-    """Whether the step is the one formula of all explicit Runge-Kutta methods."""
+    """Return whether the step is the plain explicit Runge-Kutta formula."""
     return (
         isinstance(method, diffrax.AbstractERK)
         and isinstance(method.tableau, diffrax.ButcherTableau)
@@ -161,13 +160,13 @@ def _is_plain_explicit(method) -> bool:
     )
 
 
-def _write_out(tableau: diffrax.ButcherTableau, terms, args) -> Step:
-    """An explicit Runge-Kutta step, stage by stage.
+def _unrolled_step(tableau: diffrax.ButcherTableau, terms, args) -> Step:
+    """Return an explicit Runge-Kutta step with its stages unrolled.
 
-    diffrax loops over the stages, with all of them in one buffer. Written out, a step
-    of Tsit5 on two numbers is 25 times faster inside `lax.scan` on a CPU (0.18 against
-    4.4 ms for 2048 steps), a stage that only a next step or an error estimate would
-    need is left out, and the program still shows which states are independent.
+    diffrax loops over the stages, with all of them in one buffer. Unrolled, a step of
+    Tsit5 on two numbers is 25 times faster inside `lax.scan` on a CPU (0.18 instead of
+    4.4 ms for 2048 steps). A stage that only the next step or an error estimate needs
+    is left out, and the program still shows which states are independent.
     """
     rows = ((), *tableau.a_lower)
     nodes = (tableau.c1, *tableau.c)
@@ -186,15 +185,15 @@ def _write_out(tableau: diffrax.ButcherTableau, terms, args) -> Step:
                 continue
             # `t0 + (t1 - t0)` need not be `t1` in floating point.
             t = t1 if node == 1 else t0 + float(node) * (t1 - t0)
-            at = _advance(y, row, stages)
+            at = _add_increments(y, row, stages)
             stages.append(terms.vf_prod(t, at, args, control))
-        return _advance(y, tableau.b_sol, stages)
+        return _add_increments(y, tableau.b_sol, stages)
 
     return step
 
 
-def _advance(y, weights, stages):
-    """`y + Σ w_j k_j`, over the nonzero weights."""
+def _add_increments(y, weights, stages):
+    """Return `y + Σ w_j k_j`, over the nonzero weights."""
     used = [
         (float(weight), stage)
         for weight, stage in zip(weights, stages, strict=True)
@@ -214,18 +213,19 @@ def _advance(y, weights, stages):
 
 
 def _as_implicit_cell(method, terms, args) -> Step:
-    """A step whose stages diffrax finds, and whose derivative is that of the stages.
+    """Return a step whose stages diffrax finds, but does not differentiate.
 
-    Differentiated by diffrax, a step solves linear systems that raise on a number that
-    is not finite, and nothing can stop them. Newton's method over the steps meets such
-    numbers on its way, and so does the derivative of a solution that has failed. So
-    diffrax sees no derivative here. A failed step is NaN, and so is its derivative.
+    diffrax's derivative of a step solves linear systems, which raise on numbers that
+    are not finite. This cannot be turned off. Newton's method over the steps meets such
+    numbers on its way, and so does the derivative of a failed solution. So the
+    derivative of the stages is taken here. A failed step is NaN, and so is its
+    derivative.
     """
     stepped = type(method).step
     if stepped is diffrax.ImplicitEuler.step:
-        restore = ft.partial(_through_euler, terms, args)
+        restore = ft.partial(_attach_euler_derivative, terms, args)
     elif stepped is diffrax.AbstractRungeKutta.step:
-        restore = ft.partial(_through_stages, method.tableau, terms, args)
+        restore = ft.partial(_attach_stage_derivatives, method.tableau, terms, args)
     else:
         restore = None  # its stages are not known
     exact = not eqx.is_array_like(method.root_finder.rtol)
@@ -241,14 +241,14 @@ def _as_implicit_cell(method, terms, args) -> Step:
         if restore is None:
             y, _, found = find(*point)
         else:
-            # As data, whose arrays are seen, also those that functions close over.
+            # Converted to data, to reach the arrays that functions close over.
             constant = eqx.filter_closure_convert(find, *point)
             constant, held = _without_derivative((constant, point))
             y, slopes, found = constant(*held)
             y = restore(point, y, slopes)
 
         def mark(leaf):
-            # A factor, not a choice, which would leave the derivative as it is.
+            # A factor, since `jnp.where` would leave the derivative finite.
             return leaf * jnp.where(found, jnp.ones((), leaf.dtype), jnp.nan)
 
         return jtu.tree_map(mark, y)
@@ -261,8 +261,8 @@ def _without_derivative(tree):
     return eqx.combine(jax.lax.stop_gradient(arrays), rest)
 
 
-def _through_euler(terms, args, point, after, slopes):
-    """The state after a step of the implicit Euler method, with its derivative."""
+def _attach_euler_derivative(terms, args, point, after, slopes):
+    """Return the state after an implicit Euler step, with its derivative."""
     del slopes
 
     def residual(after, point):
@@ -270,15 +270,15 @@ def _through_euler(terms, args, point, after, slopes):
         change = terms.vf_prod(t1, after, args, terms.contr(t0, t1))
         return jtu.tree_map(lambda z, y, k: z - y - k, after, y, change)
 
-    return with_derivative(residual, after, point)(after, point)
+    return attach_derivative(residual, after, point)(after, point)
 
 
-def _through_stages(tableau, terms, args, point, after, slopes):
-    """The state after a Runge-Kutta step with known slopes, with its derivative.
+def _attach_stage_derivatives(tableau, terms, args, point, after, slopes):
+    """Return the state after a Runge-Kutta step, with its derivative.
 
-    Each slope is the solution of an equation that has those before it for inputs. With
-    several tableaus, an implicit one and explicit ones, each has a slope of its own at
-    a stage, and all are of the same state.
+    The slopes are known. Each is the solution of an equation whose inputs are the
+    slopes before it. With several tableaus, an implicit one and explicit ones, each has
+    its own slope at a stage, at the same state.
     """
     del after
     if not isinstance(tableau, diffrax.MultiButcherTableau):
@@ -287,36 +287,36 @@ def _through_stages(tableau, terms, args, point, after, slopes):
         tableaus, terms = tableau.tableaus, terms.terms
     y = point[0]
     stages = [
-        _Stages(*part, args, point)
+        _StageSlopes(*part, args, point)
         for part in zip(tableaus, terms, slopes, strict=True)
     ]
     for number in range(tableaus[0].num_stages):
         at = y
         for stage in stages:
-            at = _advance(at, stage.lower(number), stage.found)
-        # The explicit ones start from what the implicit one has found.
+            at = _add_increments(at, stage.lower(number), stage.found)
+        # The explicit tableaus start from the state that the implicit one has found.
         for stage in sorted(stages, key=lambda s: not s.tableau.implicit):
             at = stage.find(number, at)
     for stage in stages:
-        y = _advance(y, stage.tableau.b_sol, stage.found)
+        y = _add_increments(y, stage.tableau.b_sol, stage.found)
     return y
 
 
-class _Stages:
+class _StageSlopes:
     """The slopes of one tableau and its term, found one after the other."""
 
     def __init__(self, tableau: diffrax.ButcherTableau, term, slopes, args, point):
         self.tableau, self.term, self.args, self.slopes = tableau, term, args, slopes
         _, self.t0, self.t1 = point
         self.found: list[PyTree] = []
-        # By the weight of a slope in its own equation, of which there are one or two.
+        # Keyed by the weight of a slope in its own equation; there are one or two.
         self.known: dict[float, Callable[[PyTree, PyTree], PyTree]] = {}
 
     def lower(self, number: int):
         return () if number == 0 else self.tableau.a_lower[number - 1]
 
     def find(self, number: int, at):
-        """Find the slope at a stage; where the stage is then, so far."""
+        """Find the slope at a stage; return the state of the stage with it."""
         tableau = self.tableau
         node = tableau.c1 if number == 0 else tableau.c[number - 1]
         diagonal = tableau.a_diagonal
@@ -327,27 +327,27 @@ class _Stages:
         if weight not in self.known:
             self.known[weight] = self._with_derivative(weight, slope, inputs)
         self.found.append(self.known[weight](slope, inputs))
-        return _advance(at, [weight], self.found[-1:])
+        return _add_increments(at, [weight], self.found[-1:])
 
     def _with_derivative(self, weight: float, slope, inputs):
         def residual(slope, inputs):
             at, t, t0, t1 = inputs
-            at = _advance(at, [weight], [slope])
+            at = _add_increments(at, [weight], [slope])
             control = self.term.contr(t0, t1)
             return jtu.tree_map(
                 jnp.subtract, slope, self.term.vf_prod(t, at, self.args, control)
             )
 
-        return with_derivative(residual, slope, inputs)
+        return attach_derivative(residual, slope, inputs)
 
 
-class _UntilStill(optx.Newton):
+class _NewtonByCorrection(optx.Newton):
     """Newton's method until its correction is small.
 
-    `optimistix.Newton` also wants a small residual. In a stiff step that is the state
-    times a large number, and its rounding alone may be above any tolerance.
-    (`cauchy_termination=False`, as in `diffrax.VeryChord`, takes two corrections of the
-    size of rounding for divergence, if the second happens to be the larger.)
+    `optimistix.Newton` also requires a small residual. In a stiff step the residual is
+    the state times a large number, so its rounding alone may exceed any tolerance.
+    (`cauchy_termination=False`, as in `diffrax.VeryChord`, may take two corrections of
+    the size of rounding for divergence, if the second happens to be larger.)
     """
 
     def terminate(self, fn, y, args, options, state, tags):
@@ -357,12 +357,12 @@ class _UntilStill(optx.Newton):
 
 
 def _with_root_finder(method, y, dt):
-    """The method with a root finder that goes as far as the state's dtype.
+    """Return the method with a root finder that converges to the state's rounding.
 
-    The unknown of a stage is an increment of the state, or that divided by the length
-    of the step. Close to an equilibrium it is as small as the rounding of the state, so
-    the tolerance has to be relative to the state. Newton's method converges
-    quadratically: a correction of eps**(2/3) leaves an error below eps.
+    The unknown of a stage is an increment of the state, or this divided by the length
+    of the step. Near an equilibrium it is as small as the rounding of the state, so the
+    tolerance has to be relative to the state. Newton's method converges quadratically:
+    a correction of eps**(2/3) leaves an error below eps.
     """
     y, dt = jax.lax.stop_gradient((y, dt))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jtu.tree_leaves(y))
@@ -374,13 +374,16 @@ def _with_root_finder(method, y, dt):
     return eqx.tree_at(
         lambda m: (m.root_finder, m.root_find_max_steps),
         method,
-        # A fixed step cannot be rejected and tried again, so there is more patience.
-        (_UntilStill(tolerance, tolerance * size), max(method.root_find_max_steps, 50)),
+        # A fixed step cannot be rejected and tried again, so it gets more iterations.
+        (
+            _NewtonByCorrection(tolerance, tolerance * size),
+            max(method.root_find_max_steps, 50),
+        ),
     )
 
 
 def _solves_for_slopes(method) -> bool:
-    """Whether the unknowns are values of the vector field, not increments."""
+    """Return whether the unknowns are values of the vector field, not increments."""
     if not isinstance(method, diffrax.AbstractRungeKutta):
         return False
     tableau = method.tableau
@@ -389,7 +392,7 @@ def _solves_for_slopes(method) -> bool:
 
 
 def _raise_on_failure(solution: Solution) -> Solution:
-    """Raise for an implicit method, by the message that names its root finder."""
+    """Raise for an implicit method, with a message that names its root finder."""
     result = solution.result
     lost = result == RESULTS.nonfinite_states
     states = eqx.error_if(
@@ -408,7 +411,7 @@ def _raise_on_failure(solution: Solution) -> Solution:
     return eqx.tree_at(lambda s: s.states, solution, states)
 
 
-# What a user passes, checked ----------------------------------------------------------
+# Checks of what a user passes ---------------------------------------------------------
 
 
 def _is_term(x) -> bool:
@@ -416,7 +419,7 @@ def _is_term(x) -> bool:
 
 
 def _as_terms(terms):
-    """Every plain function as an `ODETerm`."""
+    """Wrap every plain function in an `ODETerm`."""
 
     def one(term):
         if _is_term(term):
@@ -462,35 +465,35 @@ def _check_method(method: Any, terms) -> None:
     if isinstance(method, diffrax.AbstractWrappedSolver):
         raise ValueError(
             f"integrate: `method` is a {type(method).__name__}, which wraps a solver "
-            "to estimate its error. Fixed steps have no use for the estimate: pass the "
+            "to estimate its error. Fixed steps do not need the estimate: pass the "
             "solver itself, with twice as many `ts` for the same accuracy."
         )
-    wanted, given = method.term_structure, _outline(terms)
-    if _fits(wanted, terms):
+    wanted, given = method.term_structure, _class_names(terms)
+    if _has_structure(wanted, terms):
         return
     raise ValueError(
         f"integrate: {type(method).__name__} takes terms of the form "
-        f"{_outline(wanted)}, but `terms` is {given}. Likely causes: (a) an "
-        "implicit-explicit method wants diffrax.MultiTerm(explicit, implicit), a "
+        f"{_class_names(wanted)}, but `terms` is {given}. Likely causes: (a) an "
+        "implicit-explicit method takes diffrax.MultiTerm(explicit, implicit), a "
         "symplectic one a tuple of two terms (or functions); (b) several terms were "
         "given to a method for one: join them as diffrax.MultiTerm(...)."
     )
 
 
-def _fits(wanted, terms) -> bool:
+def _has_structure(wanted, terms) -> bool:
     if isinstance(wanted, tuple):
         return (
             isinstance(terms, tuple)
             and len(terms) == len(wanted)
-            and all(_fits(w, t) for w, t in zip(wanted, terms, strict=True))
+            and all(_has_structure(w, t) for w, t in zip(wanted, terms, strict=True))
         )
     return isinstance(terms, get_origin(wanted) or wanted)
 
 
-def _outline(terms) -> str:
-    """Terms by the names of their classes."""
+def _class_names(terms) -> str:
+    """Return terms by the names of their classes."""
     if isinstance(terms, tuple):
-        return f"({', '.join(map(_outline, terms))})"
+        return f"({', '.join(map(_class_names, terms))})"
     cls = get_origin(terms) or (terms if isinstance(terms, type) else type(terms))
     return cls.__name__
 
@@ -522,7 +525,7 @@ def _check_times(ts: Any, terms) -> Array:
     )
     if isinstance(ts, Tracer):
         return eqx.error_if(ts, ~_is_monotonic(jnp, ts, backwards), message)
-    # In the dtype that JAX will compute with, where they may be equal only then.
+    # In the dtype that JAX computes in, rounding may make times equal.
     ts = ts.astype(jnp.asarray(ts[:0]).dtype)
     if not _is_monotonic(np, ts, backwards):
         raise ValueError(f"{message} Given: {np.array2string(ts, threshold=8)}.")
@@ -535,7 +538,7 @@ def _is_monotonic(xp, ts, backwards: bool):
 
 
 def _promote(y0, time_dtype):
-    """`y0` in the dtypes that `diffrax.diffeqsolve` would compute in."""
+    """Return `y0` in the dtypes that `diffrax.diffeqsolve` would compute in."""
     for path, leaf in jtu.tree_leaves_with_path(y0):
         if not eqx.is_array_like(leaf):
             raise TypeError(
@@ -554,9 +557,9 @@ def _promote(y0, time_dtype):
 
 
 def _check_field(terms, time_dtype, y0, args) -> None:
-    """Evaluate the vector field once in the abstract, for a message that names it."""
+    """Evaluate the vector field once on shapes, for a message that names it."""
     if not _is_term(terms):
-        return  # each of several terms sees only a part of the state
+        return  # each of several terms gets only a part of the state
 
     def evaluate(t0, t1, y):
         return terms.vf_prod(t0, y, args, terms.contr(t0, t1))
@@ -580,7 +583,7 @@ def _check_field(terms, time_dtype, y0, args) -> None:
 def _check_state(method, terms, time_dtype, y0, args) -> None:
     """Refuse a method whose next step depends on more than the state."""
     if isinstance(method, diffrax.AbstractRungeKutta):
-        return  # the last stage, if that is the next one's first
+        return  # it carries at most its last stage, which the next step can recompute
     t = jax.ShapeDtypeStruct((), time_dtype)
     state = eqx.filter_eval_shape(
         lambda t0, t1, y: method.init(terms, t0, t1, y, args), t, t, y0
@@ -588,8 +591,8 @@ def _check_state(method, terms, time_dtype, y0, args) -> None:
     if jtu.tree_leaves(state):
         raise ValueError(
             f"integrate: {type(method).__name__} carries a state of its own from step "
-            "to step, which its numbers depend on, so that a step is not a function of "
-            "`y` alone. Use a one-step method: any Runge-Kutta method of diffrax, for "
+            "to step, and its results depend on it, so a step is not a function of `y` "
+            "alone. Use a one-step method: any Runge-Kutta method of diffrax, for "
             "instance diffrax.Heun() or diffrax.Tsit5(); or diffrax.diffeqsolve, which "
             "steps in sequence."
         )

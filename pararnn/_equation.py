@@ -1,7 +1,7 @@
 """Equations `F(z, inputs) = 0` and the derivative of their solutions.
 
-However a solution was found, its derivative follows from the implicit function theorem
-there: it never passes through iterations, and what has failed gives NaN and no error.
+The derivative of a solution follows from the implicit function theorem, however the
+solution was found. It never passes through iterations, and is NaN after a failure.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ from .solver._structure import find_structure
 class Equation:
     """`F(z, inputs) = 0` for z, as data: a recurrence in z, driven by the inputs.
 
-    What traces a cell and finds its structure does so for `F` unchanged: one "step" is
-    from z to the residual. States are real vectors `v`, inputs are leaves, and
-    `constants` are what `F` closes over.
+    `F` is traced, and its structure found, like those of a cell: a "step" goes from z
+    to the residual. States are real vectors `v`, inputs are leaves, and `constants` are
+    the values that `F` closes over.
     """
 
     def __init__(self, recurrence: Recurrence):
@@ -37,7 +37,7 @@ class Equation:
         return self.recurrence.vector_step((constants, None), v, (inputs, None))
 
     def residual_and_inverse(self, constants, v: Array, inputs) -> tuple[Array, Array]:
-        """`F` at v, and the inverse of its Jacobian there, block by block."""
+        """Return `F` at v, and the inverse of its Jacobian there, block by block."""
 
         def at(v):
             return self.residual(constants, v, inputs)
@@ -49,7 +49,7 @@ class Equation:
             return value, 1 / blocks
         empty = self.structure.blocks == self.structure.width
         if np.any(empty):
-            # The empty places of small blocks solve the equation 1 * 0 = 0.
+            # Empty places of small blocks get the equation 1 * 0 = 0.
             filler = empty[:, :, None] & np.eye(self.structure.size, dtype=bool)
             blocks = jnp.where(filler, 1, blocks)
         return value, _inverse(blocks)
@@ -65,25 +65,25 @@ class Equation:
         return jtu.tree_unflatten(self.recurrence.state_tree, leaves)
 
 
-# From an equation, its constants, its inputs and a start to the solution as a vector.
+# Takes an equation, its constants, inputs and a start; returns the solution `v`.
 Search = Callable[[Equation, list[Array], tuple[Array, ...], Array], Array]
 
 
 @eqx.filter_custom_jvp
 def solution(constants, inputs, start, *, equation: Equation, search: Search):
-    """What the search finds, as a real vector; NaN where there is none."""
+    """Return the solution that the search finds, as a real vector; NaN if it fails."""
     return search(equation, constants, inputs, start)
 
 
 @solution.def_jvp
 def _(primals, tangents, *, equation: Equation, search: Search):
-    """The implicit function theorem.
+    """Apply the implicit function theorem.
 
-    The solution is taken from `solution` again, whose derivative is this rule: so the
-    rule can itself be differentiated, to any order.
+    The rule calls `solution` again, whose derivative is this rule. So the rule itself
+    can be differentiated, to any order.
     """
     v = solution(*primals, equation=equation, search=search)
-    # The start takes no part.
+    # The start has no derivative.
     arguments, tangents = primals[:2], tangents[:2]
     moved, held = split_by_tangents(arguments, tangents)
     if not jtu.tree_leaves(moved):
@@ -100,13 +100,13 @@ def _(primals, tangents, *, equation: Equation, search: Search):
     return v, -equation.apply(inverse, pushed)
 
 
-def with_derivative(F: Callable[[PyTree, PyTree], PyTree], z: PyTree, inputs: PyTree):
-    """A function `(z, inputs) -> z` with the derivative that `F(z, inputs) = 0` has.
+def attach_derivative(F: Callable[[PyTree, PyTree], PyTree], z: PyTree, inputs: PyTree):
+    """Return a function `(z, inputs) -> z` with the derivative of `F(z, inputs) = 0`.
 
-    Its value is the z that is given, a solution found elsewhere. The arguments here
-    serve as examples of shapes and dtypes.
+    Its value is the given z, a solution found elsewhere. The arguments here are
+    examples of shapes and dtypes.
     """
-    # The recurrence drops a time axis, which one equation has not.
+    # The recurrence drops a time axis, so one equation needs one.
     series = jtu.tree_map(lambda leaf: jnp.asarray(leaf)[None], inputs)
     recurrence = Recurrence(F, series, z)
     equation = Equation(recurrence)
@@ -115,26 +115,26 @@ def with_derivative(F: Callable[[PyTree, PyTree], PyTree], z: PyTree, inputs: Py
     def known(z, inputs):
         v = lax.stop_gradient(recurrence.ravel(jtu.tree_leaves(z)))
         leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(inputs))
-        v = solution(constants, leaves, v, equation=equation, search=_as_it_is)
+        v = solution(constants, leaves, v, equation=equation, search=_return_start)
         return equation.state(v)
 
     return known
 
 
-def _as_it_is(equation: Equation, constants, inputs, start: Array) -> Array:
+def _return_start(equation: Equation, constants, inputs, start: Array) -> Array:
     del equation, constants, inputs
     return start
 
 
 @jax.custom_jvp
 def _inverse(blocks: Float[Array, "n size size"]) -> Float[Array, "n size size"]:
-    """The inverses of blocks; not finite where one is singular.
+    """Return the inverses of blocks; not finite where a block is singular.
 
-    With inverses, a Jacobian's columns are one matrix product. Several blocks are
-    small, most often, and eliminated side by side.
+    With inverses, the columns of a Jacobian are one matrix product. Several blocks are
+    usually small, and are eliminated side by side.
     """
     if len(blocks) > 1:
-        return _eliminate(blocks)
+        return _gauss_jordan(blocks)
     factors, _, order = lax.linalg.lu(blocks[0])
     permuted = order[:, None] == lax.broadcasted_iota(order.dtype, factors.shape, 1)
     half = lax.linalg.triangular_solve(
@@ -154,8 +154,8 @@ def _(primals, tangents):
     return inverse, -moved
 
 
-def _eliminate(blocks: Array) -> Array:
-    """Gauss-Jordan elimination with partial pivoting, all blocks side by side."""
+def _gauss_jordan(blocks: Array) -> Array:
+    """Eliminate by Gauss-Jordan with partial pivoting, all blocks side by side."""
     size = blocks.shape[1]
     row = lax.broadcasted_iota(jnp.int32, blocks.shape[:2], 1)
 

@@ -1,8 +1,8 @@
-"""Implicit recurrences `F(h_t, h_{t-1}, x_t) = 0`, as cells like any other.
+"""Implicit recurrences `F(h_t, h_{t-1}, x_t) = 0`, as cells.
 
-A step is solved by Newton's method; its derivative follows from the implicit function
-theorem at the solution, and never passes through the iterations. The same blocks that
-the solvers find in a cell's Jacobian are found in `∂F/∂h_t` and inverted one by one.
+A step is solved by Newton's method. Its derivative follows from the implicit function
+theorem at the solution, and never passes through the iterations. The blocks of
+`∂F/∂h_t` are found like those of a cell's Jacobian, and inverted one by one.
 """
 
 import functools as ft
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._checks import is_count
 from ._equation import Equation, solution
 from .scan import check_bits
-from .solver._certificate import along_entries, largest
+from .solver._certificate import along_entries, max_abs
 from .solver._inputs import AbstractImplicitCell
 from .solver._problem import Recurrence
 
@@ -30,69 +30,69 @@ class Implicit(AbstractImplicitCell):
 
     Backward Euler, differential-algebraic equations of index 1 and implicit layers are
     recurrences of this form. `Implicit(F)` is a cell `f(h, x) -> h_new`, for
-    [`pararnn.solve`][] with any solver, [`pararnn.RNN`][], or a loop of one's own:
+    [`pararnn.solve`][] with any solver, for [`pararnn.RNN`][], or for your own loop:
 
         def F(h_new, h, x):  # backward Euler of dh/dt = g(h, x)
             return h_new - h - dt * g(h_new, x)
 
         sol = pararnn.solve(pararnn.Implicit(F), xs, h0)
 
-    From $z_0 = h_{t-1}$, or from `guess`, Newton's method iterates
+    Starting from $z_0 = h_{t-1}$, or from `guess`, Newton's method iterates
 
     $$z_{k+1} = z_k - (\partial_z F)^{-1} F(z_k, h_{t-1}, x_t)$$
 
-    down to rounding. There is no damping: of several solutions the one that this
-    reaches is returned, and a step too long for it fails. Tangents, to any order and
-    in both modes, are those of the implicit function theorem at the solution,
+    down to rounding. There is no damping: if there are several solutions, the one that
+    this reaches is returned, and a step that is too long fails. Tangents, to any order
+    and in both modes, are those of the implicit function theorem at the solution,
 
     $$dh_t = -(\partial_z F)^{-1}
         (\partial_h F\, dh_{t-1} + \partial_x F\, dx_t + \partial_\theta F\, d\theta),$$
 
-    with $\theta$ everything that `F` closes over. The blocks of $\partial_z F$ are
-    found as by [`pararnn.jacobian_structure`][]: a diagonal one costs a division, a
-    block-diagonal one an inverse for each block, any other the inverse of a
-    `width x width` matrix. The cell's own Jacobian keeps that structure, as far as
+    where $\theta$ is everything that `F` closes over. The blocks of $\partial_z F$ are
+    found as by [`pararnn.jacobian_structure`][]. If it is diagonal, it costs a
+    division; if block-diagonal, an inverse for each block; otherwise, the inverse of a
+    `width x width` matrix. The cell's own Jacobian keeps this structure as far as
     $\partial_h F$ shares it.
 
-    Where every step is a segment of Newton's method and there is no limit on its
-    steps, as with `solver=pararnn.Newton()` alone, [`pararnn.solve`][] takes the
-    equations of all steps for one system and iterates on all states jointly,
+    If every step is a segment of Newton's method, and there is no limit on its steps,
+    as with `solver=pararnn.Newton()` alone, [`pararnn.solve`][] takes the equations of
+    all steps as one system and iterates on all states jointly:
 
     $$\partial_z F\, \delta_t + \partial_h F\, \delta_{t-1}
         = -F(h_t, h_{t-1}, x_t),$$
 
-    which costs one evaluation of F a step and not a whole inner iteration. The result
-    is checked against the cell itself, and where 16 such steps lead elsewhere the solve
-    starts again with whole ones. `stats["num_steps"]` and the residual history count
-    both, the latter with $(\partial_z F)^{-1} F$ for the joint ones. (Only if the cell
-    is given as it is: a function that calls it is a cell like others.)
+    A step then costs one evaluation of F instead of a whole inner iteration. The result
+    is checked against the cell itself. If 16 such steps do not lead to the solution,
+    the solve starts again with whole steps. `stats["num_steps"]` and the residual
+    history count both; for joint steps the history holds $(\partial_z F)^{-1} F$. (This
+    only happens if `Implicit(F)` itself is passed, not a function that calls it.)
 
     **A step that fails** has NaN in its whole state, so that [`pararnn.solve`][] ends
-    with `RESULTS.nonfinite_states`; its derivative is NaN too. It fails if there is no
-    solution, if Newton's method started too far from it, or if $\partial_z F$ is
+    with `RESULTS.nonfinite_states`. Its derivative is NaN too. A step fails if there is
+    no solution, if Newton's method starts too far from it, or if $\partial_z F$ is
     singular on the way or at the solution. A double root is such a solution: small
-    changes of the equation move it by their square root or remove it, so that it has
-    no derivative. [`pararnn.Implicit.stats`][] of the step before
+    changes of the equation move it by their square root or remove it, so it has no
+    derivative. [`pararnn.Implicit.stats`][] at the state before
     `stats["first_nonfinite"]` tells more.
 
     **Arguments:**
 
     - `F`: `F(h_new, h, x) -> residual`; any function or module, differentiable in
         forward mode. `h_new` and `h` are states, real or complex, and the residual has
-        their structure, shapes and dtypes. Which entry holds which equation is free,
-        but for a diagonal or block-diagonal structure entry i is to hold the equation
-        for entry i. Give matrix products on a GPU `precision="highest"`: rounded to
-        TF32, the default there, some steps do not come below the tolerance.
-    - `guess`: `guess(h, x)`, a state to start from; the previous one if not given.
-        Only speed, and which of several solutions is found, depend on it; no
-        derivative does.
-    - `rtol`, `atol`: a step has been solved when two corrections in succession are at
-        most `atol + rtol * |h_new|` in every entry of the state. Convergence being
-        quadratic, the second brings the error down to rounding; where it is not, one
-        more step tells a singular solution from a regular one. `rtol` defaults to the
-        square root of the rounding of the entry's dtype, and `atol` to 0. What is below
-        the rounding of an entry of `h_new` or `h` always suffices; so do corrections
-        that have stopped to shrink since the equation itself rounds by as much.
+        their structure, shapes and dtypes. The equations may be in any order; but for a
+        diagonal or block-diagonal structure, entry i has to hold the equation for entry
+        i. On a GPU, give matrix products `precision="highest"`: rounded to TF32, the
+        default there, some steps do not get below the tolerance.
+    - `guess`: `guess(h, x)`, a state to start from. Defaults to the previous state. It
+        affects only the speed, and which of several solutions is found; no derivative
+        depends on it.
+    - `rtol`, `atol`: a step is solved when two successive corrections are at most
+        `atol + rtol * |h_new|` in every entry of the state. If convergence is
+        quadratic, the second brings the error down to rounding. If it is not, one more
+        step tells a singular solution from a regular one. `rtol` defaults to the square
+        root of the rounding of the entry's dtype, and `atol` to 0. Corrections below
+        the rounding of an entry of `h_new` or `h` always suffice; so do corrections
+        that no longer shrink because the equation itself rounds by as much.
     - `max_steps`: limit on Newton's steps.
 
     **Raises:** `TypeError` if `F` or `guess` cannot be called; `ValueError` for
@@ -123,13 +123,13 @@ class Implicit(AbstractImplicitCell):
     ):
         _check_functions(F, guess)
         self.F, self.guess = F, guess
-        # Numbers of NumPy would count as arrays, with a dtype of their own.
+        # NumPy's numbers would count as arrays, with a dtype.
         self.rtol = _as_tolerance("rtol", rtol)
         self.atol = _as_tolerance("atol", atol)
         self.max_steps = _as_limit(max_steps)
 
     def __call__(self, h: PyTree[Array], x: PyTree) -> PyTree[Array]:
-        r"""The state $h_t$ that solves $F(h_t, h, x) = 0$.
+        r"""Return the state $h_t$ that solves $F(h_t, h, x) = 0$.
 
         **Arguments:** `h`, the previous state, a pytree of floating-point or complex
         arrays; `x`, the input of this step, any pytree of arrays.
@@ -139,15 +139,16 @@ class Implicit(AbstractImplicitCell):
         **Raises:** `ValueError` or `TypeError` while tracing, if `F` or `guess` does
         not fit the state.
         """
-        equation, arguments, search = _pose(self, h, x)
+        equation, arguments, search = _make_equation(self, h, x)
         return equation.state(solution(*arguments, equation=equation, search=search))
 
     def refine(self, z: PyTree[Array], h: PyTree[Array], x: PyTree) -> PyTree[Array]:
-        r"""One step of Newton's method, from z towards the solution.
+        r"""Take one step of Newton's method, from z towards the solution.
 
-        Its derivative is $-(\partial_z F)^{-1}\, \partial_h F$ with respect to h, and
-        none with respect to z: at the solution that of a call. [`pararnn.solve`][]
-        solves for all states at once with it, where each step is a segment.
+        Its derivative with respect to h is $-(\partial_z F)^{-1}\, \partial_h F$, which
+        at the solution is that of a call; there is none with respect to z.
+        [`pararnn.solve`][] solves for all states at once with it, if each step is a
+        segment.
 
         **Arguments:** `z`, a state like `h`; the others as for a call.
 
@@ -155,7 +156,7 @@ class Implicit(AbstractImplicitCell):
 
         **Raises:** as a call.
         """
-        equation, (constants, inputs, _), _ = _pose(self, h, x)
+        equation, (constants, inputs, _), _ = _make_equation(self, h, x)
         v = lax.stop_gradient(equation.recurrence.ravel(_leaves(z)))
         held = lax.stop_gradient((constants, inputs))
         _, inverse = equation.residual_and_inverse(held[0], v, held[1])
@@ -163,17 +164,18 @@ class Implicit(AbstractImplicitCell):
         return equation.state(v - equation.apply(inverse, value))
 
     def stats(self, h: PyTree[Array], x: PyTree) -> dict[str, Any]:
-        """How the solve of one step ends, for finding out why one fails.
+        """Report how the solve of one step ends, to find out why it fails.
 
         **Arguments:** as for a call.
 
         **Returns:** a dict without derivatives: `"converged"` (bool); `"num_steps"`
-        (int32), Newton steps taken; `"correction"` (real), the max-norm of the last
-        one; `"last"`, the last iterate, a state like `h`, whether converged or not.
+        (int32), the number of Newton steps; `"correction"` (real), the max-norm of the
+        last correction; `"last"`, the last iterate, a state like `h`, whether converged
+        or not.
 
         **Raises:** as a call.
         """
-        equation, arguments, search = _pose(self, h, x)
+        equation, arguments, search = _make_equation(self, h, x)
         end = search.run(equation, *lax.stop_gradient(arguments))
         return {
             "converged": end.converged,
@@ -184,14 +186,14 @@ class Implicit(AbstractImplicitCell):
 
 
 class _Iterate(NamedTuple):
-    """Where Newton's method stands, and how it got there."""
+    """The state of Newton's method."""
 
     v: Float[Array, " width"]
     correction: Float[Array, ""]  # the last one, in the max-norm
-    own: Float[Array, ""]  # the same, each entry relative to itself
-    near: Bool[Array, ""]  # it was small beside every entry
+    relative: Float[Array, ""]  # the same, each entry relative to its size
+    near: Bool[Array, ""]  # it was small relative to every entry
     close: Bool[Array, ""]  # it was within the tolerance
-    crawled: Bool[Array, ""]  # a small one was followed by another of its size
+    crawled: Bool[Array, ""]  # a small one was followed by one of about its size
     probing: Bool[Array, ""]  # the next step starts beside v, to see if it leads back
     num_steps: Int[Array, ""]
     converged: Bool[Array, ""]
@@ -199,13 +201,13 @@ class _Iterate(NamedTuple):
 
 
 class _Newton(NamedTuple):
-    r"""Newton's method, until it has come to rest at a regular solution or cannot.
+    r"""Newton's method, until it has converged to a regular solution or failed.
 
-    Near a solution of multiplicity m, where the Jacobian is singular, corrections
-    shrink by the factor 1 - 1/m only, down to where rounding decides: there one of them
-    may be small by chance. So if corrections have crawled, or are noise, a last step is
-    taken from 8 tolerances beside the solution. From there it leads back to a regular
-    one, and at most half of the way, or anywhere, to a singular one.
+    At a solution of multiplicity m the Jacobian is singular. Corrections shrink only by
+    the factor 1 - 1/m, down to rounding, where one of them may be small by chance. So
+    if corrections have crawled, or are noise, a last step is taken from 8 tolerances
+    beside the solution. It leads back to a regular solution. To a singular one it leads back at
+    most half of the way, or it leads anywhere.
     """
 
     rtol: float | None
@@ -213,28 +215,28 @@ class _Newton(NamedTuple):
     max_steps: int
 
     def __call__(self, equation: Equation, constants, inputs, start: Array) -> Array:
-        """The solution, or NaN everywhere."""
+        """Return the solution, or NaN everywhere."""
         end = self.run(equation, constants, inputs, start)
         return jnp.where(end.converged, end.v, jnp.nan)
 
     def run(self, equation: Equation, constants, inputs, start: Array) -> _Iterate:
         recurrence = equation.recurrence
-        # What the equation subtracts from one another is as large as the previous
-        # state, also where the next one is zero.
+        # The terms of the equation are as large as the previous state, even if the next
+        # state is zero.
         before = recurrence.ravel(inputs[: recurrence.state_tree.num_leaves])
         eps = recurrence.entry_eps
 
         def step(at: _Iterate) -> _Iterate:
-            reach = jnp.where(at.probing, self._reach(at.v, before, eps), 0)
+            reach = jnp.where(at.probing, self._probe_distance(at.v, before, eps), 0)
             beside = at.v + reach
             value, inverse = equation.residual_and_inverse(constants, beside, inputs)
             change = equation.apply(inverse, value)
             probed = at._replace(
                 num_steps=at.num_steps + 1,
-                converged=largest(change - reach) <= 0.25 * largest(reach),
+                converged=max_abs(change - reach) <= 0.25 * max_abs(reach),
                 ended=jnp.asarray(True),
             )
-            moved = self._move(at, change, before, eps)
+            moved = self._update(at, change, before, eps)
             return jtu.tree_map(ft.partial(jnp.where, at.probing), probed, moved)
 
         def unfinished(at: _Iterate):
@@ -245,43 +247,43 @@ class _Newton(NamedTuple):
         at = _Iterate(start, first, first, no, no, no, no, none, no, no)
         return lax.while_loop(unfinished, step, at)
 
-    def _reach(self, v: Array, before: Array, eps: np.ndarray) -> Array:
-        """How far from v to probe, entry by entry."""
+    def _probe_distance(self, v: Array, before: Array, eps: np.ndarray) -> Array:
+        """Return how far from v to probe, entry by entry."""
         rtol = along_entries(np.maximum(self.rtol or 0, eps**0.5), v)
         rounding = along_entries(64 * eps, v) * jnp.abs(before)
         return 8 * (self.atol + rtol * jnp.abs(v) + rounding)
 
-    def _move(
+    def _update(
         self, at: _Iterate, change: Array, before: Array, eps: np.ndarray
     ) -> _Iterate:
-        """One step, and what it says about all of them."""
+        """Take one step, and update what is known of the convergence."""
         v = at.v - change
         change, sizes = jnp.abs(change), jnp.maximum(jnp.abs(v), jnp.abs(before))
-        correction, finite = largest(change), jnp.all(jnp.isfinite(v))
-        # Each entry against its own size, or a small one would come out wrong beside a
-        # large one; but one that is small since larger ones cancel is known no better
-        # than these, which shows in corrections that shrink no more.
-        own = largest(jnp.where(change == 0, 0, change / sizes))
+        correction, finite = max_abs(change), jnp.all(jnp.isfinite(v))
+        # Each entry is measured against its own size, or a small one beside a large one
+        # would be wrong. But an entry that is small because larger numbers cancel is
+        # only as exact as these. Then its corrections stop shrinking.
+        relative = max_abs(jnp.where(change == 0, 0, change / sizes))
         roundings = along_entries(64 * eps, v) * sizes
-        rounding = largest(roundings)
+        rounding = max_abs(roundings)
         exact = finite & jnp.all(change <= roundings)
         rtol = eps**0.5 if self.rtol is None else np.full_like(eps, self.rtol)
         tolerance = self.atol + along_entries(rtol, v) * jnp.abs(v)
         close = finite & jnp.all(change <= jnp.maximum(tolerance, roundings))
-        stalled = finite & (correction <= rounding) & (own >= 0.25 * at.own)
+        stalled = finite & (correction <= rounding) & (relative >= 0.25 * at.relative)
         slow = (correction > 0.25 * at.correction) & (correction > rounding)
         crawled = at.crawled | (at.near & slow)
-        # Where the equation is badly conditioned, corrections never come below the
-        # rounding: they end as noise, which shrinks in no respect.
-        noise = correction <= float(eps.max(initial=0)) ** 0.5 * largest(sizes)
-        noise = finite & noise & slow & (own >= 0.25 * at.own)
+        # If the equation is badly conditioned, corrections never come below the
+        # rounding. They end as noise, which no longer shrinks by any measure.
+        noise = correction <= float(eps.max(initial=0)) ** 0.5 * max_abs(sizes)
+        noise = finite & noise & slow & (relative >= 0.25 * at.relative)
         at_rest = exact | (close & at.close) | stalled
         doubtful = crawled | (noise & ~at_rest)
         at_rest = at_rest | noise
         return _Iterate(
             v=v,
             correction=correction,
-            own=own,
+            relative=relative,
             near=jnp.all(change <= self.atol + along_entries(eps**0.25, v) * sizes),
             close=close,
             crawled=crawled,
@@ -292,13 +294,16 @@ class _Newton(NamedTuple):
         )
 
 
-# What users pass, checked.
+# Checks of what users pass.
 
 
-def _pose(options: Implicit, h: PyTree, x: PyTree):
-    """The equation of one step, its constants, inputs and start, and the search."""
+def _make_equation(options: Implicit, h: PyTree, x: PyTree):
+    """Return the equation of one step, its arguments, and the search.
+
+    The arguments are the equation's constants, its inputs and the start.
+    """
     _check_state(h)
-    # The recurrence drops a time axis, which one step has not.
+    # The recurrence drops a time axis, so one step needs one.
     inputs = jtu.tree_map(lambda leaf: jnp.asarray(leaf)[None], (h, x))
     try:
         recurrence = Recurrence(lambda z, hx: options.F(z, *hx), inputs, h)
@@ -357,8 +362,8 @@ def _as_limit(value: Any) -> int:
     if not is_count(value, 1):
         raise ValueError(
             f"Implicit: `max_steps` is {value!r:.80}; expected a whole number >= 1. "
-            "Newton's method seldom needs more than ten; more do not help one that "
-            "starts too far from the solution, a `guess` or a shorter step does."
+            "Newton's method seldom needs more than ten. If it starts too far from the "
+            "solution, more steps do not help, but a `guess` or a shorter step does."
         )
     return int(value)
 
@@ -380,8 +385,8 @@ def _check_residual(recurrence: Recurrence) -> None:
         raise TypeError(
             "Implicit: `F` contains a function with a `jax.custom_vjp` rule, which has "
             "no forward-mode derivative; Newton's method and the derivative of the "
-            "solution need one. Define the rule by `jax.custom_jvp` instead: reverse "
-            "mode follows from it."
+            "solution need one. Define the rule by `jax.custom_jvp` instead: it gives "
+            "reverse mode too."
         )
     state = jtu.tree_unflatten(recurrence.state_tree, recurrence.state_leaves)
     if not _same(recurrence.output, state):
@@ -389,9 +394,9 @@ def _check_residual(recurrence: Recurrence) -> None:
             f"Implicit: `F(h_new, h, x)` returns {_describe(recurrence.output)}, but "
             f"the state is {_describe(state)}; there must be one equation for each "
             "number of the state, in the same structure, shapes and dtypes. Likely "
-            "causes: (a) an equation is missing, or put together with another: return "
-            "the residuals as the state is built; (b) the input broadcasts against the "
-            "state, for instance since it carries a batch axis; (c) state and "
+            "causes: (a) an equation is missing, or joined with another: return the "
+            "residuals in the structure of the state; (b) the input broadcasts against "
+            "the state, for instance because it has a batch axis; (c) state and "
             "parameters differ in dtype: create `h0` in the dtype that `F` returns."
         )
 
@@ -401,8 +406,8 @@ def _check_guess(guess: PyTree, h: PyTree) -> None:
         raise ValueError(
             f"Implicit: `guess(h, x)` returns {_describe(guess)}, but the state is "
             f"{_describe(h)}; Newton's method starts from a state. Likely cause: the "
-            "guess is of a part of the state only, or in another dtype: return all of "
-            "it, the rest taken from `h`."
+            "guess is only a part of the state, or has another dtype: return all of "
+            "it, with the rest taken from `h`."
         )
 
 
@@ -414,7 +419,7 @@ def _same(got: PyTree, state: PyTree) -> bool:
 
 
 def _shape_dtype(leaf):
-    """Of an array, a number, or an abstract one."""
+    """Return shape and dtype of an array, a number, or an abstract array."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.shape, leaf.dtype
     return jnp.shape(leaf), jnp.result_type(leaf)

@@ -1,4 +1,4 @@
-"""Linear recurrences as operators of `lineax`, and the scan as one of its solvers."""
+"""Linear recurrences as `lineax` operators, and the scan as a `lineax` solver."""
 
 import math
 from typing import Any
@@ -30,13 +30,13 @@ class BlockBidiagonalLinearOperator(lx.AbstractLinearOperator):
 
     $$y_t = D_t x_t - A_{t+1} x_{t+1}, \qquad t = 1 \dots T, \quad x_{T+1} = 0.$$
 
-    In both, $A_t$ couples the steps t - 1 and t, and $A_1$ takes no part: so the
-    transpose of one is the other, with the same indices, each matrix transposed.
-    ([`pararnn.linear_scan`][] with `reverse=True` instead counts the matrix between the
-    steps t and t + 1 as $A_t$.) Vectors are single arrays `[T, *state]`.
+    In both, $A_t$ couples the steps t - 1 and t, and $A_1$ is not used. So the
+    transpose of one is the other, with the same indices and each matrix transposed.
+    ([`pararnn.linear_scan`][] with `reverse=True` instead calls the matrix between the
+    steps t and t + 1 $A_t$.) Vectors are single arrays `[T, *state]`.
 
-    Solve with it by [`pararnn.ParallelScan`][], or combine it with other operators by
-    `+`, `-`, `@`, `.T` and products with scalars, as any operator of `lineax`.
+    Solve the system with [`pararnn.ParallelScan`][], or combine the operator with
+    others by `+`, `-`, `@`, `.T` and products with scalars, like any `lineax` operator.
 
     **Arguments:**
 
@@ -46,9 +46,10 @@ class BlockBidiagonalLinearOperator(lx.AbstractLinearOperator):
     - `state`: the state of one step, `[*state]`, an array or a `jax.ShapeDtypeStruct`.
         Vectors have the dtype that holds this one and those of both transitions.
     - `diagonal`: $D_t$, of the same class as `transition`, leaves `[T, ...]` or
-        `[1, ...]`; the identity if not given.
-    - `steps`: T; needed if everything given is constant in time, otherwise read off.
-    - `upper`: whether the blocks beside the diagonal stand above it.
+        `[1, ...]`. Defaults to the identity.
+    - `steps`: T. Needed if everything given is constant in time; defaults to the length
+        of what is not.
+    - `upper`: whether the off-diagonal blocks are above the diagonal.
 
     **Raises:** `ValueError` or `TypeError` on classes, shapes and dtypes that do not
     fit.
@@ -82,7 +83,7 @@ class BlockBidiagonalLinearOperator(lx.AbstractLinearOperator):
         self.upper = upper
 
     def mv(self, vector: Inexact[Array, "T *state"]) -> Inexact[Array, "T *state"]:
-        """The equation above, for `vector` as x.
+        """Apply the equation above to `vector` as x.
 
         **Raises:** `ValueError` if `vector` has another shape.
         """
@@ -104,7 +105,7 @@ class BlockBidiagonalLinearOperator(lx.AbstractLinearOperator):
         return own - jnp.concatenate([outside, beside.mv(vector[:-1])])
 
     def as_matrix(self) -> Inexact[Array, "n n"]:
-        """The matrix for flattened vectors: slow, for tests and for small systems."""
+        """Return the matrix for flat vectors; slow, for tests and small systems."""
         steps, size = self.steps, math.prod(self.state_shape)
         if steps == 0:
             return jnp.zeros((0, 0), self.dtype)
@@ -125,7 +126,7 @@ class BlockBidiagonalLinearOperator(lx.AbstractLinearOperator):
         return full.reshape(steps * size, steps * size)
 
     def transpose(self) -> "BlockBidiagonalLinearOperator":
-        """The transpose, without conjugation: the system of the other direction."""
+        """Return the transpose, not conjugated: the system of the other direction."""
         return BlockBidiagonalLinearOperator(
             self.transition.transpose(),
             jax.ShapeDtypeStruct(self.state_shape, self.dtype),
@@ -135,33 +136,34 @@ class BlockBidiagonalLinearOperator(lx.AbstractLinearOperator):
         )
 
     def in_structure(self) -> jax.ShapeDtypeStruct:
-        """`[T, *state]`, as all vectors of this operator."""
+        """Return the structure of all vectors of this operator, `[T, *state]`."""
         return jax.ShapeDtypeStruct((self.steps, *self.state_shape), self.dtype)
 
     def out_structure(self) -> jax.ShapeDtypeStruct:
-        """`[T, *state]`, as all vectors of this operator."""
+        """Return the structure of all vectors of this operator, `[T, *state]`."""
         return self.in_structure()
 
 
 class ParallelScan(lx.AbstractLinearSolver):
     r"""Solves a [`pararnn.BlockBidiagonalLinearOperator`][] as a linear recurrence.
 
-    $$x_t = D_t^{-1} A_t \, x_{t-1} + D_t^{-1} y_t$$
+    [`pararnn.linear_scan`][] solves
 
-    by [`pararnn.linear_scan`][], and an upper system as the transpose of a lower one,
-    with $z_t = D_t x_t$:
+    $$x_t = D_t^{-1} A_t \, x_{t-1} + D_t^{-1} y_t,$$
+
+    and an upper system as the transpose of a lower one, with $z_t = D_t x_t$:
 
     $$z_t = A_{t+1} D_{t+1}^{-1} \, z_{t+1} + y_t, \qquad x_t = D_t^{-1} z_t.$$
 
-    Use it as `lineax.linear_solve(operator, vector, ParallelScan())`. Elementwise $D_t$
-    are divided by; others are factored, $LU = P D_t$, once for each operator. 16-bit
-    systems are solved in float32 and rounded at the end.
+    Use it as `lineax.linear_solve(operator, vector, ParallelScan())`. The terms are
+    divided by elementwise $D_t$; others are factored, $LU = P D_t$, once for each
+    operator. 16-bit systems are solved in float32 and rounded at the end.
 
     The result is `lineax.RESULTS.singular` if some $D_t$ is singular to working
     precision: if an elementwise one holds a zero, or if the spectral radius of
     $|(LU)^{-1}| |L| |U|$ may reach $1 / n \epsilon$, for blocks of size n. Every
-    singular matrix is among these (Higham, Accuracy and Stability of Numerical
-    Algorithms, theorem 9.3); rows or columns of different scales alone put none there.
+    singular matrix is reported (Higham, Accuracy and Stability of Numerical Algorithms,
+    theorem 9.3). Rows or columns of different scales alone do not cause a report.
 
     **Arguments:**
 
@@ -190,14 +192,14 @@ class ParallelScan(lx.AbstractLinearSolver):
             raise TypeError(
                 f"ParallelScan: the operator is a {type(operator).__name__}, expected "
                 "a pararnn.BlockBidiagonalLinearOperator. Likely causes: (a) operators "
-                "were added, scaled, composed or tagged, after which the system is no "
+                "were added, scaled, composed or tagged, so that the system is not a "
                 "plain recurrence: solve the parts one after the other, or pass the "
                 "inverse of one part, `lineax.invert(part, ParallelScan())`, as the "
                 "preconditioner of an iterative solver such as `lineax.GMRES`; (b) "
                 "another kind of operator, for which `lineax.AutoLinearSolver` picks "
                 "a solver."
             )
-        return _recurrence(operator)
+        return _as_recurrence(operator)
 
     def compute(
         self,
@@ -218,25 +220,25 @@ class ParallelScan(lx.AbstractLinearSolver):
     def transpose(
         self, state: "_Recurrence", options: dict[str, Any]
     ) -> tuple["_Recurrence", dict[str, Any]]:
-        """The state of the transposed operator, from the same factors."""
+        """Return the state of the transposed operator, from the same factors."""
         return state.transpose(), options
 
     def conj(
         self, state: "_Recurrence", options: dict[str, Any]
     ) -> tuple["_Recurrence", dict[str, Any]]:
-        """The state of the conjugated operator."""
+        """Return the state of the conjugated operator."""
         return _conjugate(state), options
 
     def assume_full_rank(self) -> bool:
-        """Yes: a singular system is reported, not solved by least squares."""
+        """Return true: a singular system is reported, not solved by least squares."""
         return True
 
 
 class _Recurrence(eqx.Module):
-    """A lower system in the engine's layout; with `upper`, its transpose is meant.
+    """A lower system in the engine's layout, or with `upper` its transpose.
 
-    `transition` is `D_t^{-1} A_t`, `divisor` the `D_t`: `[T or 1, rows, 1]`, or the LU
-    factors and pivots of `[T or 1, blocks, size, size]`.
+    `transition` is `D_t^{-1} A_t`. `divisor` is `D_t`, `[T or 1, rows, 1]`, or its LU
+    factors and pivots, for blocks `[T or 1, blocks, size, size]`.
     """
 
     transition: Diagonal | BlockDiagonal
@@ -255,8 +257,8 @@ class _Recurrence(eqx.Module):
         return self.divide(terms) if self.upper else terms
 
     def scan(self, terms: Array, backend: Backend) -> Array:
-        # The first step solved is where the scan starts from: its neighbor outside does
-        # not exist, and the transition from there is not looked at, NaN or not.
+        # The scan starts from the first step solved, which has no neighbour before it.
+        # The transition into it is not used, even if it is NaN.
         beside = _without_first(self.transition, terms.shape[0])
         if self.upper:
             first, beside = terms[-1], beside.transpose()
@@ -286,7 +288,7 @@ class _Recurrence(eqx.Module):
         )
 
 
-def _recurrence(operator: BlockBidiagonalLinearOperator) -> _Recurrence:
+def _as_recurrence(operator: BlockBidiagonalLinearOperator) -> _Recurrence:
     lower = operator.transpose() if operator.upper else operator
     kind, state_shape = operator.transition.layout(operator.state_shape)
     if operator.steps == 0:
@@ -294,7 +296,7 @@ def _recurrence(operator: BlockBidiagonalLinearOperator) -> _Recurrence:
         return _Recurrence(
             nothing, None, None, state_shape, operator.dtype, operator.upper
         )
-    # As `linear_scan`: 16 bits are too few to accumulate in.
+    # Like in `linear_scan`, 16 bits are too few to accumulate in.
     factors = _widen(lower.transition.factors())
     divisor = regular = None
     if lower.diagonal is not None:
@@ -311,7 +313,7 @@ def _recurrence(operator: BlockBidiagonalLinearOperator) -> _Recurrence:
     if kind == "elementwise":
         transition, stored = Diagonal(factors[..., 0]), state_shape
     else:
-        # The transition acts on the blocks one below the other.
+        # The transition acts on the blocks stacked into one column.
         blocks, size, columns = state_shape
         transition, stored = BlockDiagonal(factors), (blocks * size, columns)
     return _Recurrence(
@@ -331,17 +333,17 @@ def _solve_blocks(
 
 
 def _is_regular(factored: tuple[Array, Array]) -> Bool[Array, ""]:
-    """Whether no perturbation within the rounding of an LU makes a block singular.
+    """Return whether no perturbation within the rounding makes a block singular.
 
     The factors are those of D + E (rows in the order of the pivots) with
     |E| <= g |L| |U|, where g is about n times the unit roundoff (Higham, theorem 9.3).
     If D is singular, then so is I - (LU)^{-1} E, and M = |(LU)^{-1}| |L| |U| has a
-    spectral radius of at least 1 / g. It has at most max_i (M x)_i / x_i, whatever the
-    positive x (Collatz and Wielandt): here one that undoes the scales of the columns,
-    after a step of the power iteration, which lowers the bound by a factor of two to
-    five. `size * eps` is twice g, for the rounding of M and for complex arithmetic.
-    Of normally distributed blocks it refuses, in float32, 1 % of size 32 and 4 %
-    of size 64, the worst conditioned; in float64 none.
+    spectral radius of at least 1 / g. The radius is at most max_i (M x)_i / x_i, for
+    any positive x (Collatz and Wielandt). This x undoes the scales of the columns, and
+    is improved by one step of the power iteration, which lowers the bound by a factor
+    of two to five. `size * eps` is twice g, to allow for the rounding of M and for
+    complex arithmetic. In float32 this refuses the worst conditioned 1% of normally
+    distributed blocks of size 32, and 4% of size 64; in float64 none.
     """
     lu, pivots = factored
     size = lu.shape[-1]
@@ -372,14 +374,14 @@ def _conjugate(tree):
 
 
 def _without_first(transition, steps: int):
-    """The transitions of the steps 2 to T; one that is constant in time stays so."""
+    """Return the transitions of the steps 2 to T; a constant one is unchanged."""
     if transition.values.shape[0] == 1:
         return transition
     return eqx.tree_at(lambda part: part.values, transition, transition.values[1:])
 
 
 #
-# What lineax asks of an operator by functions instead of methods.
+# What lineax asks of an operator through functions instead of methods.
 #
 
 
@@ -416,7 +418,7 @@ def _diagonal(operator):
 
 @lx.tridiagonal.register(BlockBidiagonalLinearOperator)
 def _tridiagonal(operator) -> tuple[Array, Array, Array]:
-    """The main, the lower and the upper diagonal."""
+    """Return the main, the lower and the upper diagonal."""
     if operator.state_shape != ():
         matrix = operator.as_matrix()
         main, lower, upper = (jnp.diagonal(matrix, offset) for offset in (0, -1, 1))
@@ -454,8 +456,8 @@ def _is_upper_triangular(operator):
 
 @lx.is_tridiagonal.register(BlockBidiagonalLinearOperator)
 def _is_tridiagonal(operator):
-    # States of shape [1] would do as well, but lineax, told so, puts a tridiagonal
-    # operator in place of this one that takes vectors `[T]` only.
+    # States of shape [1] would be tridiagonal too, but lineax would then replace this
+    # operator by a tridiagonal one, which only takes vectors `[T]`.
     return operator.state_shape == () or lx.is_diagonal(operator)
 
 
@@ -502,7 +504,7 @@ def _check_classes(transition, state, diagonal) -> None:
     if diagonal.values.shape[1:] != transition.values.shape[1:]:
         raise ValueError(
             f"{name}: `diagonal` has shape {diagonal.values.shape} and `transition` "
-            f"has shape {transition.values.shape}; behind time, their leading axis, "
+            f"has shape {transition.values.shape}; after time, their leading axis, "
             "they must agree. Likely cause: the time axis is missing from one of them "
             "(a constant one has a leading axis of length 1)."
         )
@@ -522,7 +524,7 @@ def _count_steps(lengths: list[int], steps: int | None) -> int:
     if steps is not None and not (isinstance(steps, int) and steps >= 0):
         raise ValueError(
             f"BlockBidiagonalLinearOperator: `steps` is {steps!r}; expected a whole "
-            "number >= 0, or None to read it off the transition and the diagonal."
+            "number >= 0, or None for the length of the transition and the diagonal."
         )
     if steps is None:
         varying = [length for length in lengths if length != 1]

@@ -1,4 +1,4 @@
-"""A method as a root finder of Optimistix."""
+"""Methods as root finders of Optimistix."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, PyTree
 
 from ._adapters import as_step
 from .solver import AbstractMethod, states_before
-from .solver._certificate import largest
+from .solver._certificate import max_abs
 from .solver._inputs import check_like, check_resets, count_steps, make_recurrence
 from .solver._iteration import Carry, Iteration
 from .solver._problem import BoundProblem
 from .solver._segments import Segments
-from .solver._stepwise import refuse_special
+from .solver._stepwise import refuse_unbatchable
 from .solver._structure import find_structure
 
 
@@ -32,13 +32,13 @@ class Problem(eqx.Module):
     ```
 
     [`pararnn.solve`][] does the same with less work (it builds the trajectory once, not
-    at every step), a derivative of its own, and batches. This is for those who want
-    Optimistix' loop, adjoints or statistics. Optimistix' implicit adjoint solves with
-    the whole Jacobian of the trajectory as one dense matrix, `[T * width, T * width]`.
+    at every step), and adds its own derivative and batching. Use this if you want
+    Optimistix's loop, adjoints or statistics. Its implicit adjoint solves with the
+    whole Jacobian of the trajectory as one dense matrix, `[T * width, T * width]`.
 
-    **Arguments:** as for [`pararnn.solve`][]. What is to be differentiated must be a
-    leaf of this pytree: a cell with parameters is a module, not a function that closes
-    over them.
+    **Arguments:** as for [`pararnn.solve`][]. To be differentiated, an array has to be
+    a leaf of this pytree. So a cell with parameters has to be a module, not a function
+    that closes over them.
     """
 
     f: Callable
@@ -49,7 +49,7 @@ class Problem(eqx.Module):
 
 
 def residual(states: PyTree, problem: Problem) -> PyTree:
-    r"""$f(h_{t-1}, x_t) - h_t$ for all t: what a solution makes zero.
+    r"""Return $f(h_{t-1}, x_t) - h_t$ for all t, which is zero at the solution.
 
     **Arguments:** `states`, a trajectory, pytree like `problem.h0` with leaves
     `[T, ...]`; `problem`, a [`pararnn.Problem`][].
@@ -65,7 +65,7 @@ def residual(states: PyTree, problem: Problem) -> PyTree:
 
 
 class RootState(NamedTuple):
-    """State of a method between the steps that Optimistix asks for."""
+    """The state of a method between two steps of Optimistix's loop."""
 
     carry: Carry
     certified: Bool[Array, ""]
@@ -124,7 +124,7 @@ class RootFinder(optx.AbstractRootFinder):
         return RootState(carry, jnp.asarray(False), none)
 
     def step(self, fn, y, args, options, state: RootState, tags):
-        """One step: the new trajectory, and whether it is certified."""
+        """Take one step; return the new trajectory, and whether it is certified."""
         segments = self._segments(args)
         carry = state.carry._replace(done=jnp.asarray(False))
         carry = self._iteration(segments).advance(carry)
@@ -132,9 +132,9 @@ class RootFinder(optx.AbstractRootFinder):
         states, _ = segments.join(trajectory, carry.starts)
         y = jtu.tree_unflatten(jtu.tree_structure(y), states)
         value, aux = fn(y, args)
-        # The function that was given has the last word: one that is not the
-        # recurrence's residual must not be reported as solved. Twice the tolerance, for
-        # it may round differently.
+        # The given function must be small too: if it is not the residual of the
+        # recurrence, it must not be reported as solved. The tolerance is doubled, since
+        # the function may round differently.
         rtol = float(segments.rtol.max(initial=0))
         small = max_norm(value) <= 2 * (segments.atol + rtol * max_norm(y))
         state = RootState(carry, trajectory.certified & small, trajectory.residual)
@@ -154,7 +154,7 @@ class RootFinder(optx.AbstractRootFinder):
         return Iteration(segments, self.method, limit=2**31 - 1)
 
     def _segments(self, problem: Any) -> Segments:
-        """The problem cut into segments."""
+        """Cut the problem into segments."""
         where = type(self).__name__
         if not isinstance(problem, Problem):
             raise TypeError(
@@ -165,7 +165,7 @@ class RootFinder(optx.AbstractRootFinder):
                 "args=pararnn.Problem(cell, xs, h0))`."
             )
         recurrence = make_recurrence(where, problem.f, problem.xs, problem.h0)
-        refuse_special(where, recurrence)
+        refuse_unbatchable(where, recurrence)
         steps = count_steps(where, problem.xs)
         reset, fresh = problem.reset, problem.reset_state
         fresh = check_resets(where, recurrence, reset, fresh, steps)
@@ -181,6 +181,6 @@ class RootFinder(optx.AbstractRootFinder):
 
 
 def max_norm(tree: PyTree) -> Array:
-    """The largest number of a pytree, infinite if one is not a number."""
-    sizes = [largest(leaf) for leaf in jax.tree.leaves(tree)]
+    """Return the largest absolute value in a pytree; infinity if one is NaN."""
+    sizes = [max_abs(leaf) for leaf in jax.tree.leaves(tree)]
     return jnp.max(jnp.stack(sizes))

@@ -1,4 +1,4 @@
-"""What every cell does with its parameters: check, draw, cast and multiply them."""
+"""What all cells and layers do with parameters: check, draw, cast and multiply."""
 
 import math
 import numbers
@@ -16,7 +16,7 @@ from .scan import promote
 
 
 def check_size(where: str, name: str, value, least: int = 1) -> int:
-    """`value` as an int, or a `ValueError` if it is not an integer from `least` up."""
+    """Return `value` as an int; `ValueError` unless it is an integer >= `least`."""
     if not is_count(value, least):
         wanted = "a positive integer" if least == 1 else f"an integer, at least {least}"
         raise ValueError(
@@ -28,12 +28,12 @@ def check_size(where: str, name: str, value, least: int = 1) -> int:
 
 
 def is_number(value) -> bool:
-    """Whether `value` is a real number of Python or NumPy."""
+    """Return whether `value` is a real number of Python or NumPy."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_number(where: str, name: str, value) -> float:
-    """`value` as a float, or a `ValueError` if it is no real number."""
+    """Return `value` as a float; `ValueError` if it is not a real number."""
     if not is_number(value):
         raise ValueError(
             f"{where}: `{name}` must be a real number, got {value!r}. Likely causes: "
@@ -45,18 +45,18 @@ def check_number(where: str, name: str, value) -> float:
 
 
 def check_flag(where: str, name: str, value) -> bool:
-    """`value` as a bool, or a `ValueError` if it is none."""
+    """Return `value` as a bool; `ValueError` if it is not a bool."""
     if not isinstance(value, bool | np.bool_):
         raise ValueError(
             f"{where}: `{name}` must be True or False, got {value!r}. Likely causes: "
-            "(a) text, as read from a file or a command line, of which any is true, "
-            f"(b) the value of another argument. Pass a bool for `{name}`."
+            "(a) text, as read from a file or a command line, which always counts as "
+            f"true, (b) the value of another argument. Pass a bool for `{name}`."
         )
     return bool(value)
 
 
 def check_sizes(where: str, d_input, d_state) -> tuple[int, int]:
-    """Both sizes; `d_state` is `d_input` if it is `None`."""
+    """Return both sizes; `d_state` defaults to `d_input`."""
     d_input = check_size(where, "d_input", d_input)
     if d_state is None:
         return d_input, d_input
@@ -64,7 +64,7 @@ def check_sizes(where: str, d_input, d_state) -> tuple[int, int]:
 
 
 def check_heads(where: str, heads, matrices: str = "the", **sizes: int) -> int:
-    """`heads`, the number of blocks of some matrices, which must divide all `sizes`."""
+    """Return `heads`, a number of blocks of matrices that has to divide all sizes."""
     heads = check_size(where, "heads", heads)
     for name, size in sizes.items():
         if size % heads:
@@ -78,7 +78,7 @@ def check_heads(where: str, heads, matrices: str = "the", **sizes: int) -> int:
 
 
 def check_choice(where: str, name: str, value, choices: Iterable[str]) -> None:
-    """A `ValueError` that lists the choices if `value` is not among them."""
+    """Raise a `ValueError` that lists the choices if `value` is not one of them."""
     choices = tuple(choices)
     # An array is compared entry by entry.
     if not isinstance(value, str) or value not in choices:
@@ -88,7 +88,7 @@ def check_choice(where: str, name: str, value, choices: Iterable[str]) -> None:
 
 
 def check_positive(where: str, name: str, value) -> float:
-    """`value` as a float, or a `ValueError` if it is not a positive finite number."""
+    """Return `value` as a float; `ValueError` unless it is positive and finite."""
     if not is_number(value) or not 0 < value < math.inf:
         raise ValueError(
             f"{where}: `{name}` must be a positive finite number, got {value!r}. "
@@ -99,7 +99,7 @@ def check_positive(where: str, name: str, value) -> float:
 
 
 def check_key(where: str, key) -> None:
-    """A `ValueError` if `key` is not one key of `jax.random`, of new or old style."""
+    """Raise a `ValueError` if `key` is not a single key of `jax.random`, new or old."""
     one = False
     if isinstance(key, jax.Array | np.ndarray):
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -108,13 +108,13 @@ def check_key(where: str, key) -> None:
         raise ValueError(
             f"{where}: `key` must be a key of `jax.random`, got {key!r}. Likely "
             "causes: (a) it was left out, (b) a bare integer seed, (c) several keys, "
-            "as of `jax.random.split`; use `jax.vmap` over them. Pass "
+            "as from `jax.random.split`; use `jax.vmap` over them. Pass "
             "`key=jax.random.key(0)`."
         )
 
 
 def check_dtype(where: str, dtype: DTypeLike | None) -> np.dtype:
-    """The dtype of the parameters: JAX's default floating point if `None`."""
+    """Return the dtype of the parameters; defaults to JAX's default floating point."""
     try:
         found = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
     except TypeError:
@@ -127,14 +127,14 @@ def check_dtype(where: str, dtype: DTypeLike | None) -> np.dtype:
         )
     if jnp.finfo(found).bits < 16:
         raise ValueError(
-            f"{where}: `dtype` must have at least 16 bits, got {found}, with which JAX "
+            f"{where}: `dtype` must have at least 16 bits, got {found}, in which JAX "
             "does not calculate. Pass for instance `jnp.bfloat16`."
         )
     return found
 
 
 def check_input(where: str, x, d_input: int) -> Array:
-    """`x` as an array, or a `ValueError` if it is not floating `[..., d_input]`."""
+    """Return `x` as an array; `ValueError` if it is not floating `[..., d_input]`."""
     x = jnp.asarray(x)
     if x.ndim < 1 or x.shape[-1] != d_input:
         raise ValueError(
@@ -153,7 +153,7 @@ def check_input(where: str, x, d_input: int) -> Array:
 
 
 def wide_dtype(*dtypes: DTypeLike) -> np.dtype:
-    """The promoted dtype, at least float32, also where promotion is strict."""
+    """Return the promoted dtype, at least float32, even if promotion is strict."""
     return promote(jnp.float32, *dtypes)
 
 
@@ -164,8 +164,8 @@ def uniform(
     bound: float,
     dtype: DTypeLike,
 ) -> tuple[Array, ...]:
-    """`count` arrays of `shape`, uniform in [-bound, bound)."""
-    # A 16-bit draw has only some hundred different values.
+    """Draw `count` arrays of `shape`, uniform in [-bound, bound)."""
+    # A draw in 16 bits has only some hundred different values.
     values = jr.uniform(key, (count, *shape), wide_dtype(dtype), -bound, bound)
     return tuple(jnp.unstack(values.astype(dtype)))
 
@@ -173,26 +173,28 @@ def uniform(
 def recurrent(
     key: PRNGKeyArray, count: int, d_state: int, heads: int, dtype: DTypeLike
 ) -> tuple[Array, ...]:
-    """`count` matrices `[d_state, d_state]`, or their blocks `[heads, size, size]`
-    if there are several heads, uniform within one over the root of `size`."""
+    """Draw `count` matrices `[d_state, d_state]`, uniform within 1 / sqrt(size).
+
+    With several heads, draw their blocks `[heads, size, size]`.
+    """
     size = d_state // heads
     shape = (size, size) if heads == 1 else (heads, size, size)
     return uniform(key, count, shape, 1 / math.sqrt(size), dtype)
 
 
 def zeros(d_state: int, dtype: DTypeLike) -> Float[Array, " d_state"]:
-    """A fresh state beside parameters of `dtype`."""
+    """Return a fresh state for parameters of `dtype`."""
     return jnp.zeros(d_state, wide_dtype(dtype))
 
 
 def widen(*arrays: Array) -> tuple[Array, ...]:
-    """All in their promoted dtype, at least float32."""
+    """Return all arrays in their promoted dtype, at least float32."""
     dtype = wide_dtype(*(array.dtype for array in arrays))
     return tuple(jnp.asarray(array).astype(dtype) for array in arrays)
 
 
 def linear(weight: Array, x: Array) -> Array:
-    """`W x` over the last axis of `x`, accumulated in at least float32.
+    """Return `W x` over the last axis of `x`, accumulated in at least float32.
 
     **Arguments:** `weight`, `[out, in]`, or `[heads, out // heads, in // heads]` for
     the diagonal blocks of a matrix `[out, in]`; `x`, `[..., in]`.
@@ -205,11 +207,11 @@ def linear(weight: Array, x: Array) -> Array:
     options = {
         # TF32, the default on Ampere and later GPUs, spoils Newton's convergence.
         "precision": lax.Precision.HIGHEST,
-        # Two 16-bit arrays are multiplied as such, and only summed in 32 bits.
+        # Two 16-bit arrays are multiplied without a cast, and summed in 32 bits.
         "preferred_element_type": wide,
     }
     if weight.ndim == 3 and len(weight) == 1:
-        # One block is a matrix, whose product needs no transposition (half the time).
+        # One block is a matrix: its product needs no transposition (half the time).
         weight = weight[0]
     if weight.ndim == 2:
         return jnp.einsum("...i,oi->...o", x, weight, **options)
@@ -220,7 +222,7 @@ def linear(weight: Array, x: Array) -> Array:
 
 
 def affine(weight: Array, x: Array, *biases: Array) -> Array:
-    """`W x` plus biases `[out]`, in at least float32; shapes as in `linear`."""
+    """Return `W x` plus biases `[out]`, in at least float32; shapes as in `linear`."""
     product, *wide = widen(linear(weight, x), *biases)
     for bias in wide:
         product = product + leading(bias, product.ndim)
@@ -228,7 +230,7 @@ def affine(weight: Array, x: Array, *biases: Array) -> Array:
 
 
 def leading(values: Array, rank: int) -> Array:
-    """`values` with leading axes up to `rank`, as rank promotion may be an error."""
+    """Add leading axes to `values` up to `rank`, as rank promotion may be an error."""
     return values.reshape((1,) * (rank - values.ndim) + values.shape)
 
 

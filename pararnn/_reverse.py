@@ -1,4 +1,4 @@
-"""Sequences from their last step to their first."""
+"""Run a layer over a sequence from its last step to its first."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,10 @@ def backwards(
     state: Any,
     reset: Bool[Array, " T"] | None,
 ) -> tuple[PyTree[Array], Any]:
-    """`run(xs, state, reset=reset)`, backwards in time; outputs in the order of `xs`.
+    """Call `run(xs, state, reset=reset)` backwards in time; return outputs in order.
 
-    `reset` marks the first step of each sequence, so a run that comes from behind
-    starts anew at the step before.
+    `reset` marks the first step of each sequence. So the backward run starts again at
+    the step before each mark.
     """
 
     def flip(tree):

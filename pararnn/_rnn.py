@@ -34,17 +34,18 @@ class RNN(eqx.Module):
         `f(h, x) -> h`. A Flax NNX cell, `cell(carry, x) -> (carry, y)`, emits its own
         y, as in `flax.nnx.RNN`; one that returns its carry alone emits that.
     - `solver`: as for [`pararnn.solve`][].
-    - `init_state`: the fresh state, a pytree of arrays; needed for a plain function,
-        and a Flax cell without `initialize_carry` or `in_features`. It is a parameter
-        of the layer like any other.
-    - `output`: what to emit of a state. Defaults to what the cell emits, which of a
-        function is the state itself.
-    - `throw`: raise if a solve fails, as for [`pararnn.solve`][]. Defaults to `True`;
-        `False` for programs that are exported, and see `run` for the statistics.
+    - `init_state`: the fresh state, a pytree of arrays. Needed for a plain function,
+        and for a Flax cell without `initialize_carry` or `in_features`. It is a
+        parameter of the layer like any other.
+    - `output`: a function from a state to the output. Defaults to the output of the
+        cell, which for a plain function is the state itself.
+    - `throw`: whether to raise if a solve fails, as for [`pararnn.solve`][]. Defaults
+        to `True`. Use `False` for programs that are exported; `run` returns the
+        statistics.
 
-    **Raises:** `TypeError`, `ValueError` if the cell cannot be adapted or the solver is
-    not one. A call raises `NotImplementedError` if a step changes a variable of a Flax
-    cell, as Dropout and BatchNorm do unless `cell.eval()` was called.
+    **Raises:** `TypeError` or `ValueError` if the cell cannot be adapted, or the solver
+    is not a solver. A call raises `NotImplementedError` if a step changes a variable of
+    a Flax cell, as Dropout and BatchNorm do unless `cell.eval()` was called.
     """
 
     cell: Any
@@ -66,7 +67,7 @@ class RNN(eqx.Module):
         self.throw = check_flag("RNN", "throw", throw)
 
     def init_state(self) -> PyTree[Array]:
-        """The fresh state."""
+        """Return the fresh state."""
         return self.cell.init_state()
 
     def __call__(
@@ -77,18 +78,18 @@ class RNN(eqx.Module):
         reset: Bool[Array, " T"] | None = None,
         reverse: bool = False,
     ) -> tuple[PyTree[Array], PyTree[Array]]:
-        """All outputs, and the last state.
+        """Run over a sequence; return all outputs and the last state.
 
-        **Arguments:** `xs`, leaves `[T, ...]`; `state`, as from `init_state()` (the
+        **Arguments:** `xs`, leaves `[T, ...]`; `state`, from `init_state()` (the
         default) or from an earlier call; `reset`, bool `[T]`, where true the state
         before that step is the fresh one; `reverse`, whether to run from the last step
-        to the first, where `reset` still marks the first step of a sequence.
+        to the first (`reset` still marks the first step of a sequence).
 
         **Returns:** `(ys, state)`, outputs with leaves `[T, ...]` and the state after
         the last step that was taken (the given one for T = 0).
 
-        **Raises:** as [`pararnn.solve`][]; `ValueError` on a `reverse` that is not True
-        or False.
+        **Raises:** as [`pararnn.solve`][]; `ValueError` if `reverse` is not True or
+        False.
         """
 
         def forward(xs, state, *, reset):
@@ -106,18 +107,18 @@ class RNN(eqx.Module):
         *,
         reset: Bool[Array, " T"] | None = None,
     ) -> tuple[PyTree[Array], PyTree[Array], dict[str, Array]]:
-        """As `__call__`, and the solve's statistics, see [`pararnn.Solution`][]."""
+        """Like `__call__`, but also return the statistics of [`pararnn.Solution`][]."""
         steps = count_steps("RNN", xs)
         fresh = self.init_state()
         state = fresh if state is None else state
         cell = self.cell
-        # Everything that needs no state is one matrix product over all steps.
+        # Whatever needs no state is one matrix product over all steps.
         split = isinstance(cell, AbstractCell)
 
         def guess(gates, state):
             return _without_derivative(cell.guess, gates, state, reset)
 
-        # A cell that is adapted for its outputs alone steps as it always did.
+        # A `FunctionCell` only adds a fresh state or an output, so step by its cell.
         step = cell.function if isinstance(cell, FunctionCell) else cell
         solution = solve(
             cell.update if split else step,
@@ -126,7 +127,7 @@ class RNN(eqx.Module):
             solver=self.solver,
             reset=reset,
             reset_state=None if reset is None else fresh,
-            # A function, so that everything is checked before the cell sees it.
+            # A function, so that `solve` checks everything before the cell is called.
             initial_guess=guess if split and steps else None,
             throw=self.throw,
         )
@@ -146,7 +147,7 @@ class RNN(eqx.Module):
     def step(
         self, x: PyTree[Array], state: PyTree[Array]
     ) -> tuple[PyTree[Array], PyTree[Array]]:
-        """One step, for decoding: `(y, state)`, the same numbers as `__call__`."""
+        """Take one step, for decoding: `(y, state)`, the same numbers as `__call__`."""
         flax = emitting_cell(self.cell)
         if flax is not None:
             state, y = flax.step(state, x)
@@ -156,9 +157,9 @@ class RNN(eqx.Module):
 
 
 def _without_derivative(function: Callable, *arguments: Any) -> Any:
-    """The value of a method on arguments all of which count as constants.
+    """Call a method with its arrays and arguments as constants.
 
-    `solve` takes no derivative of a guess anyway; without this it would be traced.
+    `solve` does not differentiate a guess, but JAX would still trace its derivative.
     """
     arrays, rest = eqx.partition((function, arguments), eqx.is_array)
     function, arguments = eqx.combine(jax.lax.stop_gradient(arrays), rest)
@@ -168,15 +169,15 @@ def _without_derivative(function: Callable, *arguments: Any) -> Any:
 class Bidirectional(eqx.Module):
     """Two layers over one sequence, the second backwards in time.
 
-    **Arguments:** `forward`, `backward`: layers of the common protocol, for instance
-    two [`pararnn.RNN`][]s or two layers of `linear`.
+    **Arguments:** `forward`, `backward`: any layers, for instance two
+    [`pararnn.RNN`][]s or two layers of `linear`.
     """
 
     forward: Any
     backward: Any
 
     def init_state(self) -> tuple[PyTree[Array], PyTree[Array]]:
-        """The fresh states of both directions."""
+        """Return the fresh states of both directions."""
         return self.forward.init_state(), self.backward.init_state()
 
     def __call__(
@@ -186,10 +187,10 @@ class Bidirectional(eqx.Module):
         *,
         reset: Bool[Array, " T"] | None = None,
     ) -> tuple[Array, tuple[PyTree[Array], PyTree[Array]]]:
-        """Both directions' outputs, concatenated along the last axis.
+        """Run both directions; concatenate their outputs along the last axis.
 
-        **Arguments:** as [`pararnn.RNN`][]. `reset` marks the first step of each
-        packed sequence; backwards, a sequence starts at the step before such a mark.
+        **Arguments:** as for [`pararnn.RNN`][]. `reset` marks the first step of each
+        packed sequence. So backwards a sequence starts at the step before a mark.
 
         **Returns:** `(ys, (forward, backward))`, `[T, 2 * d]`; the backward state is
         the one after the first step.
@@ -200,7 +201,7 @@ class Bidirectional(eqx.Module):
         return jnp.concatenate([ys, zs], axis=-1), (ahead, behind)
 
     def step(self, x: PyTree[Array], state: Any) -> tuple[Any, Any]:
-        """Not possible: the backward direction needs the whole sequence.
+        """Raise: the backward direction needs the whole sequence.
 
         **Raises:** `NotImplementedError`, always.
         """
@@ -216,13 +217,13 @@ class Stack(eqx.Module):
 
     $$y^{(k)} = \mathrm{layer}_k(y^{(k-1)}), \quad y^{(0)} = x$$
 
-    It is a layer itself. Nothing stands between the layers: no dropout, no norm, no
-    skip connection.
+    A stack is a layer itself. There is nothing between the layers: no dropout, no norm
+    and no skip connection.
 
-    **Arguments:** `layers`, one or more layers of the common protocol, for instance
-    [`pararnn.RNN`][]s, [`pararnn.Bidirectional`][] ones and layers of `linear`.
+    **Arguments:** `layers`, one or more layers, for instance [`pararnn.RNN`][]s,
+    [`pararnn.Bidirectional`][] ones and layers of `linear`.
 
-    **Raises:** `ValueError` if there are none; `TypeError` on one that lacks
+    **Raises:** `ValueError` if there are none; `TypeError` if one of them lacks
     `init_state` or cannot be called.
     """
 
@@ -238,13 +239,13 @@ class Stack(eqx.Module):
         for k, layer in enumerate(self.layers):
             if not callable(layer) or not hasattr(layer, "init_state"):
                 raise TypeError(
-                    f"Stack: `layers[{k}]` is a {type(layer).__name__}, which is no "
-                    "layer: it cannot be called or has no `init_state()`. Likely "
+                    f"Stack: `layers[{k}]` is a {type(layer).__name__}, which is not "
+                    "a layer: it cannot be called or has no `init_state()`. Likely "
                     "cause: a cell or a function; wrap it, `pararnn.RNN(cell)`."
                 )
 
     def init_state(self) -> tuple[PyTree[Array], ...]:
-        """The fresh states of all layers."""
+        """Return the fresh states of all layers."""
         return tuple(layer.init_state() for layer in self.layers)
 
     def __call__(
@@ -255,15 +256,15 @@ class Stack(eqx.Module):
         reset: Bool[Array, " T"] | None = None,
         reverse: bool = False,
     ) -> tuple[PyTree[Array], tuple[PyTree[Array], ...]]:
-        """The outputs of the last layer, and the last states of all.
+        """Run all layers; return the outputs of the last one, and all last states.
 
-        **Arguments:** as [`pararnn.RNN`][]; `state` is a tuple with the state of each
-        layer, and `reset` and `reverse` apply to all of them.
+        **Arguments:** as for [`pararnn.RNN`][]; `state` is a tuple with the state of
+        each layer, and `reset` and `reverse` apply to all of them.
 
         **Returns:** `(ys, state)`.
 
-        **Raises:** `ValueError` on another number of states than of layers, or a
-        `reverse` that is not True or False; as the layers.
+        **Raises:** `ValueError` if the numbers of states and layers differ, or if
+        `reverse` is not True or False; whatever the layers raise.
         """
         if check_flag("Stack", "reverse", reverse):
             check_reset("Stack", reset, None, count_steps("Stack", xs))
@@ -277,9 +278,9 @@ class Stack(eqx.Module):
     def step(
         self, x: PyTree[Array], state: tuple[PyTree[Array], ...]
     ) -> tuple[PyTree[Array], tuple[PyTree[Array], ...]]:
-        """One step, for decoding: `(y, state)`, the same numbers as `__call__`.
+        """Take one step, for decoding: `(y, state)`, the same numbers as `__call__`.
 
-        **Raises:** `ValueError` on another number of states than of layers;
+        **Raises:** `ValueError` if the numbers of states and layers differ;
         `NotImplementedError` if a layer cannot decode.
         """
         states = []

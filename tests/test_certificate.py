@@ -20,7 +20,7 @@ from pararnn import (
     Windows,
     solve,
 )
-from pararnn.solver._certificate import BLOCK, REACH, entry_sizes, is_small
+from pararnn.solver._certificate import BIN, REACH, entry_sizes, is_within_tolerance
 from tests.problems import scan
 
 SOLVERS = {
@@ -206,9 +206,9 @@ def test_sizes_are_of_now_and_a_few_steps_before(count, length, getkey):
     )
     sizes = np.asarray(entry_sizes(starts, length))
     values = np.abs(np.concatenate([jnp.zeros((1, 2, 3)), starts]))
-    # Whole blocks before that of the start itself; of its own block no other start.
-    block = max(1, BLOCK // length)
-    least, most = -(-(REACH - BLOCK) // length), -(-(REACH + BLOCK) // length)
+    # Whole blocks before that of the start itself, whose other starts do not count.
+    block = max(1, BIN // length)
+    least, most = -(-(REACH - BIN) // length), -(-(REACH + BIN) // length)
     for i in range(1, count + 1):
         end = (i - 1) // block * block + 1
         near = values[max(0, end - max(1, least)) : end].max(0)
@@ -236,4 +236,7 @@ def test_tolerances_neither_vanish_nor_overflow(size):
     size, rtol = jnp.float32(size), np.array([2.0**-17])
     for factor, expected in ((2.0**-18, True), (2.0**-15, size < 1e-36)):
         residual = (size * jnp.float32(factor)).reshape(1, 1)
-        assert bool(is_small(residual, size.reshape(1, 1), rtol, 0.0)[0]) == expected
+        assert (
+            bool(is_within_tolerance(residual, size.reshape(1, 1), rtol, 0.0)[0])
+            == expected
+        )

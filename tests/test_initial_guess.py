@@ -45,11 +45,11 @@ def test_every_step_a_segment(steps):
     xs, h0 = problem(steps)
     found = jax.jit(lambda h0, x: guess_ends(cell, h0, x[None], 1))(h0, xs)
     for t in range(steps):
-        if steps < 2 * _initial_guess.BLOCK:
-            first = max(0, t + 1 - _initial_guess.FEWEST)
+        if steps < 2 * _initial_guess.COARSE_SEGMENT:
+            first = max(0, t + 1 - _initial_guess.MIN_STEPS)
         else:
             # Blocks as `split_time` cuts them: of one length, except for the last.
-            length = -(-steps // -(-steps // _initial_guess.BLOCK))
+            length = -(-steps // -(-steps // _initial_guess.COARSE_SEGMENT))
             first = max(0, t // length * length - length)
         wanted = by_hand(h0, xs[first : t + 1])
         np.testing.assert_allclose(found[t], wanted, rtol=1e-12, err_msg=str(t))

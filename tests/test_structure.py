@@ -35,7 +35,7 @@ def searches(monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(_structure, "find_blocks", counted)
-    monkeypatch.setattr(_structure, "_remembered", {})
+    monkeypatch.setattr(_structure, "_cache", {})
     return calls
 
 
@@ -242,11 +242,11 @@ def test_a_sequential_solve_needs_no_structure(searches):
 
 
 def test_the_memory_is_bounded(searches, monkeypatch):
-    monkeypatch.setattr(_structure, "_MOST_REMEMBERED", 2)
+    monkeypatch.setattr(_structure, "_CACHE_SIZE", 2)
     h = jnp.ones(3)
     for shift in (1, 2, 3, 4, 4):
         jacobian_structure(lambda h, x, k=shift: jnp.roll(h, 1) * k + x, h, h)
-    assert len(searches) == 4 and len(_structure._remembered) == 2
+    assert len(searches) == 4 and len(_structure._cache) == 2
 
 
 # Wide cells
@@ -281,7 +281,7 @@ def test_a_wide_cell_is_recognised_at_once(searches, cell, width, expected):
     h = jnp.zeros(width)
     took = []
     for _ in range(3):
-        _structure._remembered.clear()
+        _structure._cache.clear()
         start = time.perf_counter()
         structure = jacobian_structure(cell, h, h)
         took.append(time.perf_counter() - start)

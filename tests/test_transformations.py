@@ -19,7 +19,7 @@ from jax.experimental import io_callback
 import pararnn
 from pararnn import Auto, Ladder, Newton, Sequential, Windows, solve
 from pararnn.solver._inputs import make_recurrence
-from pararnn.solver._stepwise import settle
+from pararnn.solver._stepwise import precompute_unbatchable
 from tests.helpers import assert_close, refusal
 
 T, B, N = 12, 4, 3
@@ -217,7 +217,7 @@ def test_usual_cells_are_left_as_they_are():
     """Also random keys of JAX's own kind."""
     xs = keys("threefry2x32")
     recurrence = make_recurrence("test", drawn(lambda x: x), xs, H0)
-    settled, (same,) = settle(recurrence, (xs,))
+    settled, (same,) = precompute_unbatchable(recurrence, (xs,))
     assert settled.jaxpr is recurrence.jaxpr and same is xs
 
 

@@ -3,18 +3,18 @@
 from ._dependencies import find_blocks as find_blocks
 from ._jaxpr import (
     JITTED as JITTED,
-    calls_hold_arrays as calls_hold_arrays,
+    backward_slice as backward_slice,
     consts_to_args as consts_to_args,
+    dependents_of as dependents_of,
     evaluate as evaluate,
     evaluate_inlined as evaluate_inlined,
-    inner_programs as inner_programs,
+    inline_jit as inline_jit,
+    inner_jaxprs as inner_jaxprs,
     is_index as is_index,
-    part_for as part_for,
+    jit_has_consts as jit_has_consts,
     primitives_of as primitives_of,
-    reached as reached,
     read_by as read_by,
     sub_jaxpr as sub_jaxpr,
     variables as variables,
-    without_calls as without_calls,
     written_by as written_by,
 )

@@ -1,17 +1,18 @@
-"""Which states depend on which, read off the program of the derivative.
+"""Find which states depend on which, from the program of the derivative.
 
 The JVP of a step is traced as a function of the tangent. So JAX itself decides what has
-a derivative, and which (`stop_gradient`, `floor`, the rule of a `custom_jvp`), and what
-remains is linear in the tangent: movements of data, sums, products with other numbers.
+a derivative (`stop_gradient`, `floor`, the rule of a `custom_jvp`). The rest is linear
+in the tangent: data movement, sums, and products with other numbers.
 
-Every entry of every array has the number of a node in one graph, or 0 if the tangent
-does not reach it. Moving data moves the numbers. Where entries meet, a new node has an
-edge from each of them. A sum of n entries is n edges, and a product with a matrix one
-node for a row, so the graph is as large as the program's arrays: never states times
-states. Two states are in one block if a chain of paths through the graph, each from an
-input to an output, connects them; output i counts as input i.
+Each entry of each array holds the number of a node in a graph, or 0 if it does not
+depend on the tangent. Moving data moves these numbers. Where entries are combined, a
+new node gets an edge from each of them. A sum of n entries has n edges, and a product
+with a matrix one node for each row. So the graph is as large as the program's arrays,
+never states times states. Two states are in one block if a chain of paths connects
+them, each from an input to an output, where output i counts as input i.
 
-What no rule is known for couples all that it reads with all that it writes.
+A primitive without a rule here couples everything that it reads with everything that it
+writes.
 """
 
 import math
@@ -22,29 +23,29 @@ import jax
 import jax.extend as jex
 import numpy as np
 
-from ._graph import Graph, only_once
-from ._jaxpr import called_program, inner_programs, is_index
-from ._movements import (
-    BY_NUMPY,
-    MOVEMENTS,
-    Windows,
+from ._graph import Graph, unbroadcast_index
+from ._jaxpr import called_jaxpr, inner_jaxprs, is_index
+from ._numpy_rules import (
+    DATA_MOVEMENT,
+    NUMPY_RULES,
+    IndexedWindows,
     as_matrices,
     convolution_patches,
     gather_windows,
     scatter_windows,
 )
 
-# Loops of at most so many equations, over all rounds, are followed round by round.
-_UNROLLED = 10_000
+# Loops of at most so many equations, over all iterations, are unrolled.
+_MAX_UNROLLED = 10_000
 # Known factors of at most so many entries are searched for zeros.
-_SEARCHED = 2**22
+_MAX_SEARCHED = 2**22
 
 
-class Known(NamedTuple):
+class ArrayInfo(NamedTuple):
     """What is known of an array.
 
-    `nodes` are the numbers of its entries, `None` if the tangent reaches none of them.
-    `value` computes the array, `None` if that takes more than the program's text.
+    `nodes` are the nodes of its entries, `None` if none depends on the tangent. `value`
+    computes the array, and is `None` if the program alone does not determine it.
     """
 
     nodes: np.ndarray | None = None
@@ -52,56 +53,60 @@ class Known(NamedTuple):
 
 
 def find_blocks(program: jex.core.ClosedJaxpr) -> np.ndarray:
-    """The block that each state belongs to.
+    """Find the block that each state belongs to.
 
-    **Arguments:** `program`, of a function of the tangent `[width]` and anything else,
-    linear in the tangent, to the tangent `[width]` of the next state.
+    **Arguments:** `program`, a function of the tangent `[width]` and other arguments to
+    the tangent `[width]` of the next state, linear in the tangent.
 
     **Returns:** int `[width]`, the numbers of the blocks, from 0.
     """
     tangent, *others = program.jaxpr.invars
     graph = Graph(tangent.aval.size)
-    first = Known(np.arange(1, graph.count).reshape(tangent.aval.shape))
+    first = ArrayInfo(np.arange(1, graph.count).reshape(tangent.aval.shape))
     with jax.ensure_compile_time_eval():
-        (out,) = follow(graph, program, [first, *(Known() for _ in others)])
+        (out,) = propagate(graph, program, [first, *(ArrayInfo() for _ in others)])
     return graph.components(out.nodes)
 
 
-def follow(graph: Graph, closed: Any, given: Sequence[Known]) -> list[Known]:
-    """What is known of the results of a program, from what is of its arguments."""
+def propagate(graph: Graph, closed: Any, given: Sequence[ArrayInfo]) -> list[ArrayInfo]:
+    """Return what is known of a program's results, given that of its arguments."""
     program = getattr(closed, "jaxpr", closed)
     known = dict(zip(program.invars, given, strict=True))
     constants = getattr(closed, "consts", ())
     known |= zip(program.constvars, map(_constant, constants), strict=True)
 
-    def read(atom) -> Known:
+    def read(atom) -> ArrayInfo:
         if isinstance(atom, jex.core.Literal):
-            return Known(value=lambda: np.asarray(atom.val))
+            return ArrayInfo(value=lambda: np.asarray(atom.val))
         return known[atom]
 
     for eqn in program.eqns:
         values = [read(atom) for atom in eqn.invars]
         if eqn.primitive.name in _CALLS:
-            outs = follow(graph, called_program(eqn), values)
+            outs = propagate(graph, called_jaxpr(eqn), values)
         elif all(value.nodes is None for value in values):
-            outs = _evaluate_later(eqn, values)
+            outs = _fold_lazily(eqn, values)
         else:
             rule = _RULES.get(eqn.primitive.name, _couple_all)
             outs = rule(graph, eqn, *values)
             outs = outs if isinstance(outs, list) else [outs]
-            outs = [out if isinstance(out, Known) else Known(out) for out in outs]
+            outs = [
+                out if isinstance(out, ArrayInfo) else ArrayInfo(out) for out in outs
+            ]
         known |= zip(eqn.outvars, outs, strict=True)
     return [read(atom) for atom in program.outvars]
 
 
-def _constant(value: Any) -> Known:
-    return Known(value=lambda: np.asarray(value)) if is_index(value) else Known()
+def _constant(value: Any) -> ArrayInfo:
+    if not is_index(value):
+        return ArrayInfo()
+    return ArrayInfo(value=lambda: np.asarray(value))
 
 
-def _evaluate_later(eqn, values: Sequence[Known]) -> list[Known]:
-    """Results that the tangent does not reach, computed only if they are asked for."""
-    if any(v.value is None for v in values) or not _says_all(eqn):
-        return [Known() for _ in eqn.outvars]
+def _fold_lazily(eqn, values: Sequence[ArrayInfo]) -> list[ArrayInfo]:
+    """Return results that do not depend on the tangent, to be computed on demand."""
+    if any(v.value is None for v in values) or not _is_foldable(eqn):
+        return [ArrayInfo() for _ in eqn.outvars]
     memory: list[np.ndarray] = []
 
     def result(i: int) -> np.ndarray:
@@ -109,19 +114,19 @@ def _evaluate_later(eqn, values: Sequence[Known]) -> list[Known]:
             memory.extend(_evaluate(eqn, [v.value() for v in values if v.value]))
         return memory[i]
 
-    return [Known(value=lambda i=i: result(i)) for i in range(len(eqn.outvars))]
+    return [ArrayInfo(value=lambda i=i: result(i)) for i in range(len(eqn.outvars))]
 
 
-def _says_all(eqn) -> bool:
-    """Whether the text of an equation determines what it computes."""
+def _is_foldable(eqn) -> bool:
+    """Return whether an equation alone determines what it computes."""
     params = {k: v for k, v in eqn.params.items() if k != "update_jaxpr"}
     functions = any(map(callable, params.values()))
-    return not (functions or eqn.effects or list(inner_programs(params)))
+    return not (functions or eqn.effects or list(inner_jaxprs(params)))
 
 
 def _evaluate(eqn, arrays: list) -> list:
-    if eqn.primitive.name in BY_NUMPY:
-        outs = BY_NUMPY[eqn.primitive.name](eqn, *arrays)
+    if eqn.primitive.name in NUMPY_RULES:
+        outs = NUMPY_RULES[eqn.primitive.name](eqn, *arrays)
         return outs if isinstance(outs, list) else [outs]
     outs = eqn.primitive.bind(*arrays, **eqn.params)
     outs = outs if eqn.primitive.multiple_results else [outs]
@@ -130,26 +135,28 @@ def _evaluate(eqn, arrays: list) -> list:
     return [o if jax.dtypes.issubdtype(o.dtype, keys) else np.asarray(o) for o in outs]
 
 
-def _nodes(value: Known, var) -> np.ndarray:
+def _nodes(value: ArrayInfo, var) -> np.ndarray:
     return np.broadcast_to(0 if value.nodes is None else value.nodes, var.aval.shape)
 
 
-def _couple_all(graph, eqn, *values: Known):
+def _couple_all(graph, eqn, *values: ArrayInfo):
     reached = [
-        v.nodes[only_once(v.nodes)].reshape(-1) for v in values if v.nodes is not None
+        v.nodes[unbroadcast_index(v.nodes)].reshape(-1)
+        for v in values
+        if v.nodes is not None
     ]
     node = graph.merge(np.concatenate(reached))
     return [np.broadcast_to(node, var.aval.shape) for var in eqn.outvars]
 
 
-# Movements.
+# Data movement.
 
 
-def _move(graph, eqn, *values: Known):
-    return MOVEMENTS[eqn.primitive.name](eqn, *map(_nodes, values, eqn.invars))
+def _move(graph, eqn, *values: ArrayInfo):
+    return DATA_MOVEMENT[eqn.primitive.name](eqn, *map(_nodes, values, eqn.invars))
 
 
-def _select(graph, eqn, which: Known, *cases: Known):
+def _select(graph, eqn, which: ArrayInfo, *cases: ArrayInfo):
     shape = eqn.outvars[0].aval.shape
     if which.value is None:
         return graph.join(shape, *(case.nodes for case in cases))
@@ -164,20 +171,22 @@ def _look_up(places: np.ndarray, nodes: np.ndarray) -> np.ndarray:
     return np.append(nodes.reshape(-1), 0)[places]
 
 
-def _indices(windows: Windows, known: Known, var) -> tuple[np.ndarray, tuple[int, ...]]:
-    """The indices, and along which axes they could be any others."""
+def _indices(
+    windows: IndexedWindows, known: ArrayInfo, var
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return the indices, and the axes along which they are not known."""
     if known.value is None:
         return np.zeros(var.aval.shape, int), windows.indexed
     return np.asarray(known.value()), ()
 
 
-def _gather(graph, eqn, operand: Known, indices: Known):
+def _gather(graph, eqn, operand: ArrayInfo, indices: ArrayInfo):
     windows, nodes = gather_windows(eqn), _nodes(operand, eqn.invars[0])
     at, anywhere = _indices(windows, indices, eqn.invars[1])
-    return _look_up(windows.places(at), graph.blur(nodes, anywhere))
+    return _look_up(windows.places(at), graph.merge_along(nodes, anywhere))
 
 
-def _scatter(graph, eqn, operand: Known, indices: Known, updates: Known):
+def _scatter(graph, eqn, operand: ArrayInfo, indices: ArrayInfo, updates: ArrayInfo):
     windows = scatter_windows(eqn)
     at, anywhere = _indices(windows, indices, eqn.invars[1])
     places = windows.places(at)
@@ -195,11 +204,11 @@ def _scatter(graph, eqn, operand: Known, indices: Known, updates: Known):
     hit = np.zeros(old.size, bool)
     hit[places[inside & (new != 0)]] = True
     landed = np.where(hit, landed, 0).reshape(old.shape)
-    return graph.join(old.shape, kept, graph.blur(landed, anywhere))
+    return graph.join(old.shape, kept, graph.merge_along(landed, anywhere))
 
 
-def _window(starts: Sequence[Known], sizes, shape):
-    """The slices of a dynamic slice, and the axes along which it may lie anywhere."""
+def _slice_window(starts: Sequence[ArrayInfo], sizes, shape):
+    """Return the slices of a dynamic slice, and the axes whose start is not known."""
     slices, anywhere = [], []
     for axis, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         known = 0 if start.value is None else int(start.value())
@@ -210,44 +219,46 @@ def _window(starts: Sequence[Known], sizes, shape):
     return tuple(slices), anywhere
 
 
-def _dynamic_slice(graph, eqn, operand: Known, *starts: Known):
+def _dynamic_slice(graph, eqn, operand: ArrayInfo, *starts: ArrayInfo):
     nodes = _nodes(operand, eqn.invars[0])
-    window, anywhere = _window(starts, eqn.params["slice_sizes"], nodes.shape)
-    return graph.blur(nodes, anywhere)[window]
+    window, anywhere = _slice_window(starts, eqn.params["slice_sizes"], nodes.shape)
+    return graph.merge_along(nodes, anywhere)[window]
 
 
-def _dynamic_update_slice(graph, eqn, operand: Known, update: Known, *starts: Known):
+def _dynamic_update_slice(
+    graph, eqn, operand: ArrayInfo, update: ArrayInfo, *starts: ArrayInfo
+):
     old, new = map(_nodes, (operand, update), eqn.invars)
-    window, anywhere = _window(starts, new.shape, old.shape)
+    window, anywhere = _slice_window(starts, new.shape, old.shape)
     kept, landed = old.copy(), np.zeros(old.shape, int)
     if not anywhere:
         kept[window] = 0
-    landed[window] = new if not anywhere else graph.blur(new, anywhere)
-    return graph.join(old.shape, kept, graph.blur(landed, anywhere))
+    landed[window] = new if not anywhere else graph.merge_along(new, anywhere)
+    return graph.join(old.shape, kept, graph.merge_along(landed, anywhere))
 
 
 # Sums and products.
 
 
-def _join(graph, eqn, *values: Known):
+def _elementwise(graph, eqn, *values: ArrayInfo):
     return graph.join(eqn.outvars[0].aval.shape, *(v.nodes for v in values))
 
 
-def _multiply(graph, eqn, *values: Known):
-    """Entry by entry; where a factor is known to be zero, so is the product."""
-    out = _join(graph, eqn, *values)
+def _mul(graph, eqn, *values: ArrayInfo):
+    """Multiply entry by entry; a product with a known zero is zero."""
+    out = _elementwise(graph, eqn, *values)
     for value in values:
-        if value.value and out.size <= _SEARCHED:
+        if value.value and out.size <= _MAX_SEARCHED:
             out = np.where(value.value() == 0, 0, out)
     return out
 
 
-def _reduce(graph, eqn, operand: Known):
+def _reduce_sum(graph, eqn, operand: ArrayInfo):
     axes = eqn.params["axes"]
     return graph.sum(operand.nodes, axes).squeeze(tuple(axes))
 
 
-def _cumulate(graph, eqn, operand: Known):
+def _cumsum(graph, eqn, operand: ArrayInfo):
     axis, back = eqn.params["axis"], eqn.params["reverse"]
     nodes = _nodes(operand, eqn.invars[0])
     nodes = np.flip(nodes, axis) if back else nodes
@@ -258,8 +269,8 @@ def _cumulate(graph, eqn, operand: Known):
     return np.flip(out, axis) if back else out
 
 
-def _multiply_matrices(graph, eqn, *values: Known):
-    """One node for all products with a row, unless it is known which are zero."""
+def _dot_general(graph, eqn, *values: ArrayInfo):
+    """Make one node for all products with a row, unless zeros are known."""
     summed, batch = eqn.params["dimension_numbers"]
     shape, parts = eqn.outvars[0].aval.shape, []
     for side, (mine, other) in enumerate((values, values[::-1])):
@@ -269,10 +280,10 @@ def _multiply_matrices(graph, eqn, *values: Known):
         count = math.prod(rows.shape[:2])
         size = (*rows.shape[:2], math.prod(shape) // max(1, count))
         nodes, theirs = None, eqn.invars[1 - side].aval
-        if other.value and theirs.size <= _SEARCHED:
+        if other.value and theirs.size <= _MAX_SEARCHED:
             factors = as_matrices(other.value(), batch[1 - side], summed[1 - side])
             b, column, k = np.nonzero(factors)
-            if len(b) < factors.size and len(b) * size[1] <= _SEARCHED:
+            if len(b) < factors.size and len(b) * size[1] <= _MAX_SEARCHED:
                 nodes = graph.new(size)
                 graph.connect(rows[b, :, k], nodes[b, :, column])
         if nodes is None:
@@ -281,7 +292,7 @@ def _multiply_matrices(graph, eqn, *values: Known):
     return graph.join(shape, *parts)
 
 
-def _convolve(graph, eqn, images: Known, kernel: Known):
+def _conv(graph, eqn, images: ArrayInfo, kernel: ArrayInfo):
     if kernel.nodes is not None or eqn.params["batch_group_count"] > 1:
         return _couple_all(graph, eqn, images, kernel)
     read = graph.merge(convolution_patches(eqn, _nodes(images, eqn.invars[0])))
@@ -290,14 +301,14 @@ def _convolve(graph, eqn, images: Known, kernel: Known):
     return each.transpose(np.argsort(spec))
 
 
-def _transform(graph, eqn, operand: Known):
+def _fft(graph, eqn, operand: ArrayInfo):
     axes = range(-len(eqn.params["fft_lengths"]), 0)
     summed = graph.sum(operand.nodes, axes)
     return np.broadcast_to(summed, eqn.outvars[0].aval.shape)
 
 
-def _within_matrices(graph, eqn, *values: Known):
-    """Linear algebra on stacks of matrices: no matrix reads of another."""
+def _batched_linalg(graph, eqn, *values: ArrayInfo):
+    """Couple the entries of each matrix in a stack, but not those of two matrices."""
     summed = [graph.sum(v.nodes, (-2, -1)) for v in values if v.nodes is not None]
     return graph.join(eqn.outvars[0].aval.shape, *summed)
 
@@ -306,20 +317,20 @@ def _within_matrices(graph, eqn, *values: Known):
 
 
 def _count_equations(program) -> int:
-    """Those of a loop's body count for every round."""
+    """Count the equations; those of a loop count for each iteration."""
     return sum(
         1
         + eqn.params.get("length", 1)
-        * sum(map(_count_equations, inner_programs(eqn.params)))
+        * sum(map(_count_equations, inner_jaxprs(eqn.params)))
         for eqn in program.eqns
     )
 
 
-def _branch(graph, eqn, index: Known, *values: Known):
+def _cond(graph, eqn, index: ArrayInfo, *values: ArrayInfo):
     branches = eqn.params["branches"]
     if index.value:
         branches = [branches[min(max(int(index.value()), 0), len(branches) - 1)]]
-    outs = [follow(graph, branch, values) for branch in branches]
+    outs = [propagate(graph, branch, values) for branch in branches]
     if len(outs) == 1:
         return outs[0]
     return [
@@ -328,26 +339,26 @@ def _branch(graph, eqn, index: Known, *values: Known):
     ]
 
 
-def _any_rounds(graph, body, constants, carry, others):
-    """Any number of rounds: what is carried has nodes that lead back to themselves.
+def _loop_to_fixed_point(graph, body, constants, carry, others):
+    """Cover any number of iterations: nodes of the carry lead back to themselves.
 
-    Returns what is known of the carry, and of what the body returns.
+    **Returns:** what is known of the carry, and of the body's results.
     """
     variables = body.jaxpr.invars[len(constants) :][: len(carry)]
     ends = body.jaxpr.outvars[: len(carry)]
     reached = [value.nodes is not None for value in carry]
     while True:
         inside = [
-            Known(
+            ArrayInfo(
                 graph.new(var.aval.shape) if is_reached else None,
-                # Known before the loop, and changed by no round.
+                # Known before the loop, and changed by no iteration.
                 value.value if var is end else None,
             )
             for value, is_reached, var, end in zip(
                 carry, reached, variables, ends, strict=True
             )
         ]
-        outs = follow(graph, body, [*constants, *inside, *others])
+        outs = propagate(graph, body, [*constants, *inside, *others])
         also = [
             r or out.nodes is not None for r, out in zip(reached, outs, strict=False)
         ]
@@ -361,17 +372,19 @@ def _any_rounds(graph, body, constants, carry, others):
     return inside, outs
 
 
-def _while(graph, eqn, *values: Known):
-    # Not all versions of JAX say how many constants there are, but it follows.
+def _while(graph, eqn, *values: ArrayInfo):
+    # Not all versions of JAX give the number of constants, so it is computed.
     body, carried = eqn.params["body_jaxpr"], len(eqn.outvars)
     values = values[len(values) - len(body.jaxpr.invars) :]
     constants = len(values) - carried
-    return _any_rounds(graph, body, values[:constants], values[constants:], [])[0]
+    return _loop_to_fixed_point(
+        graph, body, values[:constants], values[constants:], []
+    )[0]
 
 
-def _scan(graph, eqn, *values: Known):
+def _scan(graph, eqn, *values: ArrayInfo):
     body, length = eqn.params["jaxpr"], eqn.params["length"]
-    # What is carried has the same rank within, what is scanned over has one axis less.
+    # In the body, the carry has the same rank, and the scanned inputs one axis less.
     inside = body.jaxpr.invars, body.jaxpr.outvars
     alike = [
         sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(*pair, strict=True))
@@ -379,43 +392,45 @@ def _scan(graph, eqn, *values: Known):
     ]
     end, start = alike[0], alike[0] - alike[1]
     parts = values[:start], values[start:end], values[end:]
-    if length * _count_equations(body.jaxpr) <= _UNROLLED:
-        return _round_by_round(graph, eqn, *parts)
+    if length * _count_equations(body.jaxpr) <= _MAX_UNROLLED:
+        return _unroll(graph, eqn, *parts)
     if start == end:
-        # Nothing is carried, so that all rounds can be followed at once.
+        # Nothing is carried, so all iterations can be propagated at once.
         mapped = jax.vmap(
             jex.core.jaxpr_as_fun(body),
             (None,) * start + (0,) * len(parts[2]),
             axis_size=length,
         )
         structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-        return follow(graph, jax.make_jaxpr(mapped)(*structs), values)
+        return propagate(graph, jax.make_jaxpr(mapped)(*structs), values)
     constants, carry, xs = parts
     any_x = [
-        Known(None if x.nodes is None else graph.sum(x.nodes, (0,))[0]) for x in xs
+        ArrayInfo(None if x.nodes is None else graph.sum(x.nodes, (0,))[0]) for x in xs
     ]
-    carried, outs = _any_rounds(graph, body, constants, carry, any_x)
+    carried, outs = _loop_to_fixed_point(graph, body, constants, carry, any_x)
     stacked = [
-        Known(None if out.nodes is None else np.broadcast_to(out.nodes, var.aval.shape))
+        ArrayInfo(
+            None if out.nodes is None else np.broadcast_to(out.nodes, var.aval.shape)
+        )
         for out, var in zip(outs[len(carry) :], eqn.outvars[len(carry) :], strict=True)
     ]
-    return [*(Known(c.nodes) for c in carried), *stacked]
+    return [*(ArrayInfo(c.nodes) for c in carried), *stacked]
 
 
-def _round_by_round(graph, eqn, constants, carry, xs):
+def _unroll(graph, eqn, constants, carry, xs):
     length = eqn.params["length"]
     rounds = range(length)
 
-    def at(x: Known, t: int) -> Known:
+    def at(x: ArrayInfo, t: int) -> ArrayInfo:
         nodes, value = x
-        return Known(
+        return ArrayInfo(
             None if nodes is None else nodes[t], value and (lambda: value()[t])
         )
 
     made: list = [[]] * length
     for t in reversed(rounds) if eqn.params["reverse"] else rounds:
         given = [*constants, *carry, *(at(x, t) for x in xs)]
-        outs = follow(graph, eqn.params["jaxpr"], given)
+        outs = propagate(graph, eqn.params["jaxpr"], given)
         carry, made[t] = outs[: len(carry)], outs[len(carry) :]
     inside = eqn.params["jaxpr"].jaxpr.outvars[len(carry) :]
     stacked = [
@@ -425,20 +440,20 @@ def _round_by_round(graph, eqn, constants, carry, xs):
     return [*carry, *stacked]
 
 
-def _solve_linear(graph, eqn, *values: Known):
-    """`lax.custom_linear_solve`: what its own solver does."""
+def _solve_linear(graph, eqn, *values: ArrayInfo):
+    """Propagate through the solver of `lax.custom_linear_solve`."""
     lengths = eqn.params["const_lengths"]
     before = lengths.matvec + lengths.vecmat
     constants = values[before : before + lengths.solve]
     right = values[sum(lengths) :]
-    return follow(graph, eqn.params["jaxprs"].solve, [*constants, *right])
+    return propagate(graph, eqn.params["jaxprs"].solve, [*constants, *right])
 
 
 _CALLS = {
     *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
     *("custom_jvp_call", "custom_vjp_call"),
 }
-_SUMS = (
+_ELEMENTWISE = (
     *(
         "add",
         "add_any",
@@ -452,22 +467,22 @@ _SUMS = (
 )
 _SCATTERS = ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter_mul")
 _RULES: dict[str, Callable] = {
-    **dict.fromkeys(MOVEMENTS, _move),
-    **dict.fromkeys(_SUMS, _join),
+    **dict.fromkeys(DATA_MOVEMENT, _move),
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(_SCATTERS, _scatter),
-    "cond": _branch,
-    "conv_general_dilated": _convolve,
-    "cumsum": _cumulate,
+    "cond": _cond,
+    "conv_general_dilated": _conv,
+    "cumsum": _cumsum,
     "custom_linear_solve": _solve_linear,
-    "dot_general": _multiply_matrices,
+    "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _dynamic_update_slice,
-    "fft": _transform,
+    "fft": _fft,
     "gather": _gather,
-    "mul": _multiply,
-    "reduce_sum": _reduce,
+    "mul": _mul,
+    "reduce_sum": _reduce_sum,
     "scan": _scan,
     "select_n": _select,
-    "triangular_solve": _within_matrices,
+    "triangular_solve": _batched_linalg,
     "while": _while,
 }

@@ -9,24 +9,24 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 
 class Graph:
-    """Nodes 1 to `inputs` are the inputs, 0 is none; edges lead to effects."""
+    """Nodes 1 to `inputs` are the inputs, 0 is no node; edges lead to effects."""
 
     def __init__(self, inputs: int):
         self.inputs, self.count = inputs, inputs + 1
         self._edges: list[tuple[np.ndarray, np.ndarray]] = []
 
     def new(self, shape) -> np.ndarray:
-        """New nodes."""
+        """Add nodes, and return their numbers."""
         start, self.count = self.count, self.count + math.prod(shape)
         return np.arange(start, self.count).reshape(shape)
 
     def connect(self, causes: np.ndarray, effects: np.ndarray) -> None:
-        """Edges between the entries of two arrays that broadcast."""
+        """Add edges between the entries of two arrays that broadcast."""
         causes, effects = np.broadcast_arrays(causes, effects)
         self._edges.append((causes[causes != 0], effects[causes != 0]))
 
     def merge(self, nodes: np.ndarray) -> np.ndarray:
-        """One node for all along the last axis, an old one if there is only one."""
+        """Merge all along the last axis into one node; a single node stays itself."""
         out = np.array(nodes.max(-1, initial=0))
         mixed = ((nodes != out[..., None]) & (nodes != 0)).any(-1)
         effects = self.new((np.count_nonzero(mixed),))
@@ -35,33 +35,33 @@ class Graph:
         return out
 
     def join(self, shape, *many: np.ndarray | None) -> np.ndarray | None:
-        """Entry by entry, one node for those of several arrays."""
+        """Merge several arrays entry by entry."""
         arrays = [np.broadcast_to(a, shape) for a in many if a is not None]
         if len(arrays) < 2:
             return arrays[0] if arrays else None
-        once = only_once(*arrays)
+        once = unbroadcast_index(*arrays)
         merged = self.merge(np.stack([a[once] for a in arrays], -1))
         return np.broadcast_to(merged, shape)
 
     def sum(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-        """One node for all along some axes, which stay, with length 1."""
+        """Merge all along some axes into one node; the axes get length 1."""
         axes = sorted(axis % nodes.ndim for axis in axes)
-        few = np.moveaxis(nodes[only_once(nodes)], axes, range(-len(axes), 0))
+        few = np.moveaxis(nodes[unbroadcast_index(nodes)], axes, range(-len(axes), 0))
         merged = self.merge(few.reshape(*few.shape[: nodes.ndim - len(axes)], -1))
         kept = [1 if i in axes else n for i, n in enumerate(nodes.shape)]
         return np.broadcast_to(np.expand_dims(merged, axes), kept)
 
-    def blur(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
-        """Every entry the node of all along some axes: any of them may be meant."""
+    def merge_along(self, nodes: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """Merge all along some axes, and broadcast back: any of them may be meant."""
         return np.broadcast_to(self.sum(nodes, axes), nodes.shape) if axes else nodes
 
     def components(self, out: np.ndarray | None) -> np.ndarray:
-        """Which inputs are connected by paths from input to output."""
+        """Label the inputs that paths from inputs to outputs connect."""
         if out is None:
             return np.arange(self.inputs)
         out = np.broadcast_to(out, (self.inputs,))
         first, ends = np.arange(1, self.inputs + 1), out[out != 0]
-        # One node leads to all inputs, and one is led to by all outputs.
+        # The source leads to all inputs, and all outputs lead to the sink.
         source, sink = 0, self.count
         edges = [*self._edges, (0 * first + source, first), (ends, 0 * ends + sink)]
         rows, columns = (np.concatenate(part) for part in zip(*edges, strict=True))
@@ -80,7 +80,7 @@ class Graph:
         return np.unique(label, return_inverse=True)[1]
 
 
-def only_once(*arrays: np.ndarray):
-    """An index that takes one entry along the axes where all arrays repeat theirs."""
+def unbroadcast_index(*arrays: np.ndarray):
+    """Return an index that drops repetitions: axes along which all strides are 0."""
     strides = zip(*(a.strides for a in arrays), strict=True)
     return tuple(slice(None) if any(s) else slice(0, 1) for s in strides)

@@ -1,8 +1,8 @@
-"""Programs of JAX, jaxprs, as data: what is in them, parts of them, their values.
+"""Jaxprs, the programs of JAX, as data: inspect them, slice them and evaluate them.
 
-Here a program has no constants of its own: what a function closes over are its first
-arguments. (JAX up to 0.10 keeps them apart from the arguments, without their values;
-from 0.11 on a jaxpr holds the values too, and must not where they are tracers.)
+Programs here have no constants: the values that a function closes over are its first
+arguments. (In JAX up to 0.10, a jaxpr keeps constants apart from the arguments, without
+their values. From 0.11 on it holds the values too, which must not be tracers.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array
 
-# What a function that was jitted inside of another is called.
+# The primitives of a jitted function called inside another.
 JITTED = frozenset(("jit", "pjit"))
 
 
-def inner_programs(params: dict[str, Any]) -> Iterator[jex.core.Jaxpr]:
-    """The programs within an equation: bodies of loops, branches, called functions."""
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[jex.core.Jaxpr]:
+    """Yield the programs in an equation: bodies of loops, branches, functions."""
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, jex.core.ClosedJaxpr):
@@ -29,21 +29,21 @@ def inner_programs(params: dict[str, Any]) -> Iterator[jex.core.Jaxpr]:
 
 
 def is_index(constant: Any) -> bool:
-    """Whether it holds known whole numbers, as tables of indices and masks do.
+    """Return whether a constant holds known whole numbers, like index tables and masks.
 
-    Their values are read where a structure is looked for; of others only the shape is.
+    The search for a structure reads their values, and only the shapes of others.
     """
     kind = getattr(getattr(constant, "dtype", None), "kind", "")
     return kind in tuple("biu") and not isinstance(constant, Tracer)
 
 
-def called_program(eqn) -> Any:
-    """The program of a called function, with its constants where it has them."""
+def called_jaxpr(eqn) -> Any:
+    """Return the program of a called function, with its constants if it has any."""
     return eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
 
 
 def primitives_of(program: jex.core.Jaxpr) -> set[str]:
-    """The names of all that it does, inner programs included."""
+    """Return the names of all primitives in a program, including inner programs."""
     found = set()
     for eqn in program.eqns:
         found.add(eqn.primitive.name)
@@ -52,17 +52,17 @@ def primitives_of(program: jex.core.Jaxpr) -> set[str]:
 
 
 def primitives_within(eqn) -> set[str]:
-    """The names of all that the inner programs of an equation do."""
-    return set().union(*map(primitives_of, inner_programs(eqn.params)))
+    """Return the names of all primitives in the inner programs of an equation."""
+    return set().union(*map(primitives_of, inner_jaxprs(eqn.params)))
 
 
 def variables(atoms: Sequence) -> list[jex.core.Var]:
-    """Those that are no literals, each once."""
+    """Return those that are not literals, each once."""
     return list(dict.fromkeys(v for v in atoms if isinstance(v, jex.core.Var)))
 
 
-def reached(program: jex.core.Jaxpr, start) -> set[jex.core.Var]:
-    """All that depends on some variables, they themselves included."""
+def dependents_of(program: jex.core.Jaxpr, start) -> set[jex.core.Var]:
+    """Return all variables that depend on some, including these."""
     found = set(start)
     for eqn in program.eqns:
         if not found.isdisjoint(variables(eqn.invars)):
@@ -79,7 +79,7 @@ def written_by(eqns) -> list[jex.core.Var]:
 
 
 def sub_jaxpr(program: jex.core.Jaxpr, eqns, invars, outvars) -> jex.core.Jaxpr:
-    """The program that does some equations of another."""
+    """Return the program that consists of some equations of another."""
     return program.replace(
         constvars=[],
         invars=list(invars),
@@ -93,16 +93,16 @@ def sub_jaxpr(program: jex.core.Jaxpr, eqns, invars, outvars) -> jex.core.Jaxpr:
 
 
 def consts_to_args(closed: jex.core.ClosedJaxpr) -> jex.core.Jaxpr:
-    """The program with its constants, `closed.consts`, as its first arguments."""
+    """Return the program with its constants, `closed.consts`, as first arguments."""
     program = closed.jaxpr
     arguments = [*program.constvars, *program.invars]
     return sub_jaxpr(program, program.eqns, arguments, program.outvars)
 
 
-def part_for(program: jex.core.Jaxpr, outvars, known) -> jex.core.Jaxpr:
-    """The part that some variables are computed by, from others that are known.
+def backward_slice(program: jex.core.Jaxpr, outvars, known) -> jex.core.Jaxpr:
+    """Return the part of a program that computes some variables from known ones.
 
-    Its arguments are those that it needs: known ones, and arguments of the program.
+    Its arguments are only those that it needs: known ones, and the program's own.
     """
     known = set(variables(known))
     missing, eqns = set(variables(outvars)) - known, []
@@ -116,18 +116,18 @@ def part_for(program: jex.core.Jaxpr, outvars, known) -> jex.core.Jaxpr:
 
 
 def evaluate(program: jex.core.Jaxpr, *args) -> list[Array]:
-    """What the program returns."""
+    """Return the results of the program."""
     outs = jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(program, []))(*args)
-    # A number that was written into the program is returned as such.
+    # A literal is returned as a plain number.
     return [out if isinstance(out, jax.Array) else jnp.asarray(out) for out in outs]
 
 
 def evaluate_inlined(
     program: jex.core.Jaxpr, *args, calls: frozenset[str]
 ) -> list[Array]:
-    """The same, with the calls of these names replaced by the bodies of the called.
+    """Evaluate a program, inlining the calls with these primitives' names.
 
-    Within loops and branches too, unless all that is called there are jitted functions.
+    Calls in loops and branches are inlined too, unless all are of jitted functions.
     """
     values = dict(zip(program.invars, args, strict=True))
 
@@ -136,7 +136,7 @@ def evaluate_inlined(
 
     for eqn in program.eqns:
         if eqn.primitive.name in calls:
-            inner = called_program(eqn)
+            inner = called_jaxpr(eqn)
             operands = [*inner.consts, *map(read, eqn.invars)]
             outs = evaluate_inlined(consts_to_args(inner), *operands, calls=calls)
         else:
@@ -150,7 +150,7 @@ def evaluate_inlined(
 
 
 def _with_inner_inlined(eqn, calls: frozenset[str]):
-    """An equation whose inner programs do not call these."""
+    """Return an equation with these calls inlined in its inner programs."""
 
     def rewrite(value):
         if type(value) in (tuple, list):
@@ -163,7 +163,7 @@ def _with_inner_inlined(eqn, calls: frozenset[str]):
 
 
 def _inline(closed: jex.core.ClosedJaxpr, calls: frozenset[str]):
-    """The program with these calls inlined, and what they hold made its own."""
+    """Return the program with these calls inlined, and their constants as its own."""
 
     def run(*args):
         return evaluate_inlined(
@@ -173,12 +173,12 @@ def _inline(closed: jex.core.ClosedJaxpr, calls: frozenset[str]):
     return jax.make_jaxpr(run)(*closed.in_avals)
 
 
-def calls_hold_arrays(program: jex.core.Jaxpr) -> bool:
-    """Whether a jitted function in it closes over arrays that JAX knows."""
+def jit_has_consts(program: jex.core.Jaxpr) -> bool:
+    """Return whether a jitted function in a program closes over concrete arrays."""
     calls = [e.params["jaxpr"] for e in program.eqns if e.primitive.name in JITTED]
-    return any(call.consts or calls_hold_arrays(call.jaxpr) for call in calls)
+    return any(call.consts or jit_has_consts(call.jaxpr) for call in calls)
 
 
-def without_calls(closed: jex.core.ClosedJaxpr) -> jex.core.ClosedJaxpr:
-    """The program with jitted functions inlined, and what they hold made its own."""
+def inline_jit(closed: jex.core.ClosedJaxpr) -> jex.core.ClosedJaxpr:
+    """Return the program with jitted functions inlined, with their constants."""
     return _inline(closed, JITTED)

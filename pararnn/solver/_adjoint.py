@@ -4,14 +4,14 @@ Differentiating $h_t = f(h_{t-1}, x_t)$ gives a linear recurrence for the tangen
 
     dh_t = J_t dh_{t-1} + b_t,   b_t = ∂f/∂x dx_t + ∂f/∂θ dθ,
 
-with the exact Jacobian $J_t$ at the states returned, whatever the solver used on its
-way to them. Its transpose, one linear recurrence backwards in time, is the gradient.
-Nothing differentiates through Newton's iterations.
+with the exact Jacobian $J_t$ at the states returned, however the solver found them. Its
+transpose, a linear recurrence backwards in time, is the gradient. Nothing
+differentiates through Newton's iterations.
 
-The recurrence is solved in chunks of time. Inside a chunk everything that is not serial
-is done at once: the cell is linearised at all steps together, so that the weights'
-gradient is one matrix product. A chunk is rematerialised, so the memory beyond the
-states themselves is that of one chunk. What is serial is done on one of two schedules:
+The recurrence is solved one window of time after the other. Within a window, everything
+that is not serial is done at once: the cell is linearised at all steps together, so
+that the gradient of the weights is one matrix product. Windows are rematerialised, so
+the memory beside the states is that of one window. The serial part has two schedules:
 
 - materialised: the J_t are formed (one JVP for each column of a block) and given to the
   scan engine;
@@ -38,32 +38,33 @@ ADJOINTS = ("auto", "parallel", "sweep")
 
 
 class Plan(NamedTuple):
-    """How to solve for the tangents: `chunk` steps at a time."""
+    """How to solve for the tangents: `window` steps at a time."""
 
     materialise: bool
-    chunk: int
+    window: int
 
 
 def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
     """Choose the schedule.
 
-    A chunk's temporaries should stay in cache, and be a small part of the whole, so
-    that the memory of the gradient is that of the states. Measured on the CPU named in
-    docs/benchmarks.md (value and gradient at T = 16384 against `lax.scan`): chunks of
-    2**10 to 2**14 numbers differ by less than the noise, 2**16 is 1.2 x slower;
-    materialised Jacobians win up to blocks of 4 and lose from 32 on.
+    The temporaries of a window should fit in cache and be few, so that the gradient
+    needs about the memory of the states. On a CPU, windows of 2**10 to 2**14 numbers
+    are equally fast, and 2**16 takes 20% more time. Materialised Jacobians are faster
+    for blocks of up to 4, and slower from 32 on (docs/devdocs/solver.md).
 
-    **Raises:** `ValueError` for a sweep over a time axis that lies across devices.
+    **Raises:** `ValueError` for a sweep over time that is sharded across devices.
     """
     if time_shards(steps) > 1:
         if adjoint == "sweep":
-            raise _no_sweep("`adjoint` is 'sweep'", "Leave it out, or pass 'parallel'")
+            raise _cannot_sweep(
+                "`adjoint` is 'sweep'", "Leave it out, or pass 'parallel'"
+            )
         return Plan(True, steps)
     if adjoint == "parallel":
         return Plan(True, steps)
     if adjoint == "auto" and not is_symbolic(steps) and jax.default_backend() != "cpu":
-        # Not measured yet: a serial step costs kernel launches there, so chunks are
-        # long and Jacobians formed for as long as they fit.
+        # Not measured yet. A serial step costs kernel launches there, so windows are
+        # long, and Jacobians are formed unless they are large.
         return Plan(structure.size <= 64, _divisor(steps, max(16, steps // 8)))
     if is_symbolic(steps):
         return Plan(structure.size <= 4 and adjoint != "sweep", steps)
@@ -73,17 +74,17 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
     return Plan(structure.size <= 4, _divisor(steps, target))
 
 
-def _no_sweep(what: str, remedy: str) -> ValueError:
+def _cannot_sweep(what: str, remedy: str) -> ValueError:
     return ValueError(
-        f"solve: {what}, so that the derivative is taken one step after the other, but "
-        "the time axis lies across devices (the mesh in context has an axis "
-        f'"time"), each of which would wait for the one before. {remedy}, or '
-        'differentiate under a mesh without an axis "time".'
+        f"solve: {what}, so the derivative is taken one step after the other, but time "
+        'is sharded across devices (the mesh in context has an axis "time"), each of '
+        f"which would wait for the one before. {remedy}, or differentiate under a mesh "
+        'without an axis "time".'
     )
 
 
 def _divisor(steps: int, target: int) -> int:
-    """The largest divisor of `steps` in the upper part of the target, or the target."""
+    """Return the largest divisor of `steps` near the target, or else the target."""
     target = min(steps, target)
     for candidate in range(target, target // 3, -1):
         if steps % candidate == 0:
@@ -91,23 +92,22 @@ def _divisor(steps: int, target: int) -> int:
     return target
 
 
-def replace_lost(parameters, inputs, h0, states):
-    """What to linearise at, and which steps `[T]` are lost, if any may be.
+def replace_nonfinite(parameters, inputs, h0, states):
+    """Linearise elsewhere at steps that are lost.
 
     A step is lost if it starts from or leads to a state that is not finite. With
-    resets, others may not depend on it, and then its Jacobian is only multiplied with
-    zero, which must be zero. So it is taken to be the first step of a sequence, with
-    the inputs of a step that is not lost. What depends on it all the same is marked by
-    `poison`.
+    resets, other states may not depend on it. Then its Jacobian is multiplied by zero,
+    and the product has to be zero. So a lost step becomes the first step of a sequence,
+    with the inputs of a step that is not lost. `poison` marks whatever depends on it.
 
-    **Returns:** (parameters, inputs, h0, states), and bool `[T]`, or `None` without
-    resets.
+    **Returns:** (parameters, inputs, h0, states), and which steps are lost, bool `[T]`,
+    or `None` without resets.
     """
     leaves, reset = inputs
     if reset is None:
         return (parameters, inputs, h0, states), None
     before, after = (
-        ft.reduce(jnp.logical_or, map(_spoiled, group))
+        ft.reduce(jnp.logical_or, map(_has_nonfinite, group))
         for group in (jtu.tree_map(lambda h: h[None], h0), states)
     )
     lost = after | (shift(before[0], after) & ~reset)
@@ -121,17 +121,17 @@ def replace_lost(parameters, inputs, h0, states):
     return (parameters, inputs, h0, states), lost
 
 
-def _spoiled(states):
+def _has_nonfinite(states):
     return ~jnp.all(jnp.isfinite(states.reshape(len(states), -1)), axis=1)
 
 
 def solve_tangents(
     recurrence: Recurrence, plan: Plan | None, structure, primals, tangents, lost=None
 ):
-    """Tangents of the states, leaves `[T, ...]`.
+    """Solve for the tangents of the states, leaves `[T, ...]`.
 
-    `primals` are (parameters, inputs, h0, states); `tangents` those of the first three,
-    `None` where there is none. What depends on steps that are `lost` is NaN.
+    `primals` are (parameters, inputs, h0, states). `tangents` are those of the first
+    three, `None` where there is none. Whatever depends on steps that are `lost` is NaN.
     """
     parameters, inputs, h0, states = primals
     t_parameters, t_inputs, t_h0 = tangents
@@ -140,10 +140,10 @@ def solve_tangents(
     start = recurrence.ravel(
         [jnp.zeros_like(h) if t is None else t for h, t in zip(h0, t_h0, strict=True)]
     )
-    steps, length = states[0].shape[0], plan.chunk
+    steps, length = states[0].shape[0], plan.window
     count = steps // length
 
-    def stretch(d, before, parameters, inputs, tangents, lost):
+    def solve_window(d, before, parameters, inputs, tangents, lost):
         terms = _driving_terms(recurrence, before, (parameters, inputs), tangents)
         if lost is not None:
             terms = poison(terms, jnp.broadcast_to(lost[:, None], terms.shape))
@@ -157,26 +157,28 @@ def solve_tangents(
         def whole_sequence(d, known, tangents):
             parameters, inputs, h0, states, lost = known
             before = states_before(h0, states)
-            return stretch(d, before, parameters, inputs, tangents, lost)[1]
+            return solve_window(d, before, parameters, inputs, tangents, lost)[1]
 
         known = (parameters, inputs, h0, states, lost)
         return whole_sequence(start, known, (t_parameters, t_inputs))
 
-    def chunk(d, index, length, t_inputs, known, t_parameters):
+    def window(d, index, length, t_inputs, known, t_parameters):
         parameters, inputs, h0, states, lost = known
-        first = index * plan.chunk
+        first = index * plan.window
         at = ft.partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=length)
-        before = _chunk_before(h0, states, first, length)
+        before = _states_before_window(h0, states, first, length)
         inputs, lost = jtu.tree_map(at, (inputs, lost))
-        return stretch(d, before, parameters, inputs, (t_parameters, t_inputs), lost)
+        return solve_window(
+            d, before, parameters, inputs, (t_parameters, t_inputs), lost
+        )
 
-    # What is known is sliced inside the chunk: scanned over, it would be copied whole
-    # under `vmap`, which puts the batch between the chunks and their steps.
+    # The window slices `known` itself. If `known` were scanned over, `vmap` would copy
+    # all of it, as it puts the batch between the windows and their steps.
     known = (parameters, inputs, h0, states, lost)
 
-    def body(d, at_chunk):
-        index, t_inputs = at_chunk
-        run = jax.checkpoint(chunk, prevent_cse=False, static_argnums=(2,))
+    def body(d, at_window):
+        index, t_inputs = at_window
+        run = jax.checkpoint(window, prevent_cse=False, static_argnums=(2,))
         return run(d, index, length, t_inputs, known, t_parameters)
 
     def whole(x):
@@ -187,21 +189,21 @@ def solve_tangents(
     rest = steps - count * length
     if rest:
         t_rest = jtu.tree_map(lambda x: x[count * length :], t_inputs)
-        run = jax.checkpoint(chunk, static_argnums=(2,))
+        run = jax.checkpoint(window, static_argnums=(2,))
         _, tail = run(d, jnp.asarray(count), rest, t_rest, known, t_parameters)
         out = tuple(jnp.concatenate(pair) for pair in zip(out, tail, strict=True))
     return out
 
 
 def split_by_tangents(primals, tangents):
-    """The primals that have tangents, with the same leaves as these, and the others."""
+    """Split primals into those that have tangents, and the others."""
     fixed = jtu.tree_map(lambda t: t is None, tangents, is_leaf=lambda t: t is None)
     held, moved = eqx.partition(primals, fixed)
     return moved, held
 
 
-def _chunk_before(h0, states, first, length: int):
-    """The states that the steps `first, ..., first + length - 1` start from."""
+def _states_before_window(h0, states, first, length: int):
+    """Return the states before the steps `first, ..., first + length - 1`."""
 
     def one(h0, states):
         previous = lax.dynamic_index_in_dim(
@@ -215,7 +217,7 @@ def _chunk_before(h0, states, first, length: int):
 
 
 def _driving_terms(recurrence: Recurrence, before, primals, tangents):
-    """`b_t` at all steps of the chunk at once, `[steps, width]`."""
+    """Compute `b_t` at all steps of the window at once, `[steps, width]`."""
     moved, held = split_by_tangents(primals, tangents)
     if not jtu.tree_leaves(moved):
         none = jnp.zeros((before[0].shape[0], recurrence.width), recurrence.dtype)
@@ -259,7 +261,7 @@ def _swept(recurrence, structure, parameters, before, inputs, d, terms):
     del structure
 
     def residuals(h, x):
-        """What the linearised step needs to be applied, as leaves."""
+        """Return the residuals of the linearised step, as leaves."""
 
         def step(v):
             return recurrence.vector_step(parameters, v, x)
@@ -269,7 +271,7 @@ def _swept(recurrence, structure, parameters, before, inputs, d, terms):
         residuals.tree = tree
         return leaves
 
-    # A weight matrix is a residual too; only what changes over time gets a time axis.
+    # A weight matrix is a residual too. Only residuals that change get a time axis.
     varies = _depends_on_arguments(
         residuals, jtu.tree_map(lambda v: v[0], (before, inputs))
     )
@@ -293,29 +295,28 @@ def _swept(recurrence, structure, parameters, before, inputs, d, terms):
 
 
 def _depends_on_arguments(fn, args) -> list[bool]:
-    """Which outputs can depend on the arguments, not only on the closure."""
+    """Return which outputs depend on the arguments, not only on the closure."""
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
-    reached = set(jaxpr.invars)
+    dependent = set(jaxpr.invars)
     for eqn in jaxpr.eqns:
-        if any(v in reached for v in eqn.invars if isinstance(v, jex.core.Var)):
-            reached.update(eqn.outvars)
+        if any(v in dependent for v in eqn.invars if isinstance(v, jex.core.Var)):
+            dependent.update(eqn.outvars)
     return [
-        v in reached if isinstance(v, jex.core.Var) else False for v in jaxpr.outvars
+        v in dependent if isinstance(v, jex.core.Var) else False for v in jaxpr.outvars
     ]
 
 
 def _step_by_step(recurrence: Recurrence, primals, tangents, lost):
-    """The recurrence of the tangents, one JVP of the cell a step.
+    """Solve the recurrence of the tangents by one JVP of the cell at each step.
 
-    Transposed, it is one reverse sweep of per-step VJPs. This is the only schedule for
-    a cell that contains a `custom_vjp` function: such a step can be transposed where it
-    stands, but cannot be batched over columns of a Jacobian. So it is for cells that
-    have to be evaluated one step at a time.
+    Transposed, this is one reverse sweep of per-step VJPs. It is the only schedule for
+    a cell with a `custom_vjp` function, whose step can be transposed but not batched
+    over columns of a Jacobian; and for cells that must be evaluated one step at a time.
     """
     parameters, inputs, h0, states = primals
     t_parameters, t_inputs, t_h0 = tangents
     if time_shards(states[0].shape[0]) > 1:
-        raise _no_sweep(
+        raise _cannot_sweep(
             "the cell contains a function with `custom_vjp`, which has no JVP",
             "Write the function without it, or with `custom_jvp`",
         )

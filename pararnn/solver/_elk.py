@@ -18,20 +18,20 @@ class ELK(AbstractMethod):
     r"""Levenberg-Marquardt: Newton's method with a trust region, by Kalman smoothing.
 
     The correction minimises
-    $\sum_t \|\delta_t - A_t \delta_{t-1} - r_t\|^2 + \lambda \|\delta_t\|^2$, the
+    $\sum_t \|\delta_t - A_t \delta_{t-1} - r_t\|^2 + \lambda \|\delta_t\|^2$. It is the
     posterior mean of a linear Gaussian chain with unit noise whose states are observed
-    to be zero with variance $1 / \lambda$: a Kalman smoother solves for it in parallel
-    (Gonzalez et al. 2024, 2407.19115; the filter's elements are those of Särkkä and
-    García-Fernández 2021, 1905.13002). Corrections stay bounded where Newton's grow
-    without limit. Here $\lambda = \mathrm{damping} \cdot \min(1, c)$ falls with the
-    last relative correction $c$, so that convergence near the solution is nearly that
-    of Newton's method.
+    to be zero with variance $1 / \lambda$, and a Kalman smoother solves for it in
+    parallel (Gonzalez et al. 2024, 2407.19115; the filter's elements are those of
+    Särkkä and García-Fernández 2021, 1905.13002). Corrections stay bounded where
+    Newton's grow without limit. $\lambda = \mathrm{damping} \cdot \min(1, c)$ falls
+    with the last relative correction $c$, so that convergence near the solution is
+    nearly that of Newton's method.
 
     **Arguments:** as in [`pararnn.AbstractMethod`][], and
 
     - `damping`: $\lambda$ at the start, positive.
-    - `diagonal`: take only the diagonal of the Jacobian (quasi-ELK), which makes all
-        matrices numbers.
+    - `diagonal`: whether to take only the diagonal of the Jacobian (quasi-ELK), which
+        replaces all matrices by numbers.
 
     **Raises:** `ValueError` for a damping that is not positive, counts that are not
     whole numbers in range, and negative tolerances.
@@ -109,15 +109,15 @@ class _Matrices:
 
 
 def _smooth(algebra, kind, F: Array, r: Array, strength: Array) -> Array:
-    """The mean of `δ_t = F_t δ_{t-1} + r_t + w_t`, given that `δ_t + v_t = 0`.
+    """Return the mean of `δ_t = F_t δ_{t-1} + r_t + w_t`, given that `δ_t + v_t = 0`.
 
-    `w` has unit variance, `v` variance `1 / strength`, and `δ_0 = 0`. All axes of time
-    stand in front. The covariances of the filter are prefixes of triples (A, C, J);
-    given them, the filter's means and the smoother's are linear recurrences.
+    `w` has unit variance, `v` variance `1 / strength`, and `δ_0 = 0`. Time is the first
+    axis. The covariances of the filter are prefixes of triples (A, C, J). Given them,
+    the means of filter and smoother are linear recurrences.
     """
     multiply, invert = algebra.multiply, algebra.invert
     one = algebra.identity(F)
-    # The state before the first is known: nothing of it is carried on.
+    # The state before the first is zero, so no transition leads from it.
     F = F.at[0].set(0)
     kept = 1 / (1 + strength)
     elements = (

@@ -1,8 +1,8 @@
-"""A failure cannot be raised by an exported program: said when it is exported.
+"""Refuse to export a program that raises on failure, with a message that helps.
 
 JAX refuses any program that calls the host with "serialization of host_callbacks is not
-yet implemented". Whether a program is lowered for an export is known to the lowering of
-a primitive alone, so there is one here that does nothing else than look.
+yet implemented". Only the lowering of a primitive can tell that a program is being
+exported, so there is a primitive here that only checks this.
 """
 
 import os
@@ -15,9 +15,9 @@ _not_exported = jex.core.Primitive("pararnn_not_exported")
 
 
 def refuse_export(value: Array) -> Array:
-    """`value`, of a program that calls the host if the solve has failed.
+    """Return `value`, in a program that calls the host if the solve has failed.
 
-    **Raises:** `NotImplementedError` when the program is exported by `jax.export`.
+    **Raises:** `NotImplementedError` when `jax.export` exports the program.
     """
     return _not_exported.bind(value)
 
@@ -27,8 +27,8 @@ def _lower(ctx, value):
     calls = os.environ.get("EQX_ON_ERROR", "raise") not in ("nan", "off")
     if calls and getattr(parameters, "for_export", False):
         raise NotImplementedError(
-            "pararnn.solve: a program that raises where a solve fails cannot be "
-            "exported by `jax.export`, since raising calls Python. Pass `throw=False` "
+            "pararnn.solve: a program that raises if a solve fails cannot be exported "
+            "by `jax.export`, since raising calls Python. Pass `throw=False` "
             "to `pararnn.solve`, or to the layer or model that calls it "
             "(`pararnn.RNN(..., throw=False)`), and export `Solution.result` or the "
             "statistics beside the states, to see failures."

@@ -16,8 +16,8 @@ from ._export import refuse_export
 from ._problem import BoundProblem
 from ._solution import RESULTS, Stats
 
-# A solve carries the result as a number, which arrays of sequences can hold: 0 for
-# success, and the place in this list, from 1.
+# A solve carries its result as a number, so that an array can hold those of a batch: 0
+# for success, else the position in this list, counted from 1.
 FAILURES = (
     RESULTS.not_converged,
     RESULTS.nonfinite_inputs,
@@ -27,7 +27,7 @@ FAILURES = (
 
 
 def as_result(code: Array):
-    """The code of one sequence as a member of `RESULTS`."""
+    """Return the code of one sequence as a member of `RESULTS`."""
     result = RESULTS.successful
     for number, failure in enumerate(FAILURES, start=1):
         result = RESULTS.where(code == number, failure, result)
@@ -40,16 +40,17 @@ class Outcome(NamedTuple):
     stats: Stats
     code: Int[Array, "*batch"]  # of the result
     first_nonfinite: Int[Array, "*batch"]
-    # 0, for those who step outside of the solver: it cannot be read without the check.
+    # 0, for code that steps outside of the solver; reading it runs the failure check.
     checked: Int[Array, "*batch"] | None = None
 
 
 def find_outcome(
     problem: BoundProblem, states: tuple[Array, ...], stats: Stats, *, throw: bool
 ) -> tuple[Outcome, Int[Array, ""]]:
-    """The result of a solve, and 0; only a failed one pays for the search for a cause.
+    """Find the result of a solve, and the cause if it failed.
 
-    With `throw`, whatever uses this 0 raises if the solve failed.
+    Only a failed solve pays for the search. The second value is 0; with `throw`, any
+    use of it raises if the solve failed.
     """
     steps, shape = problem.steps, problem.batch_shape
     stats = vary(stats, states)
@@ -63,19 +64,18 @@ def find_outcome(
         return code, vary(jnp.full(shape, steps, jnp.int32), states), zero
 
     def find_failure():
-        first, cause = _look_for_nonfinite(problem, states)
+        first, cause = _find_nonfinite(problem, states)
         found = jnp.where(first < steps, cause, code)
         return found, first, _check(found) if throw else zero
 
-    # The check stands beside the search, so that a solve that succeeds passes one
-    # conditional.
+    # The check is in the same branch as the search: a success costs one conditional.
     code, first, checked = lax.cond(good, all_good, find_failure)
     certified = jnp.minimum(stats.certified_steps, first)
     return Outcome(stats._replace(certified_steps=certified), code, first), checked
 
 
 def check_batch(states: tuple[Array, ...], code: Array) -> Array:
-    """0, which raises when it is used if any sequence of the batch has failed."""
+    """Return 0, whose use raises if any sequence of the batch has failed."""
     zero = vary(jnp.zeros((), jnp.int32), states)
     return lax.cond(jnp.all(code == 0), lambda: zero, lambda: _check(code))
 
@@ -84,7 +84,7 @@ def attach_check(states: tuple[Array, ...], checked: Array, *, time_axis: int):
     """Make every use of `states` depend on the failure check, which is 0.
 
     Passing the trajectories through the check would copy them. Instead their last step
-    is written again, at a place that only the check knows, so that the compiler cannot
+    is written again, at an index that depends on the check, so that the compiler cannot
     drop the check.
     """
     place = jnp.asarray(states[0].shape[time_axis] - 1, jnp.int32) + checked
@@ -97,12 +97,12 @@ def attach_check(states: tuple[Array, ...], checked: Array, *, time_axis: int):
 
 
 def _check(code: Array) -> Array:
-    """0, if no code is that of a failure."""
+    """Return 0; raise if any code is that of a failure."""
     messages = [RESULTS[failure] for failure in FAILURES]
 
     def check(code):
         code = refuse_export(code)
-        # (What comes from the host is the same on all devices, for all JAX knows.)
+        # (JAX takes values from the host to be the same on all devices.)
         zero = jnp.zeros((), jnp.int32)
         return eqxi.branched_error_if(zero, code != 0, code - 1, messages)
 
@@ -110,14 +110,14 @@ def _check(code: Array) -> Array:
 
 
 def _on_every_device(check: Callable) -> Callable:
-    """`check` of replicated scalars, run by each device of the mesh in context.
+    """Make each device of the mesh in context run `check`, of replicated scalars.
 
-    XLA has one device call the host, and if that one raises, the others wait for it in
-    the next exchange until the process is aborted.
+    XLA would let one device call the host. If that one raised, the others would wait
+    for it in the next exchange until the process is aborted.
     """
     mesh = get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    # (An explicit axis, over which no batch is divided, has no exchanges.)
+    # (Batches are not sharded along explicit axes, so those need no exchange.)
     axes = {name for name, kind in kinds if kind == AxisType.Auto}
     if not axes or mesh.size == 1:
         return check
@@ -127,8 +127,8 @@ def _on_every_device(check: Callable) -> Callable:
     )
 
 
-def _look_for_nonfinite(problem: BoundProblem, states):
-    """The first step whose state is not finite (T if none is), and the cause's code."""
+def _find_nonfinite(problem: BoundProblem, states):
+    """Find the first step whose state is not finite (T if none), and the cause."""
     steps, shape = problem.steps, problem.batch_shape
     shards = time_shards(steps)
     # On one device no axis is added: XLA would copy the sequence to add it.
@@ -154,7 +154,7 @@ def _look_for_nonfinite(problem: BoundProblem, states):
         finite = over.lift(_which_are_finite)(over.parameters, starts, x)
         return (first, *map(jnp.logical_and, good, finite)), None
 
-    # A loop over time: beside the states, nothing grows with T.
+    # A loop over time, so that only the states grow with T.
     start = jnp.full(own, steps, jnp.int32), jnp.ones(own, bool), jnp.ones(own, bool)
     start = vary(start, states)
     found, _ = lax.scan(look, start, (times, states, over.inputs))

@@ -1,11 +1,10 @@
-"""Hoisting: what a step computes without the state is computed for all steps at once.
+"""Hoisting: compute for all steps at once whatever does not depend on the state.
 
-Most cells project their input, `W @ x + b`. Inside the step that is a product of a
-matrix and a vector at every step, and in Newton's method at every step of every
-iteration. Here it is found in the cell's program and done once, as one matrix product
-over time.
+Most cells project their input, `W @ x + b`. Inside the step this is a matrix-vector
+product at every step, and in Newton's method at every step of every iteration. Hoisting
+finds it in the cell's program and does it once, as one matrix product over time.
 
-Only the forward solve is split this way. The derivative sees the cell as written.
+Only the forward solve is split this way. The derivative uses the cell as written.
 """
 
 import copy
@@ -17,42 +16,42 @@ import jax.extend as jex
 import jax.tree_util as jtu
 
 from ..jaxprs import (
+    dependents_of,
     evaluate,
-    inner_programs,
+    inline_jit,
+    inner_jaxprs,
     primitives_of,
-    reached,
     read_by,
     sub_jaxpr,
     variables,
-    without_calls,
     written_by,
 )
 from ..scan import is_symbolic
 from ._problem import BoundProblem, Recurrence, _shape_dtype
-from ._stepwise import must_step
+from ._stepwise import changes_under_vmap
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
-# These compute nothing: XLA makes them part of what reads them.
-LAYOUTS = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "split"}
-# These would be more work for all steps at once: `vmap` takes every branch, and as many
-# turns as the longest loop.
+# These compute nothing: XLA fuses them into the operations that read them.
+LAYOUT_ONLY = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "split"}
+# For all steps at once these would be more work: `vmap` takes every branch, and as many
+# iterations as the longest loop.
 NOT_HOISTABLE = {"cond", "while"}
 
-# The operations that storing a number for each step, and reading it there, costs.
+# Storing a number for each step, and reading it again, costs as many operations.
 COST_PER_STORED = 8
-# Fewer operations saved than this part of a step are not worth a program.
-WORTHWHILE = 1 / 8
-# Nothing that is hoisted may be larger than this many times a state and an input.
-LARGEST = 16
-# A loop that hoists a window of steps at a time: as many numbers as stay in cache until
-# they are read, and at least so many steps.
-WINDOW, SHORTEST = 2**18, 32
+# Hoisting has to save at least this fraction of a step's operations.
+MIN_GAIN = 1 / 8
+# Hoisted values may be at most this many times as large as a state and an input.
+MAX_GROWTH = 16
+# The sequential loop hoists a window of steps at a time: as many numbers as stay in
+# cache until they are read, but at least MIN_WINDOW steps.
+WINDOW_SIZE, MIN_WINDOW = 2**18, 32
 
 
 class SplitStep(NamedTuple):
     """A step as `advance(h, kept, prepare(x))`; both also take the cell's constants.
 
-    `kept` are the places of the leaves of x that `advance` reads as they are.
+    `kept` are the positions of the leaves of x that `advance` reads itself.
     """
 
     prepare: jex.core.Jaxpr
@@ -61,32 +60,32 @@ class SplitStep(NamedTuple):
 
 
 def split_step(recurrence: Recurrence) -> SplitStep | None:
-    """Split a step in two, or return `None` where that gains nothing."""
-    # An implicit step is one loop, and what has effects keeps its place in time.
+    """Split a step in two, or return `None` if that saves nothing."""
+    # An implicit step is one loop, and effects must stay in order.
     if recurrence.refinement is not None or recurrence.jaxpr.effects:
         return None
     if not PRODUCTS & primitives_of(recurrence.jaxpr):
         return None
     count, width = len(recurrence.constant_structs), len(recurrence.state_leaves)
-    program = without_calls(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
-    constants, h, x = _split(program.invars, count, count + width)
-    cut = _cut(program, h, x)
-    if not cut.worthwhile:
+    program = inline_jit(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
+    constants, h, x = _split_at(program.invars, count, count + width)
+    partition = _partition(program, h, x)
+    if not partition.worthwhile:
         return None
-    kept = tuple(i for i, v in enumerate(x) if v in cut.read_later)
-    made = [v for v in written_by(cut.prepared) if v in cut.read_later]
+    kept = tuple(i for i, v in enumerate(x) if v in partition.read_later)
+    made = [v for v in written_by(partition.prepared) if v in partition.read_later]
     left = [*(x[i] for i in kept), *made]
-    # This copy describes the rest of the step; nothing else is asked of it.
+    # This copy describes the rest of the step, and is used for nothing else.
     advance = copy.copy(recurrence)
     given = [*constants, *h, *left]
-    advance.jaxpr = sub_jaxpr(program, cut.advancing, given, program.outvars)
+    advance.jaxpr = sub_jaxpr(program, partition.advancing, given, program.outvars)
     advance.x_structs = [_shape_dtype(v.aval) for v in left]
-    prepare = sub_jaxpr(program, cut.prepared, [*constants, *x], made)
+    prepare = sub_jaxpr(program, partition.prepared, [*constants, *x], made)
     return SplitStep(prepare, kept, advance)
 
 
 def hoist(problem: BoundProblem) -> BoundProblem:
-    """Compute for all steps what needs no state; return the problem that is left."""
+    """Compute for all steps what needs no state; return the rest of the problem."""
     split = problem.split
     if split is None:
         return problem
@@ -116,35 +115,39 @@ def _prepare(problem: BoundProblem, split: SplitStep) -> tuple:
 
 
 def hoisting_window(problem: BoundProblem) -> int:
-    """How many steps to hoist at a time for a loop that then takes them one by one.
+    """Return how many steps the sequential loop hoists at a time.
 
-    To save memory, at most a sixteenth of all, unless those are too few.
+    To save memory, this is at most a sixteenth of all steps, unless that is too few.
     """
     steps, sequences = problem.steps, math.prod(problem.batch_shape)
     if problem.split is None or is_symbolic(steps, sequences):
-        return SHORTEST
-    numbers = sequences * _size(problem.split.prepare.outvars)
-    return max(SHORTEST, min(steps // 16, WINDOW // max(1, numbers)))
+        return MIN_WINDOW
+    numbers = sequences * _count_numbers(problem.split.prepare.outvars)
+    return max(MIN_WINDOW, min(steps // 16, WINDOW_SIZE // max(1, numbers)))
 
 
-class _Cut(NamedTuple):
-    """Equations of a step, and what those of the second list read, among others."""
+class _Partition(NamedTuple):
+    """The equations of a step, in two lists."""
 
     prepared: list[Any]
     advancing: list[Any]
-    read_later: set[jex.core.Var]
+    read_later: set[jex.core.Var]  # the variables that `advancing` reads, and others
     worthwhile: bool
 
 
-def _cut(program: jex.core.Jaxpr, h, x) -> _Cut:
+def _partition(program: jex.core.Jaxpr, h, x) -> _Partition:
     """Prepare what depends on the input and not on the state.
 
-    But not what only makes numbers into more numbers, such as a broadcast, at the end
-    of it: then the fewer are stored.
+    Operations at the end of this that only enlarge their operands, such as a broadcast,
+    are left in the step, so that the smaller operands are stored.
     """
-    of_x = reached(program, x)
-    staying = [e for e in program.eqns if _stays(e) and not of_x.isdisjoint(e.outvars)]
-    of_h = reached(program, [*h, *(v for e in staying for v in e.outvars)])
+    of_x = dependents_of(program, x)
+    staying = [
+        e
+        for e in program.eqns
+        if _must_stay_in_step(e) and not of_x.isdisjoint(e.outvars)
+    ]
+    of_h = dependents_of(program, [*h, *(v for e in staying for v in e.outvars)])
     mixed = [e for e in program.eqns if not of_h.isdisjoint(e.outvars)]
     read_later = read_by(mixed) | set(variables(program.outvars))
     prepared, delayed, read_before = [], [], set()
@@ -153,8 +156,8 @@ def _cut(program: jex.core.Jaxpr, h, x) -> _Cut:
         if made.isdisjoint(read_later | read_before):
             continue
         operands = of_x.intersection(variables(eqn.invars))
-        simple = _operations(eqn) <= _size(eqn.outvars)
-        enlarges = _size(operands - read_later) < _size(made)
+        simple = _count_operations(eqn) <= _count_numbers(eqn.outvars)
+        enlarges = _count_numbers(operands - read_later) < _count_numbers(made)
         if simple and enlarges and made.isdisjoint(read_before):
             delayed.append(eqn)
             read_later |= operands
@@ -163,35 +166,41 @@ def _cut(program: jex.core.Jaxpr, h, x) -> _Cut:
             read_before |= operands
     prepared.reverse()
     stored = read_later.intersection(written_by(prepared))
-    saved = sum(map(_operations, prepared))
-    added = _size(stored) + _size(read_later.intersection(x)) - _size(x)
+    saved = sum(map(_count_operations, prepared))
+    added = (
+        _count_numbers(stored)
+        + _count_numbers(read_later.intersection(x))
+        - _count_numbers(x)
+    )
     gain = saved - COST_PER_STORED * max(0, added)
-    of_either = sum(map(_operations, mixed)) + saved
-    largest = max((_size(e.outvars) for e in prepared), default=0)
-    small = max(largest, _size(stored)) <= LARGEST * (_size(h) + _size(x))
-    return _Cut(
+    of_either = sum(map(_count_operations, mixed)) + saved
+    largest = max((_count_numbers(e.outvars) for e in prepared), default=0)
+    small = max(largest, _count_numbers(stored)) <= MAX_GROWTH * (
+        _count_numbers(h) + _count_numbers(x)
+    )
+    return _Partition(
         _with_constants(program, prepared, of_x | of_h, stored),
         _with_constants(program, mixed + delayed, of_x | of_h, program.outvars),
         read_later,
-        bool(stored) and small and gain > WORTHWHILE * of_either,
+        bool(stored) and small and gain > MIN_GAIN * of_either,
     )
 
 
-def _stays(eqn) -> bool:
-    """Whether an equation has to be done one step at a time."""
+def _must_stay_in_step(eqn) -> bool:
+    """Return whether an equation has to be done one step at a time."""
     names = {eqn.primitive.name}
-    for inner in inner_programs(eqn.params):
+    for inner in inner_jaxprs(eqn.params):
         names |= primitives_of(inner)
-    return not NOT_HOISTABLE.isdisjoint(names) or must_step(eqn)
+    return not NOT_HOISTABLE.isdisjoint(names) or changes_under_vmap(eqn)
 
 
-def _split(sequence, *bounds):
+def _split_at(sequence, *bounds):
     starts, ends = (0, *bounds), (*bounds, len(sequence))
     return [sequence[a:b] for a, b in zip(starts, ends, strict=True)]
 
 
 def _with_constants(program: jex.core.Jaxpr, eqns, varying: set, outvars) -> list:
-    """Equations in the program's order, with those that they need of constants."""
+    """Return equations in the program's order, with the constant ones they need."""
     chosen = set(map(id, eqns))
     needed, found = set(variables(outvars)), []
     for eqn in reversed(program.eqns):
@@ -202,18 +211,20 @@ def _with_constants(program: jex.core.Jaxpr, eqns, varying: set, outvars) -> lis
     return found[::-1]
 
 
-def _size(of) -> int:
-    """How many numbers some variables hold."""
+def _count_numbers(of) -> int:
+    """Return how many numbers some variables hold."""
     return sum(math.prod(v.aval.shape) for v in of)
 
 
-def _operations(eqn) -> int:
-    """Multiplications and additions, and one for each number of any other result."""
-    name, results = eqn.primitive.name, _size(eqn.outvars)
-    inner = list(inner_programs(eqn.params))
+def _count_operations(eqn) -> int:
+    """Count multiplications and additions, and one for each number of other results."""
+    name, results = eqn.primitive.name, _count_numbers(eqn.outvars)
+    inner = list(inner_jaxprs(eqn.params))
     if inner:
         turns = eqn.params.get("length", 1)
-        return turns * sum(_operations(e) for program in inner for e in program.eqns)
+        return turns * sum(
+            _count_operations(e) for program in inner for e in program.eqns
+        )
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         shape = eqn.invars[0].aval.shape
@@ -221,4 +232,4 @@ def _operations(eqn) -> int:
     if name == "conv_general_dilated":
         kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
         return 2 * results * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
-    return 0 if name in LAYOUTS else results
+    return 0 if name in LAYOUT_ONLY else results

@@ -1,4 +1,4 @@
-"""What a user passes to a solver: adapted to `f(h, x) -> h`, and checked."""
+"""Check what a user passes to a solver, and adapt the cell to `f(h, x) -> h`."""
 
 import abc
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from ._problem import Recurrence
 
 
 class AbstractImplicitCell(eqx.Module):
-    """A cell whose step `f(h, x)` is the end of an iteration."""
+    """A cell whose step `f(h, x)` is the limit of an iteration."""
 
     @abc.abstractmethod
     def __call__(self, h: PyTree[Array], x: PyTree) -> PyTree[Array]:
-        """The end of the iteration."""
+        """Return the limit of the iteration."""
 
     @abc.abstractmethod
     def refine(self, z: PyTree[Array], h: PyTree[Array], x: PyTree) -> PyTree[Array]:
-        """One round of it, from z towards `f(h, x)`.
+        """Take one round of the iteration, from z towards `f(h, x)`.
 
-        Its derivative with respect to h, where z is `f(h, x)`, is that of the cell.
+        At z = `f(h, x)`, its derivative with respect to h is that of the cell.
         """
 
 
@@ -34,7 +34,7 @@ def make_recurrence(
 ) -> Recurrence:
     """Trace the cell, and refuse one that does not map states to states.
 
-    With `refine` a round of an implicit cell's iteration is traced too.
+    With `refine`, one round of an implicit cell's iteration is traced too.
     """
     if not callable(f):
         raise TypeError(
@@ -63,7 +63,7 @@ def make_recurrence(
 
 
 def count_steps(where: str, xs: PyTree) -> int:
-    """The common leading axis of the inputs."""
+    """Return the length of the inputs' common leading axis."""
     lengths = {}
     for path, leaf in jtu.tree_leaves_with_path(xs):
         name = "xs" + jtu.keystr(path)
@@ -127,7 +127,7 @@ def _check_output(where: str, recurrence: Recurrence) -> None:
                 "Likely causes: (a) `h0` and the parameters have different dtypes "
                 "(float32 against bfloat16 or float64): create `h0` in the dtype that "
                 "the cell returns; (b) the input broadcasts against the state, for "
-                "instance since it carries a batch axis."
+                "instance because it has a batch axis."
             )
 
 
@@ -145,7 +145,7 @@ def check_like(where: str, name: str, value: PyTree, like: PyTree, what: str) ->
 
 
 def check_resets(where: str, recurrence: Recurrence, reset, reset_state, steps):
-    """The state that resets select, as leaves: zeros unless given."""
+    """Return the state that resets select, as leaves; defaults to zeros."""
     check_reset(where, reset, reset_state, steps)
     if reset is None:
         return None

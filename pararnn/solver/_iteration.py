@@ -6,12 +6,12 @@ solves,
     δ_{i+1} = P_i δ_i + (φ_i(s_i) - s_{i+1}),   δ_0 = 0,
 
 a linear recurrence of length S for the scan engine, and adds δ to the starts. Solving
-for the correction, and not for the new state, keeps the rounding of `P s` out of the
-answer. After k steps the first k segments are exact whatever `P` is, so S steps always
-suffice. What `P` is, and how the correction is solved for, is up to the method.
+for the correction instead of the new state keeps the rounding of `P s` out of the
+answer. After k steps the first k segments are exact, whatever `P` is, so S steps always
+suffice. The method defines `P`, and how the correction is solved for.
 
-An attempt is steps until the correction forecasts convergence, and one pass of the cell
-that certifies the trajectory. A second attempt is seldom needed.
+An attempt takes steps until the correction forecasts convergence, and then one pass of
+the cell, which certifies the trajectory. A second attempt is seldom needed.
 """
 
 import math
@@ -24,7 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from ..scan import is_symbolic, shift, vary
-from ._certificate import largest
+from ._certificate import max_abs
 from ._joint_newton import JointSweep
 from ._problem import BoundProblem
 from ._segments import Segments, Trajectory, relative
@@ -34,7 +34,7 @@ from ._solution import Stats
 if TYPE_CHECKING:
     from ._methods import AbstractMethod
 
-# Joint steps, at most: where they converge it is quadratically, mostly in 4 to 8.
+# The limit on joint steps. If they converge, it is quadratically, mostly in 4 to 8.
 JOINT_STEPS = 16
 
 
@@ -54,14 +54,14 @@ class Carry(NamedTuple):
     correction: Array  # [*batch], the last one, relative to the state
     entry_correction: Array  # [*batch], relative to each entry
     stalled: Bool[Array, "*batch"]  # at the rounding of the state, not of each entry
-    passes: Array  # int [*batch], of the plain steps alone
+    passes: Array  # int [*batch], passes of the cell alone
     nonfinite: Array  # int [*batch]
     history: Array  # [*batch, history]
     best: Best | None
 
 
 class Attempt(NamedTuple):
-    """The starts of the segments, and the trajectory that leads from them."""
+    """The starts of the segments, and the trajectory from them."""
 
     carry: Carry
     trajectory: Trajectory
@@ -70,14 +70,14 @@ class Attempt(NamedTuple):
 def iterate_on_segments(
     problem: BoundProblem, method: "AbstractMethod", guess, max_steps: int | None
 ) -> tuple[States, Stats]:
-    """States `[T, *batch, ...]` by leaf, and the statistics of the solve."""
+    """Return states `[T, *batch, ...]` by leaf, and the statistics of the solve."""
     segments = Segments(problem, method)
     limited, limit = False, segments.count
     if max_steps is not None and (is_symbolic(limit) or max_steps < limit):
         limited, limit = True, max_steps
     if segments.length == 1 and problem.recurrence.refinement is not None:
         carry = approach_jointly(segments, method, guess)
-        # Joint steps make nothing exact; as many whole ones can still be needed.
+        # Joint steps make no segment exact, so all whole steps may still be needed.
         limit += JOINT_STEPS
         iteration = Iteration(segments, method, limit, carry.num_steps)
     else:
@@ -85,15 +85,16 @@ def iterate_on_segments(
         carry = iteration.start(segments.guess_starts(guess), may_fail=limited)
 
     def stepping(attempt: Attempt):
-        """Which sequences go on with the method's steps."""
+        """Return which sequences continue with the method's steps."""
         carry = attempt.carry
         going = ~attempt.trajectory.ended & ~carry.stalled
         return going & (carry.num_steps < limit)
 
     def passing(attempt: Attempt):
-        """Which go on with passes of the cell alone, as the steps have done their part.
+        """Return which sequences continue with passes of the cell alone.
 
-        Without a limit of the user's they may do so until they end as the loop would.
+        These are sequences that more steps would not improve. Unless the user has set a
+        limit, the passes may go on until the result is that of the loop.
         """
         carry = attempt.carry
         if limited:
@@ -111,7 +112,7 @@ def iterate_on_segments(
         attempt = Attempt(carry, segments.trajectory(carry.starts))
         return attempt._replace(carry=carry._replace(done=~stepping(attempt)))
 
-    # The first attempt is made by the loop too, so that its program is compiled once.
+    # The loop makes the first attempt too, so that its program is compiled once.
     attempt = Attempt(carry, segments.no_trajectory(carry.starts))
     attempt = lax.while_loop(unfinished, attempt_again, attempt)
     carry, trajectory = choose_best(segments, attempt)
@@ -124,7 +125,10 @@ def iterate_on_segments(
 
 
 def approach_jointly(segments: Segments, method: "AbstractMethod", guess) -> Carry:
-    """Starts near the solution if joint steps lead there, else as they were."""
+    """Take joint steps; return the starts near the solution, or the first ones.
+
+    The first ones are returned for sequences whose joint steps do not converge.
+    """
     joint = JointSweep(segments)
     iteration = Iteration(
         segments, method, JOINT_STEPS, sweep=joint.sweep, makes_exact=False
@@ -145,7 +149,7 @@ def approach_jointly(segments: Segments, method: "AbstractMethod", guess) -> Car
 
 
 def pass_on(segments: Segments, attempt: Attempt, chosen: Bool[Array, " *batch"]):
-    """For the chosen sequences, the end of each segment as the start of the next."""
+    """For the chosen sequences, take the end of each segment as the next start."""
     carry = attempt.carry
     starts = segments.pass_on(attempt.trajectory)
     return carry._replace(
@@ -155,7 +159,7 @@ def pass_on(segments: Segments, attempt: Attempt, chosen: Bool[Array, " *batch"]
 
 
 def choose_best(segments: Segments, attempt: Attempt) -> Attempt:
-    """The attempt, with its best iterate where it failed and the last is worse."""
+    """Return to the best iterate where the attempt failed and the last is worse."""
     carry, trajectory = attempt
     best = carry.best
     if best is None:
@@ -172,9 +176,9 @@ def choose_best(segments: Segments, attempt: Attempt) -> Attempt:
 class Iteration:
     """The loop of a method's steps.
 
-    **Arguments:** `limit`, on the steps; `first_step`, how many there were before that
-    made no segment exact; `sweep`, in place of that of the segments; `makes_exact`,
-    whether each step makes one more segment exact.
+    **Arguments:** `limit` on the number of steps; `first_step`, the number of earlier
+    steps, which made no segment exact; `sweep`, which defaults to that of the segments;
+    `makes_exact`, whether each step makes one more segment exact.
     """
 
     def __init__(
@@ -194,7 +198,7 @@ class Iteration:
         self.rank = segments.problem.rank
 
     def start(self, starts: Array, *, may_fail: bool) -> Carry:
-        """The loop's state at first; the best iterate is kept if the solve may fail."""
+        """Return the first state of the loop, with a best iterate if it may fail."""
         shape, real = self.segments.problem.batch_shape, self.recurrence.dtype
         best = Best(starts, jnp.full(shape, jnp.inf, real)) if may_fail else None
         carry = Carry(
@@ -215,14 +219,14 @@ class Iteration:
         return jnp.any(self._moving(carry))
 
     def _moving(self, carry: Carry) -> Bool[Array, "*batch"]:
-        """Which sequences take another step."""
+        """Return which sequences take another step."""
         moving = ~carry.done & (carry.num_steps < self.limit)
-        # Of coupled sequences none can stay while another moves.
+        # Coupled sequences all move as long as one of them moves.
         coupled = self.recurrence.coupled_along
         return jnp.full_like(moving, jnp.any(moving)) if coupled else moving
 
     def advance(self, carry: Carry) -> Carry:
-        """One step of all sequences that move."""
+        """Take one step of all sequences that move."""
         moving = self._moving(carry)
         ends, tangents = self.sweep(carry.starts)
         entering = shift(self.h0, ends)
@@ -231,12 +235,12 @@ class Iteration:
         own = self.segments.change_of_entries(carry.starts, starts)
         own = jnp.where(jnp.isfinite(correction), own, jnp.inf)
         settled = self._foresees_convergence(own, carry.entry_correction)
-        # Entries that are the difference of larger ones have become as exact as steps
-        # can make them. What is left is for passes of the plain steps.
+        # Entries that are the difference of larger ones are now as exact as steps can
+        # make them. Passes of the cell alone do the rest.
         stalled = self._foresees_convergence(correction, carry.correction)
         stalled = stalled & ~settled & (own >= 0.5 * carry.entry_correction)
         best = self._keep_best(carry, defects)
-        if self.rank:  # one sequence alone moves as long as the loop runs
+        if self.rank:  # a single sequence moves as long as the loop runs
             starts = jnp.where(moving[None, ..., None], starts, carry.starts)
         counted = moving.astype(jnp.int32)
         return Carry(
@@ -253,18 +257,18 @@ class Iteration:
         )
 
     def _correct(self, carry: Carry, entering, tangents):
-        """The starts after one correction, and the defects that it corrects.
+        """Return the starts after one correction, and the defects that it corrects.
 
-        After k steps the first k starts are exact, and are held: rounded again as
-        `old + (end - old)` they would keep moving by an ulp, which a chaotic cell
-        amplifies. The start after them is the end of its segment.
+        After k steps the first k starts are exact and stay as they are. Rounded again
+        as `old + (end - old)` they would keep moving by an ulp, which a chaotic cell
+        amplifies. The next start is the end of the segment before it.
         """
-        old, place = carry.starts, self.segments.place(carry.starts.ndim)
+        old, place = carry.starts, self.segments.segment_index(carry.starts.ndim)
         exact = carry.num_steps - self.first_step
         exact = (exact if self.makes_exact else exact * 0)[None, ..., None]
         defects = jnp.where(place <= exact, 0, entering - old)
-        # From segment to start. The first start is never corrected, so nothing is
-        # carried on from it.
+        # Tangents now belong to starts instead of segments. The first start is never
+        # corrected, so nothing is carried on from it.
         tangents = jax.vmap(lambda v: shift(jnp.zeros_like(v[0]), v))(tangents)
         tangents = jnp.where(place[None] <= 1, 0, tangents)
         structure, length = self.segments.structure, self.segments.length
@@ -275,13 +279,13 @@ class Iteration:
         return jnp.where(place <= exact, old, new), defects
 
     def _measure(self, carry: Carry, starts, entering):
-        """Finite starts, the correction `[*batch]`, and how many entries overflowed.
+        """Return finite starts, the correction `[*batch]`, and the number of overflows.
 
-        Each start is measured against its own size: one that runs away must not excuse
-        the others. (h0 stays, and need not be finite.)
+        Each start is measured against its own size: a start that diverges must not hide
+        the others. (h0 is never changed, and need not be finite.)
         """
-        change = relative(largest(starts - carry.starts, -1), largest(starts, -1))
-        change = jnp.where(self.segments.place(change.ndim) == 0, 0, change)
+        change = relative(max_abs(starts - carry.starts, -1), max_abs(starts, -1))
+        change = jnp.where(self.segments.segment_index(change.ndim) == 0, 0, change)
         starts, change, overflowed = lax.cond(
             jnp.all(jnp.isfinite(change)),
             lambda starts, change, entering: (starts, change, carry.nonfinite * 0),
@@ -293,36 +297,36 @@ class Iteration:
         return starts, jnp.max(change, axis=0, initial=0), overflowed
 
     def _repair(self, starts, change, entering):
-        """Finite starts in place of those that overflowed, and how many did.
+        """Replace starts that overflowed by finite ones, and count them.
 
-        An overflowed Jacobian says nothing. The segment's own end does: after an exact
-        segment it is exact, so every step still gains one segment.
+        An overflowed Jacobian gives no information, but the end of the segment before
+        does. If that segment is exact, so is its end: each step still gains a segment.
         """
-        broken = ~jnp.isfinite(starts) & (self.segments.place(starts.ndim) > 0)
+        broken = ~jnp.isfinite(starts) & (self.segments.segment_index(starts.ndim) > 0)
         restart = jnp.where(jnp.isfinite(entering), entering, self.segments.restart)
         starts = jnp.where(broken, restart, starts)
-        # If the start of a segment without a finite end has converged, the trajectory
-        # itself is not finite there, and no further step changes that. What follows is
-        # solved for as if the state had been restarted; a reset makes that right, and
-        # the result says what happened.
+        # If the start of a segment has converged but its end is not finite, then the
+        # trajectory itself is not finite there, and more steps do not change that. The
+        # rest is solved as if the state had been restarted. That is right after a
+        # reset, and the result reports the failure.
         lost = ~jnp.all(jnp.isfinite(entering), axis=-1)
         change = jnp.where(jnp.isfinite(change), change, jnp.where(lost, 0, jnp.inf))
         overflowed = jnp.sum(broken, (0, starts.ndim - 1), dtype=jnp.int32)
         return starts, change, overflowed
 
     def _foresees_convergence(self, correction, before) -> Bool[Array, " *batch"]:
-        """Whether the error that remains is forecast to be below the tolerance.
+        """Forecast whether the remaining error is below the tolerance.
 
-        Only a forecast: the certificate decides. Where convergence is quadratic, a
+        This is only a forecast: the certificate decides. If convergence is quadratic, a
         correction below the square root of the tolerance leaves an error below the
-        tolerance. So does one that, shrinking at the rate of the last two, would be
-        followed by one below the tolerance. Where it is linear at rate ρ, a correction
-        c leaves an error up to c ρ / (1 - ρ), which may be far larger than c; nothing
-        more can be had of corrections of a few roundings, which the loop itself makes
-        at each step and passes on in the same way.
+        tolerance. So does a correction whose successor would be below the tolerance if
+        it shrank at the rate of the last two. If convergence is linear with rate ρ, a
+        correction c leaves an error of up to c ρ / (1 - ρ), which may be much larger
+        than c. Corrections of a few roundings cannot improve anything further: the
+        sequential loop makes errors of this size at each step, too.
         """
         rtol = float(self.segments.rtol.min(initial=1))
-        # A step that overflowed was no measure of a rate.
+        # A step that overflowed does not measure the rate.
         rate = jnp.where(jnp.isfinite(before), correction / before, jnp.inf)
         if self.method.quadratic:
             ahead = correction * rate**2
@@ -336,7 +340,7 @@ class Iteration:
     def _keep_best(self, carry: Carry, defects) -> Best | None:
         if carry.best is None:
             return None
-        residual = largest(defects, (0, defects.ndim - 1))
+        residual = max_abs(defects, (0, defects.ndim - 1))
         better = residual < carry.best.residual
         return Best(
             jnp.where(better[None, ..., None], carry.starts, carry.best.starts),
@@ -344,10 +348,10 @@ class Iteration:
         )
 
     def _record(self, carry: Carry, moving, defects) -> Array:
-        """The history with the largest defect of each sequence that moves."""
+        """Write the largest defect of each moving sequence into the history."""
         if not self.method.history:
             return carry.history
-        size = largest(defects, (0, defects.ndim - 1))
+        size = max_abs(defects, (0, defects.ndim - 1))
         entry = jnp.arange(self.method.history, dtype=jnp.int32)
         here = (entry == carry.num_steps[..., None]) & moving[..., None]
         return jnp.where(here, size[..., None], carry.history)

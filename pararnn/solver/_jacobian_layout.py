@@ -1,4 +1,4 @@
-"""Between flat state vectors and the scan engine's layout, by Jacobian structure."""
+"""Convert between flat state vectors and the layout of the scan engine."""
 
 from typing import Literal
 
@@ -10,9 +10,9 @@ from ._structure import Structure
 
 
 def transition_factors(structure: Structure, tangents: Float[Array, "size *n width"]):
-    """The engine's kind and factors from a Jacobian's compressed columns.
+    """Return the engine's kind and factors for a Jacobian's compressed columns.
 
-    Column j of every block stands in `tangents[j]`, at the indices of that block.
+    `tangents[j]` holds column j of every block, at the indices of that block.
     """
     if structure.kind == "diagonal":
         return "elementwise", tangents[0]
@@ -20,14 +20,14 @@ def transition_factors(structure: Structure, tangents: Float[Array, "size *n wid
 
 
 def to_blocks(structure: Structure, v: Float[Array, "*n width"]):
-    """A vector in the engine's layout, one column."""
+    """Return a vector in the engine's layout, with one column."""
     if structure.kind == "diagonal":
         return v
     return _gather(structure, v)[..., None]
 
 
 def from_blocks(structure: Structure, x: Float[Array, "*n blocks size 1"]):
-    """Back to a flat vector."""
+    """Return a flat vector, the inverse of `to_blocks`."""
     if structure.kind == "diagonal":
         return x
     x = x[..., 0]
@@ -49,16 +49,16 @@ def _gather(structure: Structure, v: Array) -> Array:
         return v.reshape(*v.shape[:-1], *blocks.shape)
     if order == "leaves":
         return v.reshape(*v.shape[:-1], *blocks.shape[::-1]).swapaxes(-1, -2)
-    # The extra column stands for the empty places of small blocks.
+    # The extra column fills the empty places of small blocks.
     padded = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, 1)])
     return padded[..., blocks]
 
 
 def _order(structure: Structure) -> Literal["blocks", "leaves", "any"]:
-    """Whether blocks follow one another, or run across leaves of equal size.
+    """Return whether blocks are contiguous, or run across leaves of equal size.
 
-    A transposition does for the second what a gather, ten times slower on a CPU, does
-    for all.
+    The latter need only a transposition. A gather works for all, but is ten times
+    slower on a CPU.
     """
     blocks = structure.blocks
     if np.array_equal(blocks.reshape(-1), np.arange(structure.width)):

@@ -15,10 +15,10 @@ class JointSweep:
 
     $$\partial_z F\, \delta_t + \partial_h F\, \delta_{t-1} = -F,$$
 
-    is that of $h_t = f(h_{t-1}, x_t)$ with one round of the cell's iteration, from the
-    iterate of $h_t$, in place of $f$. So a step costs one round and not all of them.
-    This makes no segment exact; where it does not converge, the solve starts again with
-    whole steps. So it is only for solves without a limit on their steps.
+    is the step for $h_t = f(h_{t-1}, x_t)$ with $f$ replaced by one round of the cell's
+    iteration from the iterate of $h_t$. So a step costs one round instead of all of
+    them. This makes no segment exact: if it does not converge, the solve starts again
+    with whole steps. So it is only used for solves without a limit on their steps.
     """
 
     def __init__(self, segments: Segments):
@@ -28,7 +28,7 @@ class JointSweep:
         return self.segments.guess_starts(guess, self._refine)
 
     def _refine(self, h, x):
-        """One round towards the next states, from the states before them."""
+        """Take one round towards the next states, from the states before them."""
 
         def one(parameters, h, x):
             return self.segments.recurrence.vector_refine(parameters, h, h, x)
@@ -37,11 +37,11 @@ class JointSweep:
         return over.lift(one)(over.parameters, h, x)
 
     def sweep(self, starts):
-        """One round towards the end of each segment, and its Jacobian."""
+        """Take one round towards the end of each segment, and its Jacobian."""
         segments = self.segments
         seeds = vary(jnp.asarray(segments.structure.seeds, starts.dtype), starts)
         first = jax.tree.map(lambda x: x[0], segments.over.inputs)
-        # The last segment's end is not corrected, so h0 does for it.
+        # The end of the last segment is not corrected, so it can be h0.
         ends = shift(segments.h0, starts, reverse=True)
 
         def one(parameters, h, x, tangents, end):

@@ -1,4 +1,4 @@
-"""The iterative methods: what each takes for the Jacobian, all on the same segments."""
+"""The iterative methods, which differ in what they take for the Jacobian."""
 
 import abc
 import inspect
@@ -30,26 +30,27 @@ class AbstractMethod(AbstractSolver):
     r"""An iterative method for the whole trajectory, on segments of time.
 
     All methods solve $r_t(h) = f(h_{t-1}, x_t) - h_t = 0$ by corrections $\delta$ with
-    $\delta_t = A_t \delta_{t-1} + r_t$, or nearly so. They differ in what $A_t$ they
-    take for the Jacobian $\partial f / \partial h$. The derivative of a solve does not
-    depend on it: that is taken at the solution with the exact Jacobian.
+    $\delta_t = A_t \delta_{t-1} + r_t$, or nearly so. They differ in the $A_t$
+    that they take for the Jacobian $\partial f / \partial h$. The derivative of a solve
+    does not depend on $A_t$: it is taken at the solution with the exact Jacobian.
 
     [`pararnn.RootFinder`][] makes an Optimistix root finder of a method.
 
     **Attributes:**
 
-    - `segments`: from 1 (the plain loop) to T or `None` (every step by itself: most
-        parallel, least robust). In between, each segment is stepped sequentially. All
-        segments have the same length, rounded up, so there may be fewer; where devices
-        share time, each has the same number of them.
+    - `segments`: from 1 (the sequential loop) to T or `None` (each step is a segment:
+        the most parallel and the least robust). Each segment is stepped sequentially.
+        All have the same length, rounded up, so there may be fewer of them. Devices
+        that share time have equally many.
     - `rtol`, `atol`: the solve has converged when at every step the residual of every
         entry of the state is at most `atol + rtol * size`, where the size is that of
         the entry itself around that step. `rtol` defaults to 64 roundings of the
         entry's dtype, and `atol` to 0.
-    - `history`: how many steps of the residual history to keep in `stats`.
+    - `history`: how many steps of the residual history to keep in `stats`. Defaults to
+        0.
     """
 
-    # Whether corrections shrink quadratically near the solution, rather than linearly.
+    # Whether corrections shrink quadratically near the solution, or else linearly.
     quadratic: AbstractClassVar[bool]
     segments: int | None = eqx.field(static=True, default=None)
     rtol: float | None = eqx.field(static=True, kw_only=True, default=None)
@@ -60,7 +61,10 @@ class AbstractMethod(AbstractSolver):
     def linearize(
         self, width: int, find_structure: Callable[[], Structure]
     ) -> Linearization:
-        """What is pushed along a segment; `find_structure()` gives the Jacobian's."""
+        """Return what to push along a segment.
+
+        `find_structure()` gives the structure of the Jacobian.
+        """
 
     @abc.abstractmethod
     def correct(
@@ -71,11 +75,11 @@ class AbstractMethod(AbstractSolver):
         length: int,
         progress: Float[Array, "*batch"],
     ) -> Float[Array, "S *batch width"]:
-        """The correction of all starts, of which the first has no defect.
+        """Return the correction of all starts, of which the first has no defect.
 
-        `tangents` are the transitions from the start before, over `length` steps each,
-        zero for the first two starts; `progress` is the last relative correction, 1 at
-        the beginning.
+        `tangents` are the transitions from the start before, over `length` steps each;
+        they are zero for the first two starts. `progress` is the last relative
+        correction, 1 at the beginning.
         """
 
     def __check_init__(self):
@@ -83,7 +87,7 @@ class AbstractMethod(AbstractSolver):
         if self.segments is not None and not is_count(self.segments, 1):
             raise ValueError(
                 f"{where}: `segments` is {self.segments!r}; expected a whole number "
-                "from 1 to the number of steps, or None for one segment a step."
+                "from 1 to the number of steps, or None for one segment for each step."
             )
         check_tolerances(where, self.rtol, self.atol)
         check_count(where, "history", self.history)
@@ -100,14 +104,14 @@ class AbstractMethod(AbstractSolver):
 
     @property
     def use_joint_newton(self) -> bool:
-        # A method that takes many steps would take still more of them jointly.
+        # A method that converges linearly would take even more steps jointly.
         return self.quadratic
 
     def only_steps(self, steps: int) -> bool:
         return self.segments == 1 or (not is_symbolic(steps) and steps <= 1)
 
     def __pdoc__(self, **kwargs) -> wl.AbstractDoc:
-        """How Equinox prints it: without the arguments that have their default."""
+        """Print like Equinox, without the arguments that have their default."""
         return wl.bracketed(
             begin=wl.TextDoc(f"{type(self).__name__}("),
             docs=wl.named_objs(list(chosen_options(self).items()), **kwargs),
@@ -121,7 +125,7 @@ class Newton(AbstractMethod):
     r"""Newton's method, `segments` segments of time in parallel.
 
     From guesses $s_i$ of the states that the S segments start from, the segments are
-    stepped side by side to their ends $\varphi_i(s_i)$ with Jacobians $P_i$; the
+    stepped side by side to their ends $\varphi_i(s_i)$, with Jacobians $P_i$. The
     correction $\delta_{i+1} = P_i \delta_i + \varphi_i(s_i) - s_{i+1}$ is a linear
     recurrence. S = T is the method of DEER (Lim et al. 2023, 2309.12252) and ParaRNN
     (Danieli et al. 2025, 2510.21450). It converges quadratically.
@@ -145,8 +149,8 @@ class DampedNewton(AbstractMethod):
     r"""Newton's method with $A_t = (1 - \kappa) \, \partial f / \partial h$.
 
     If a recurrence expands, even only far from its solution, Newton's corrections
-    overflow over long times; scaled Jacobians forget instead (the scaled variant of ELK
-    in Gonzalez et al. 2024, 2407.19115). Here
+    overflow over long times. With scaled Jacobians they decay instead (the scaled
+    variant of ELK in Gonzalez et al. 2024, 2407.19115).
     $\kappa = \mathrm{damping} \cdot \min(1, c)$ falls with the last relative correction
     $c$, so that convergence near the solution is nearly that of Newton's method.
 
@@ -172,7 +176,7 @@ class DampedNewton(AbstractMethod):
 
     def correct(self, structure, tangents, defects, length, progress):
         kept = 1 - self.damping * jnp.minimum(progress, 1)
-        # Every step of a segment is damped, so a segment's transition is by all.
+        # Each step of a segment is damped, so its transition is damped `length` times.
         tangents = tangents * (kept**length)[None, None, ..., None]
         return solve_corrections(structure, tangents, defects)
 
@@ -180,18 +184,18 @@ class DampedNewton(AbstractMethod):
 class QuasiNewton(AbstractMethod):
     r"""Newton's method with $A_t = \mathrm{diag}(\partial f / \partial h)$.
 
-    The linear recurrence is elementwise whatever the cell: quasi-DEER (Gonzalez et al.
-    2024, 2407.19115). It converges linearly, the faster the smaller the Jacobian off
-    its diagonal; for a diagonal cell it is Newton's method. On segments the diagonals
+    The linear recurrence is elementwise for every cell: quasi-DEER (Gonzalez et al.
+    2024, 2407.19115). It converges linearly, and faster if the Jacobian is small off
+    its diagonal. For a diagonal cell it is Newton's method. On segments the diagonals
     are multiplied along each segment.
 
     **Arguments:** as in [`pararnn.AbstractMethod`][], and
 
-    - `probes`: `None` for the true diagonal, which takes as many JVPs a step as a block
-        of the Jacobian is wide (its width, if dense). A number K for Hutchinson's
-        estimate from K random sign vectors, $\tfrac1K \sum_k v_k \odot J v_k$, with K
-        JVPs: for wide dense cells. The estimate changes the speed of convergence, not
-        what is converged to.
+    - `probes`: `None` for the true diagonal, which takes as many JVPs at each step as
+        a block of the Jacobian is wide. A number K for Hutchinson's estimate from K
+        random sign vectors, $\tfrac1K \sum_k v_k \odot J v_k$, which takes K JVPs and
+        suits wide dense cells. The estimate changes the speed of convergence, not the
+        limit.
 
     **Raises:** `ValueError` for counts that are not whole numbers in range, and for
     negative tolerances.
@@ -222,11 +226,11 @@ class QuasiNewton(AbstractMethod):
 class Jacobi(AbstractMethod):
     r"""Jacobi iteration: $A_t = 0$, $h_t \leftarrow f(h_{t-1}, x_t)$ for all t at once.
 
-    Each iteration is one evaluation of the cell and no scan, and each brings the answer
-    one segment further; the error shrinks by what a segment forgets of the state that
-    it starts from. For cells that forget within a segment. As a member of this family:
-    "A unifying framework for parallelizing sequential models with linear dynamical
-    systems" (Gonzalez et al. 2025). No derivative of the cell is taken.
+    Each iteration is one evaluation of the cell and no scan, and makes one more segment
+    exact. The error shrinks as segments forget the state that they start from, so this
+    suits cells that forget within a segment. As a member of this family: "A unifying
+    framework for parallelizing sequential models with linear dynamical systems"
+    (Gonzalez et al. 2025). No derivative of the cell is taken.
 
     **Arguments:** as in [`pararnn.AbstractMethod`][].
 
@@ -244,13 +248,14 @@ class Jacobi(AbstractMethod):
 
 
 class Picard(AbstractMethod):
-    r"""Picard iteration: $A_t = I$, corrections are sums of the residuals before.
+    r"""Picard iteration: $A_t = I$, corrections are sums of earlier residuals.
 
-    $h_t \leftarrow h_0 + \sum_{s \le t} (f(h_{s-1}, x_s) - h_{s-1})$: the iteration
-    behind parallel sampling from diffusion models, for cells that change the state
-    little at each step (a residual connection, a step of an ODE solver). As a member of
-    this family: "A unifying framework for parallelizing sequential models with linear
-    dynamical systems" (Gonzalez et al. 2025). No derivative of the cell is taken.
+    $h_t \leftarrow h_0 + \sum_{s \le t} (f(h_{s-1}, x_s) - h_{s-1})$ is the iteration
+    used for parallel sampling from diffusion models. It suits cells that change the
+    state little at each step (a residual connection, a step of an ODE solver). As a
+    member of this family: "A unifying framework for parallelizing sequential models
+    with linear dynamical systems" (Gonzalez et al. 2025). No derivative of the cell is
+    taken.
 
     **Arguments:** as in [`pararnn.AbstractMethod`][].
 
@@ -274,11 +279,11 @@ def certify(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> tuple[States, Stats]:
-    """States that a solver of your own has found, and whether they solve the problem.
+    """Check whether states that a solver of your own found solve the problem.
 
-    One evaluation of the cell, for all steps at once, gives the residuals, which are
-    held to the same tolerances as those of any method. The last state is then the one
-    that the cell computes from the state before it.
+    One evaluation of the cell, for all steps at once, gives the residuals. The
+    tolerances are those of every method. The last state is replaced by what the cell
+    computes from the state before it.
 
     **Arguments:** `states`, leaves `[T, *batch, ...]`; `rtol`, `atol`, as in
     [`pararnn.AbstractMethod`][].
@@ -289,7 +294,7 @@ def certify(
 
 
 def push_exactly(step, h, tangents):
-    """Push the Jacobian: its columns, as the structure compresses them."""
+    """Push the compressed columns of the Jacobian."""
     ahead, push = jax.linearize(step, h)
     return ahead, jax.vmap(push)(tangents)
 
@@ -300,10 +305,10 @@ def push_unchanged(step, h, tangents):
 
 
 def make_push_diagonal(vectors, scale: float) -> Push:
-    """Push the diagonal of the Jacobian, `scale` times the sum of `v * Jv`.
+    """Push `scale` times the sum of `v * Jv`, for the diagonal of the Jacobian.
 
-    Along the columns of a structure's blocks that is the diagonal itself, for no two of
-    them meet; along random signs it is an estimate.
+    With the seeds of a structure as vectors this is the diagonal itself, as each state
+    belongs to one seed; with random signs it is an estimate.
     """
 
     def push_diagonal(step, h, tangents):
@@ -320,7 +325,7 @@ def diagonal(width: int) -> Structure:
 
 
 def solve_corrections(structure: Structure, tangents: Array, defects: Array) -> Array:
-    """The linear recurrence of the corrections, over the segments, from zero."""
+    """Solve the linear recurrence of the corrections, over the segments, from zero."""
     kind, factors = transition_factors(structure, tangents)
     terms = to_blocks(structure, defects)
     schedule = Schedule(kind, "after", False)
@@ -329,17 +334,17 @@ def solve_corrections(structure: Structure, tangents: Array, defects: Array) -> 
 
 
 def options_of(method: AbstractSolver) -> dict[str, Any]:
-    """The arguments of its constructor, as far as its attributes show them."""
+    """Return the arguments of the constructor that are also attributes."""
     parameters = inspect.signature(type(method)).parameters
     return {name: getattr(method, name) for name in parameters if hasattr(method, name)}
 
 
 def chosen_options(method: AbstractSolver) -> dict[str, Any]:
-    """Those that do not have their default."""
+    """Return the arguments that do not have their default."""
     parameters = inspect.signature(type(method)).parameters
     return {
         name: value
         for name, value in options_of(method).items()
-        # By their text, as the equality of arrays is an array.
+        # Compared as text, since arrays compare entry by entry.
         if repr(value) != repr(parameters[name].default)
     }

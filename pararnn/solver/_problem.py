@@ -1,4 +1,4 @@
-"""The problem: a cell as a pure step, and that step with its data."""
+"""The problem: a cell as a pure step, and this step together with its data."""
 
 import dataclasses
 import functools as ft
@@ -15,13 +15,13 @@ from jaxtyping import Array, Bool, PyTree
 
 from ..jaxprs import (
     JITTED,
-    calls_hold_arrays,
     consts_to_args,
     evaluate,
     evaluate_inlined,
+    inline_jit,
     is_index,
+    jit_has_consts,
     primitives_of,
-    without_calls,
 )
 from ..scan import promote, shift, split_time, struct, varying_axes
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 class Recurrence:
     r"""`h_t = f(h_{t-1}, x_t)` as data: what `f` computes, and what it closes over.
 
-    Tracing `f` once turns everything it closes over into the explicit `parameters`, so
-    that derivatives and `vmap` reach them. After that a problem is
+    `f` is traced once. Everything that it closes over becomes part of the explicit
+    `parameters`, so that derivatives and `vmap` reach it. A problem then consists of
 
     - `step(parameters, h, x)`, unbatched, on tuples of leaves;
-    - `parameters = (constants, fresh)`, `fresh` being the state that resets select;
+    - `parameters = (constants, fresh)`, where resets select the state `fresh`;
     - `inputs = (leaves of xs, reset)`, time first.
 
-    A reset is part of the step: it selects `fresh` for the state before it. So every
-    solver and every derivative has resets, and none has to know of them.
+    A reset is part of the step: it replaces the state before the step by `fresh`. So
+    resets work with every solver and every derivative, and none has to handle them.
 
-    A cell whose step is an iteration of its own may come with one round of it,
-    `refine(z, h, x)`, from z towards `f(h, x)`.
+    The step of a cell may be an iteration itself. The cell may then provide one round
+    of it, `refine(z, h, x)`, from z towards `f(h, x)`.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Recurrence:
             h = [struct(jnp.shape(h), jnp.result_type(h), axes) for h in h_leaves]
             return h, *jax.make_jaxpr(flat, return_shape=True)(*h, *x_structs)
 
-        # Within a `shard_map` a state varies along all axes that its step does.
+        # Within a `shard_map` a state varies along all axes that its step varies along.
         axes = varying_axes((h_leaves, x_structs))
         self.state_leaves, closed, out = trace(axes)
         wider = axes | varying_axes(closed.out_avals)
         if wider != axes:
             self.state_leaves, closed, out = trace(wider)
-        if calls_hold_arrays(closed.jaxpr):
-            # Then the cell closes over them itself, and they are parameters like all.
-            closed = without_calls(closed)
+        if jit_has_consts(closed.jaxpr):
+            # Inlined, the cell closes over them itself, and they become parameters.
+            closed = inline_jit(closed)
         self.refinement: jex.core.Jaxpr | None = None
         refining = []
         if refine is not None:
@@ -85,33 +85,33 @@ class Recurrence:
                 self.state_leaves, self.state_leaves, x_structs
             )
             self.refinement = consts_to_args(traced)
-            # No derivative depends on these: they only lead to the solution sooner.
+            # No derivative depends on these: they only speed up the solve.
             refining = [jax.lax.stop_gradient(jnp.asarray(c)) for c in traced.consts]
         self.jaxpr: jex.core.Jaxpr = consts_to_args(closed)
         constants = [jnp.asarray(c) for c in closed.consts]
         self.constant_structs = [_shape_dtype(c) for c in constants]
-        # Integer constants that are known (index tables, mostly) sharpen the sparsity
-        # pattern; floating-point values never do.
+        # Known integer constants (mostly index tables) sharpen the sparsity pattern;
+        # floating-point values never do.
         self.known = [known_index(c) for c in closed.consts]
         self._constants = [*constants, *refining]
         self.x_structs = x_structs
-        # (Of a cell that was settled there are more inputs, behind these.)
+        # (`precompute_unbatchable` appends more inputs.)
         self.refined_inputs = len(x_leaves)
         self.output = out
         primitives = primitives_of(self.jaxpr)
         self.has_custom_vjp = "custom_vjp_call" in primitives
-        # What `_stepwise.py` finds to depend on the state: operations that are not the
-        # same for many steps at once, or each time; and the named axes of collectives.
+        # Set by `_stepwise.py` if these depend on the state: operations that `vmap`
+        # changes, operations that differ at each call, and collectives' named axes.
         self.must_step = self.is_impure = False
         self.coupled_along: tuple = ()
 
     @property
     def constants(self) -> list[Array]:
-        """The values that the cell closes over, until they are released."""
+        """The values that the cell closes over, until they are taken."""
         return self._constants[: len(self.constant_structs)]
 
     def add_constants(self, values, known) -> None:
-        """More of them, behind the others."""
+        """Append more constants."""
         count = len(self.constant_structs)
         old = self._constants
         self._constants = [*old[:count], *values, *old[count:]]
@@ -128,15 +128,15 @@ class Recurrence:
         return tuple(constants)
 
     def step(self, parameters, h, x):
-        """One step on leaves, with the reset, as the cell computes it."""
+        """Take one step on leaves, with the reset, as the cell computes it."""
         return self._evaluate(parameters, h, x, inline=False)
 
     def smooth_step(self, parameters, h, x):
-        """One step whose JVP always exists, for Newton's own linearisation.
+        """Take one step whose JVP always exists, for the linearisation of a method.
 
-        A `custom_vjp` rule has no JVP. The forward solve needs only some Jacobian (its
-        answer is certified by the residual, not by the Jacobian), so there the rule is
-        dropped and the function itself is differentiated.
+        A `custom_vjp` rule has no JVP. The forward solve may use any Jacobian, since
+        the residual certifies its answer. So the rule is dropped there, and the
+        function itself is differentiated.
         """
         return self._evaluate(parameters, h, x, inline=self.has_custom_vjp)
 
@@ -161,7 +161,7 @@ class Recurrence:
         leaves = leaves[: self.refined_inputs]
         return tuple(evaluate(self.refinement, *own, *z, *h, *leaves))
 
-    # The vector view: solvers that need a Jacobian see one real vector.
+    # The vector view: to solvers that need a Jacobian, a state is one real vector.
 
     def vector_step(self, parameters, v: Array, x, *, smooth: bool = False) -> Array:
         """`step`, or `smooth_step`, from one real vector to the next."""
@@ -169,24 +169,24 @@ class Recurrence:
         return self.ravel(step(parameters, self.unravel(v), x))
 
     def vector_refine(self, parameters, z: Array, v: Array, x) -> Array:
-        """One round from z towards `vector_step(parameters, v, x)`."""
+        """Take one round from z towards `vector_step(parameters, v, x)`."""
         end = self._refine(parameters, self.unravel(z), self.unravel(v), x)
         return self.ravel(end)
 
     @ft.cached_property
     def dtype(self):
-        """Real dtype of the vector view, float32 at least."""
+        """Real dtype of the vector view, at least float32."""
         dtypes = [s.dtype for s in self.state_leaves]
         return jnp.finfo(promote(jnp.float32, *dtypes)).dtype
 
     @ft.cached_property
     def eps(self) -> float:
-        """Rounding of the coarsest leaf of the state: no residual can be below it."""
+        """Rounding unit of the state's coarsest leaf: no residual can be below it."""
         return float(self.entry_eps.max(initial=0))
 
     @ft.cached_property
     def entry_eps(self) -> np.ndarray:
-        """Rounding of each entry of the vector view, in its own dtype, `[width]`."""
+        """Rounding unit of each entry of the vector view, in its dtype, `[width]`."""
         parts = [
             np.full(
                 s.size * (2 if _is_complex(s) else 1), float(jnp.finfo(s.dtype).eps)
@@ -200,7 +200,7 @@ class Recurrence:
         return sum(s.size * (2 if _is_complex(s) else 1) for s in self.state_leaves)
 
     def ravel(self, h) -> Array:
-        """Leaves of one state as one real vector `[width]` (real, then imaginary)."""
+        """Return the leaves of a state as one real vector `[width]`."""
         parts = []
         for leaf in h:
             halves = [leaf.real, leaf.imag] if _is_complex(leaf) else [leaf]
@@ -225,20 +225,20 @@ class Recurrence:
 class BoundProblem(eqx.Module):
     """A recurrence with its data: all that a solver needs to know.
 
-    Under `vmap` the data has batch axes, which a solver treats natively: in `lift` a
-    step is mapped over all of them, and everything else it does is array operations.
+    Under `vmap` the data has batch axes, which a solver handles itself: `lift` maps a
+    step over all of them, and everything else is array operations.
 
     **Attributes:**
 
     - `recurrence`: the step.
     - `parameters`: what the cell closes over, and the state that resets select.
-    - `inputs`: leaves `[T, *batch, ...]`: those of `xs`, and the resets.
+    - `inputs`: the leaves of `xs`, `[T, *batch, ...]`, and the resets.
     - `h0`: leaves `[*batch, ...]`.
-    - `find_structure()`: the structure of the Jacobian, found when first asked for.
+    - `find_structure()`: the structure of the Jacobian, found at the first call.
     - `split`: the step in two parts, if one of them needs no state; see `hoist`.
-    - `differentiated`: whether a derivative is taken of this solve.
-    - `axes`: the batch axes, innermost first: which parameters and which inputs carry
-        each of them, and its name if the cell communicates along it.
+    - `differentiated`: whether this solve is differentiated.
+    - `axes`: the batch axes, innermost first. For each: which parameters and inputs
+        have it, and its name if the cell communicates along it.
     """
 
     recurrence: Recurrence = eqx.field(static=True)
@@ -267,15 +267,15 @@ class BoundProblem(eqx.Module):
         return dataclasses.replace(self, **changes)
 
     def under(self, parameters_axes, inputs_axes, name=None) -> "BoundProblem":
-        """The problem with one more batch axis, in front of the others."""
+        """Return the problem with one more batch axis, in front of the others."""
         axis = parameters_axes, inputs_axes, name
         return self.replace(axes=(*self.axes, axis))
 
     def segmented(self, count: int) -> "BoundProblem":
-        """The same, with time cut into segments, which are one more batch axis.
+        """Cut time into segments, which become one more batch axis.
 
         Inputs `[T, ...]` become `[length, count, ...]`; the last segment repeats the
-        last input. `h0` stays as it is.
+        last input. `h0` is unchanged.
         """
         split = jtu.tree_map(lambda x: split_time(x, count), self.inputs)
         fixed, moving = (
@@ -285,9 +285,9 @@ class BoundProblem(eqx.Module):
         return self.under(fixed, moving).replace(inputs=split)
 
     def lift(self, fn: Callable, *, extra: tuple = (), out: Any = 0) -> Callable:
-        """`fn(parameters, state, inputs, *extra)` over all batch axes.
+        """Map `fn(parameters, state, inputs, *extra)` over all batch axes.
 
-        `extra` and `out` give the position of the batch axes in further arguments and
+        `extra` and `out` are the positions of the batch axes in further arguments and
         in the result.
         """
         for parameters_axes, inputs_axes, name in self.axes:
@@ -296,15 +296,15 @@ class BoundProblem(eqx.Module):
         return fn
 
     def step(self, h, x):
-        """One step of states `[*batch, ...]`, by leaf."""
+        """Take one step of states `[*batch, ...]`, by leaf."""
         return self.lift(self.recurrence.step)(self.parameters, h, x)
 
     def ravel(self, h) -> Array:
-        """States `[*batch, ...]` by leaf as real vectors `[*batch, width]`."""
+        """Return states `[*batch, ...]` by leaf as real vectors `[*batch, width]`."""
         return self._over_batch(self.recurrence.ravel)(h)
 
     def unravel(self, v: Array) -> tuple[Array, ...]:
-        """Real vectors `[*batch, width]` as states, by leaf."""
+        """Return real vectors `[*batch, width]` as states, by leaf."""
         return self._over_batch(self.recurrence.unravel)(v)
 
     def _over_batch(self, fn: Callable) -> Callable:
@@ -319,7 +319,7 @@ def states_before(
     reset: Bool[Array, " T"] | None = None,
     fresh: PyTree[Array] | None = None,
 ) -> PyTree[Array]:
-    """The states that all steps start from, `[T, ...]`; at resets, the fresh ones."""
+    """Return the state before each step, `[T, ...]`; at resets, the fresh one."""
 
     def one(h0, states, fresh):
         if states.shape[0] == 0:
@@ -345,12 +345,12 @@ def _shape_dtype(x, drop_time: bool = False):
 
 
 def known_index(value) -> np.ndarray | None:
-    """Whole numbers that are known, `None` for anything else."""
+    """Return known whole numbers as a NumPy array, and `None` for anything else."""
     return np.asarray(value) if is_index(value) else None
 
 
 def is_key(x) -> bool:
-    """Whether `x` holds random keys, which have a dtype of their own."""
+    """Return whether `x` holds typed random keys."""
     dtype = getattr(x, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 

@@ -1,4 +1,4 @@
-"""The interface of a solver, and the plain loop, a solver like the others."""
+"""The interface of a solver, and the sequential loop, which is one of them."""
 
 import abc
 
@@ -19,10 +19,10 @@ States = tuple[Array, ...]
 
 
 class AbstractSolver(eqx.Module):
-    """What finds all states of a recurrence.
+    """A solver finds all states of a recurrence.
 
-    A solver of your own is a subclass that implements `run`. Derivatives, `vmap`,
-    resets and the search for the cause of a failure are not its business.
+    To write your own, subclass this and implement `run`. Derivatives, `vmap`, resets
+    and the search for the cause of a failure work for every solver.
     """
 
     @abc.abstractmethod
@@ -37,9 +37,9 @@ class AbstractSolver(eqx.Module):
         - `guess`: states to start from, leaves `[T, *batch, ...]`, or `None`.
         - `limit`: the user's `max_steps`.
 
-        **Returns:** the states, leaves `[T, *batch, ...]`, and their statistics. Of
-        these, `certified` says whether the states are right; `pararnn.solver.certify`
-        finds out by one evaluation of the cell.
+        **Returns:** the states, leaves `[T, *batch, ...]`, and their statistics. Their
+        `certified` says whether the states are right; `pararnn.solver.certify` finds
+        out by one evaluation of the cell.
         """
 
     def check(self, where: str, steps: int) -> None:
@@ -55,23 +55,23 @@ class AbstractSolver(eqx.Module):
 
     @property
     def use_joint_newton(self) -> bool:
-        """Whether a step may be shared with the iteration inside an implicit cell."""
+        """Whether to share steps with the iteration inside an implicit cell."""
         return False
 
     def for_stepping(self) -> "AbstractSolver":
-        """The solver to use for a cell that is better stepped through."""
+        """Return the solver to use for a cell that is better stepped through."""
         return self
 
     def only_steps(self, steps: int) -> bool:
-        """Whether it takes one step after the other, and nothing else."""
+        """Return whether this solver only takes one step after the other."""
         return False
 
 
 class Sequential(AbstractSolver):
-    """One step after the other, by `jax.lax.scan`: always exact, never parallel.
+    """Take one step after the other, by `jax.lax.scan`: always exact, never parallel.
 
-    What a step computes from its input alone may be computed before, for many steps.
-    Where devices share time, they take turns: each steps through its own shard.
+    Whatever a step computes from its input alone may be computed beforehand, for many
+    steps at once. Devices that share time take turns: each steps through its own shard.
     """
 
     def only_steps(self, steps: int) -> bool:
@@ -88,8 +88,9 @@ class Sequential(AbstractSolver):
             def body(carry, x):
                 h, tainted = carry
                 h = left.step(h, x)
-                # 0 as long as all states are finite, NaN ever after. In the loop this
-                # costs a few percent; a pass over all states afterwards 10 to 40%.
+                # 0 as long as all states are finite, NaN from then on. In the loop this
+                # costs a few percent of the time; a pass over all states afterwards
+                # would cost 10 to 40%.
                 tainted = tuple(t + v * 0 for t, v in zip(tainted, h, strict=True))
                 return (h, tainted), h
 
@@ -105,8 +106,8 @@ class Sequential(AbstractSolver):
         return states, Stats.exact(problem, all_zero(tainted, problem.rank))
 
 
-class Given(AbstractSolver):
-    """The guess, as states that a loop outside of the solver has computed."""
+class GivenStates(AbstractSolver):
+    """Return the guess: states that a loop outside the solver has computed."""
 
     history: int = eqx.field(static=True, default=0)
 
@@ -120,12 +121,12 @@ class Given(AbstractSolver):
 
 
 def are_finite(states: States, rank: int) -> Bool[Array, " *batch"]:
-    """For each sequence whether all its states `[T, *batch, ...]` are finite."""
+    """Return for each sequence whether all states `[T, *batch, ...]` are finite."""
     return all_zero(tuple(jnp.sum(s * 0, axis=0) for s in states), rank)
 
 
 def all_zero(leaves: PyTree[Array], rank: int) -> Bool[Array, " *batch"]:
-    """For each sequence whether all entries of `[*batch, ...]` leaves are zero."""
+    """Return for each sequence whether all entries `[*batch, ...]` are zero."""
     zero = jnp.asarray(True)
     for leaf in jax.tree.leaves(leaves):
         zero = zero & jnp.all(leaf == 0, axis=tuple(range(rank, leaf.ndim)))

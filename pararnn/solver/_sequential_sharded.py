@@ -1,4 +1,4 @@
-"""The plain loop over a time axis that lies across devices."""
+"""The sequential loop over a time axis that is sharded across devices."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -8,13 +8,13 @@ from ._problem import BoundProblem
 
 
 def step_in_turns(problem: BoundProblem) -> tuple[Array, ...]:
-    """States `[T, *batch, ...]` by leaf, each device stepping through its own shard.
+    """Return states `[T, *batch, ...]` by leaf; each device steps through its shard.
 
-    In round k all devices step, and what device k finds is kept: it alone has started
-    from a state that is known. The rounds take the time of the loop on one device; the
-    loop itself would first gather the whole sequence on each. One program computes
-    every state once, so that each follows from the one before even where a chaotic cell
-    amplifies roundings.
+    In round k all devices step, and the states of device k are kept: only it started
+    from the right state. The rounds together take the time of the loop on one device.
+    The loop itself would first gather the whole sequence on every device. The same
+    program computes every state, so each follows from the one before exactly, even if a
+    chaotic cell amplifies roundings.
     """
     shards = time_shards(problem.steps)
     over = problem.segmented(shards)

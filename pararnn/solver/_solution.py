@@ -21,7 +21,7 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
     not_converged = (
         "The solver did not bring the residual below the tolerance within "
         "`max_steps`. Likely causes: (a) the recurrence is chaotic or badly "
-        "conditioned, so that it is not predictable over long stretches: use fewer "
+        "conditioned, so that it is not predictable over a long time: use fewer "
         "`segments`, or the default solver, which then steps sequentially; (b) "
         "`max_steps` is small: at most `segments` steps are ever needed; (c) `rtol` "
         "and `atol` are below what the dtype can resolve. With `throw=False` the best "
@@ -51,9 +51,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
 class Stats(NamedTuple):
     """The statistics of a solve, each an array over the batch.
 
-    `Solution.stats` has them by name; see there what they mean. Two more are only used
-    inside: `certified`, whether every residual is within its tolerance, and `finite`,
-    whether every state is.
+    `Solution.stats` holds them by name and explains them. Two are internal:
+    `certified`, whether every residual is within its tolerance, and `finite`, whether
+    every state is finite.
     """
 
     num_steps: Int[Array, "*batch"]
@@ -68,7 +68,7 @@ class Stats(NamedTuple):
 
     @classmethod
     def of(cls, problem: "BoundProblem", **values: Any) -> "Stats":
-        """Statistics of a problem; those that are not given are 0, false or empty."""
+        """Make the statistics of a problem; each defaults to 0, false or empty."""
         real, shape = problem.recurrence.dtype, problem.batch_shape
         dtypes: dict[str, Any] = {"residual": real}
         dtypes |= dict.fromkeys(_COUNTS, jnp.int32) | dict.fromkeys(_FLAGS, jnp.bool_)
@@ -81,7 +81,7 @@ class Stats(NamedTuple):
 
     @classmethod
     def exact(cls, problem: "BoundProblem", finite) -> "Stats":
-        """Statistics of states that were computed one from the other."""
+        """Make the statistics of states that were computed one from the other."""
         return cls.of(
             problem,
             certified=True,
@@ -91,14 +91,14 @@ class Stats(NamedTuple):
         )
 
     def padded(self, length: int) -> "Stats":
-        """The same with a history of this length, NaN at its end."""
+        """Pad the history with NaN to this length."""
         missing = length - self.history.shape[-1]
         axes = [(0, 0)] * (self.history.ndim - 1) + [(0, missing)]
         filled = jnp.pad(self.history, axes, constant_values=jnp.nan)
         return self._replace(history=filled)
 
     def shared(self) -> "Stats":
-        """Statistics of coupled sequences: none is certified beside one that is not."""
+        """Certify coupled sequences only if all of them are certified."""
         steps = self.certified_steps
         return self._replace(
             certified=jnp.full_like(self.certified, jnp.all(self.certified)),
@@ -106,7 +106,7 @@ class Stats(NamedTuple):
         )
 
     def unless_certified(self, later: "Stats") -> "Stats":
-        """The later statistics where these were not certified, with all steps tried."""
+        """Take the later statistics unless these are certified; add up the steps."""
         kept = self.certified
 
         def choose(old, new):
@@ -120,9 +120,10 @@ class Stats(NamedTuple):
         )
 
     def over_windows(self, starts: Int[Array, " windows"], steps: int) -> "Stats":
-        """Statistics of the sequence, from those of windows `[windows, *batch]`."""
+        """Merge the statistics `[windows, *batch]` into those of the sequence."""
         starts = starts.reshape(-1, *(1,) * (self.certified.ndim - 1))
-        # Up to the first window that is not certified, and its own certified steps.
+        # The steps up to the first window that is not certified, and the certified
+        # steps in it.
         prefix = jnp.where(self.certified, steps, starts + self.certified_steps)
         return Stats(
             num_steps=jnp.sum(self.num_steps, 0),
@@ -137,7 +138,7 @@ class Stats(NamedTuple):
         )
 
     def as_dict(self) -> dict[str, Array]:
-        """The public statistics by name."""
+        """Return the public statistics by name."""
         public = self._asdict()
         del public["certified"], public["finite"]
         history = public.pop("history")
@@ -153,28 +154,28 @@ class Solution(eqx.Module):
 
     **Attributes:**
 
-    - `states`: pytree like `h0`, leaves `[T, ...]`: $h_1 \\dots h_T$. After a failure
-        they are the best iterate: the one with the smallest residual.
-    - `result`: a [`pararnn.RESULTS`][]; compare with `RESULTS.successful`.
+    - `states`: pytree like `h0`, leaves `[T, ...]`: $h_1 \\dots h_T$. After a failure,
+        the iterate with the smallest residual.
+    - `result`: a [`pararnn.RESULTS`][]; compare it with `RESULTS.successful`.
     - `stats`: a dict of arrays.
         - `"num_steps"` (int32): the method's steps; 0 if only the sequential loop ran.
         - `"residual"` (real): $\\max_t |f(h_{t-1}, x_t) - h_t|$ at the states that are
             returned; 0 for states computed one from the other.
-        - `"certified_steps"` (int32): how many steps from the first one on have a
-            residual within the tolerance at each of them; T after a success.
+        - `"certified_steps"` (int32): the number of steps before the first one whose
+            residual exceeds the tolerance; T after a success.
         - `"sequential"` (bool): whether the states come from the sequential loop.
         - `"rung"` (int32): which method of a [`pararnn.Ladder`][] the states come from,
             counted from 0; the loop comes last. 0 for other solvers.
         - `"nonfinite"` (int32): entries of iterates that overflowed and were restarted.
         - `"first_nonfinite"` (int32): first step with a state that is not finite, T if
             there is none.
-        - `"residual_history"` (real, `[history]`): defect before each step, NaN from
-            the last one on; only with methods that have `history=...`. With a ladder,
-            it is as long as the longest of its methods', and that of the method the
-            states come from: all NaN for the loop.
+        - `"residual_history"` (real, `[history]`): the defect before each step, NaN
+            after the last one; only for methods with `history=...`. For a ladder, it
+            is that of the method the states come from (all NaN for the loop), and as
+            long as the longest one.
     - `solver`: the solver as text.
 
-    Under `vmap` the result and all statistics have the batch's axes.
+    Under `vmap` the result and all statistics have the batch axes.
     """
 
     states: PyTree[Array]
@@ -211,7 +212,7 @@ def _outcome(result) -> str:
 
 
 def _statistics(arrays: dict[str, Array]) -> list[str]:
-    """The statistics in words; those that are as they should be are left out."""
+    """Describe the statistics, leaving out those that report no problem."""
     stats = {name: np.asarray(value) for name, value in arrays.items()}
     if not stats["num_steps"].size:
         return []

@@ -18,17 +18,17 @@ from ._adjoint import (
     ADJOINTS,
     Adjoint,
     plan_adjoint,
-    replace_lost,
+    replace_nonfinite,
     solve_tangents,
 )
 from ._failure import Outcome, as_result, attach_check, check_batch, find_outcome
 from ._hoist import split_step
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._problem import BoundProblem, Recurrence
-from ._sequential import AbstractSolver, Given
+from ._sequential import AbstractSolver, GivenStates
 from ._solution import RESULTS, Solution, Stats
 from ._solvers import Auto, check_solver
-from ._stepwise import must_only_step, must_sweep, settle, why_stepped
+from ._stepwise import must_sweep, needs_loop, precompute_unbatchable, why_stepped
 from ._structure import Structure, declared_structure, find_structure
 
 # A trajectory, a name, or a function of (xs, h0); see `solve`.
@@ -51,12 +51,12 @@ def solve(
 ) -> Solution:
     r"""Solve $h_t = f(h_{t-1}, x_t)$ for all states, in parallel when that is faster.
 
-    Differentiable, in forward and reverse mode and to any order, with respect to `xs`,
-    `h0`, `reset_state` and everything that `f` closes over: the derivative is taken at
-    the solution with the exact Jacobian, never through the solver's iterations. `vmap`
-    over any of them becomes a batch axis of one solve, in which sequences that have
-    converged stay as they are. Under a mesh with an axis `"time"` (see
-    [`pararnn.make_mesh`][]) each device solves its own shard of time.
+    The solution is differentiable, in forward and reverse mode and to any order, with
+    respect to `xs`, `h0`, `reset_state` and everything that `f` closes over. The
+    derivative is taken at the solution with the exact Jacobian, never through the
+    solver's iterations. `vmap` over any of them becomes a batch axis of one solve, in
+    which sequences that have converged stay as they are. Under a mesh with an axis
+    `"time"` (see [`pararnn.make_mesh`][]) each device solves its own shard of time.
 
     **Arguments:**
 
@@ -64,38 +64,39 @@ def solve(
         `LSTMCell` and Flax NNX cells are recognised.
     - `xs`: inputs, a pytree with leaves `[T, ...]`, unbatched.
     - `h0`: initial state, a pytree of floating-point or complex arrays.
-    - `solver`: [`pararnn.Auto`][]; a method, such as [`pararnn.Newton`][]; several, as
-        a [`pararnn.Ladder`][]; one window of time after the other,
-        [`pararnn.Windows`][]; [`pararnn.Sequential`][]; or an
-        [`pararnn.AbstractSolver`][] of your own.
-    - `reset`: bool `[T]`; where true, step t starts from `reset_state` in place of the
-        previous state, whatever that was. States after a reset have the derivatives of
-        their sequence alone, also where (with `throw=False`) states before it are not
-        finite; a derivative of such a state is NaN.
+    - `solver`: [`pararnn.Auto`][], the default; a method, such as
+        [`pararnn.Newton`][]; a [`pararnn.Ladder`][] of several methods;
+        [`pararnn.Windows`][], which solve one window of time after the other;
+        [`pararnn.Sequential`][]; or an [`pararnn.AbstractSolver`][] of your own.
+    - `reset`: bool `[T]`; where true, step t starts from `reset_state` instead of the
+        previous state. States after a reset have the derivatives of their sequence
+        alone, even if (with `throw=False`) states before it are not finite. The
+        derivative of a state that is not finite is NaN.
     - `reset_state`: like `h0`. Defaults to zeros.
-    - `initial_guess`: where a method starts from: a trajectory like the states (in
-        training, the states of the step before: a warm start), a function of `(xs, h0)`
-        that returns one or `None`, `"cell"` for $f(0, x_t)$, `"h0"`, `"zeros"`, or
-        `None` for steps from `h0`, 3 to 64, with the inputs just before each segment.
-        Only speed depends on it, and no derivative. Where it is not finite, `h0` stands
-        in.
-    - `max_steps`: limit on the steps of a method. `None` is the number of segments,
-        after which the answer is exact but for rounding (and some more for a
-        [`pararnn.Implicit`][], see there); `Auto` and `Ladder` then take
-        the few steps that they can afford.
+    - `initial_guess`: where a method starts from. It is a trajectory like the states
+        (in training, those of the last training step are a warm start); a function of
+        `(xs, h0)` that returns a trajectory or `None`; `"cell"` for $f(0, x_t)$;
+        `"h0"`; or `"zeros"`. `None` takes 3 to 64 steps from `h0` with the inputs just
+        before each segment. Only speed depends on the guess: the states and their
+        derivatives do not. Entries that are not finite are replaced by those of `h0`.
+    - `max_steps`: the limit on the steps of a method. Defaults to the number of
+        segments, after which the answer is exact except for rounding (to some more for
+        a [`pararnn.Implicit`][], see there). `Auto` and `Ladder` have limits of their
+        own by default.
     - `structure`: a claim about `∂f/∂h`, `"diagonal"`, `"dense"` or a
-        [`pararnn.Structure`][]; it is checked. Defaults to what is found in the cell.
+        [`pararnn.Structure`][]; it is checked. Defaults to the structure found in the
+        cell.
     - `adjoint`: how derivatives are solved: `"parallel"` (all Jacobians formed at
         once), `"sweep"` (one reverse pass of the linearised steps), or `"auto"`.
         All are exact; they differ in time and memory.
-    - `throw`: raise if the solve fails; otherwise `Solution.result` reports it.
+    - `throw`: whether to raise if the solve fails. `Solution.result` says how it ended.
 
     **Returns:** a [`pararnn.Solution`][].
 
     **Raises:** `ValueError` or `TypeError` while tracing if the cell, the shapes or the
-    dtypes do not fit, or if devices share time and a solver or adjoint that only steps
-    is asked for; a runtime error if the states are not finite or the solver asked
-    for does not converge (with `throw=True`).
+    dtypes do not fit, or if devices share time and the solver or the adjoint can only
+    step. With `throw=True`, a runtime error if the states are not finite or the solver
+    does not converge.
     """
     _check_options(solver, adjoint, max_steps)
     joint = max_steps is None and solver.use_joint_newton
@@ -106,7 +107,7 @@ def solve(
     guess = _make_guess(initial_guess, f, xs, h0, recurrence, steps)
     x_leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(xs))
     if steps:
-        recurrence, x_leaves = settle(recurrence, x_leaves)
+        recurrence, x_leaves = precompute_unbatchable(recurrence, x_leaves)
     if structure is not None:
         structure = declared_structure(structure, recurrence)
     used = _solver_for(recurrence, solver, steps)
@@ -127,12 +128,12 @@ def solve(
     )
     options = _Options(used, adjoint, max_steps, throw)
     if not steps:
-        return _empty(problem, solver)
+        return _empty_solution(problem, solver)
     if _is_coupled_loop(problem, options):
         states, outcome = _step_coupled(problem, options)
     else:
-        places = _places(recurrence)
-        states, outcome = _evaluate(problem, guess, places, options=options)
+        axis_indices = _axis_indices(recurrence)
+        states, outcome = _evaluate(problem, guess, axis_indices, options=options)
     stats = outcome.stats.as_dict() | {"first_nonfinite": outcome.first_nonfinite}
     tree = jtu.tree_unflatten(recurrence.state_tree, states)
     return Solution(tree, as_result(outcome.code), stats, repr(solver))
@@ -148,19 +149,19 @@ class _Options(NamedTuple):
 
 
 @eqx.filter_custom_jvp
-def _evaluate(problem: BoundProblem, guess, places, *, options: _Options):
-    """The states, by leaf, and how the solve ended."""
-    return _batched_run(options)(problem, guess, places)
+def _evaluate(problem: BoundProblem, guess, axis_indices, *, options: _Options):
+    """Return the states, by leaf, and how the solve ended."""
+    return _batched_run(options)(problem, guess, axis_indices)
 
 
 @_evaluate.def_jvp
 def _(primals, tangents, *, options: _Options):
-    """The derivative at the solution; the solver's iterations take no part in it."""
-    (problem, guess, places), (t_problem, _, _) = primals, tangents
+    """Take the derivative at the solution, not through the solver's iterations."""
+    (problem, guess, axis_indices), (t_problem, _, _) = primals, tangents
     recurrence = problem.recurrence
     try:
         states, outcome = _evaluate(
-            problem.replace(differentiated=True), guess, places, options=options
+            problem.replace(differentiated=True), guess, axis_indices, options=options
         )
         if must_sweep("solve", recurrence):
             plan, structure = None, None
@@ -168,28 +169,29 @@ def _(primals, tangents, *, options: _Options):
             structure = problem.find_structure()
             plan = plan_adjoint(options.adjoint, structure, problem.steps)
         known, lost = (problem.parameters, problem.inputs, problem.h0, states), None
-        # With `throw`, states that are not finite raise, and have no derivative.
+        # With `throw`, states that are not finite raise: they need no derivative.
         if not options.throw:
-            known, lost = replace_lost(*known)
+            known, lost = replace_nonfinite(*known)
         moved = t_problem.parameters, t_problem.inputs, t_problem.h0
         t_states = solve_tangents(recurrence, plan, structure, known, moved, lost)
     except NameError as error:
         if recurrence.coupled_along:
-            raise _axis_is_gone(recurrence, error) from error
+            raise _axis_not_in_scope(recurrence, error) from error
         raise
     return (states, outcome), (t_states, jtu.tree_map(lambda _: None, outcome))
 
 
 def _batched_run(options: _Options) -> Callable:
-    """The solve of a problem; every `vmap` of it adds a batch axis to the problem.
+    """Return the solve of a problem, as a function with its own `vmap` rule.
 
-    `vmap` of a solver's own loops would always run the fallback, and all loops under
-    per-sequence selection. As a batch axis, one loop serves all sequences.
+    Each `vmap` adds a batch axis to the problem, so that one loop serves all sequences.
+    Under JAX's own rules a `cond` would always run the fallback too, and every loop
+    would select for each sequence.
     """
 
     @custom_vmap
     @jax.jit  # outside of `jit`, a call would otherwise run operation by operation
-    def run(problem: BoundProblem, guess, places):
+    def run(problem: BoundProblem, guess, axis_indices):
         states, stats = options.solver.run(problem, guess, options.max_steps)
         throw = options.throw and not problem.axes
         outcome, checked = find_outcome(problem, states, stats, throw=throw)
@@ -198,16 +200,16 @@ def _batched_run(options: _Options) -> Callable:
         return states, _with_check(outcome, checked, problem.batch_shape)
 
     @run.def_vmap
-    def _(size, batched, problem: BoundProblem, guess, places):
-        given = problem, guess, places
+    def _(size, batched, problem: BoundProblem, guess, axis_indices):
+        given = problem, guess, axis_indices
         marks = zip(jtu.tree_leaves(given), jtu.tree_leaves(batched), strict=True)
         refuse_explicit("solve", [x for x, b in marks if b])
-        deeper = _with_axis(size, batched, problem, guess, places)
+        deeper = _with_axis(size, batched, problem, guess, axis_indices)
         states, outcome = run(*deeper)
         states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
         if options.throw:
-            # One check for the batch, after the transposition, whose result can be
-            # updated in place.
+            # One check for the whole batch. It comes after the transposition, whose
+            # result can be updated in place.
             checked = check_batch(states, outcome.code)
             states = attach_check(states, checked, time_axis=1)
             outcome = _with_check(outcome, checked, (size,))
@@ -215,20 +217,20 @@ def _batched_run(options: _Options) -> Callable:
         return out, jtu.tree_map(lambda _: True, out)
 
     def _with_check(outcome: Outcome, checked, shape):
-        # Only who has computed the states asks for it.
-        kept = isinstance(options.solver, Given)
+        # Only `_step_coupled`, which computes the states itself, needs the check.
+        kept = isinstance(options.solver, GivenStates)
         checked = jnp.broadcast_to(checked, shape) if kept else None
         return outcome._replace(checked=checked)
 
     return run
 
 
-def _with_axis(size: int, batched, problem: BoundProblem, guess, places):
-    """The arguments of a batch as one problem with another axis.
+def _with_axis(size: int, batched, problem: BoundProblem, guess, axis_indices):
+    """Return the arguments of a batch as one problem with one more axis.
 
-    A rule is not told the name of its axis, along which the cell may communicate.
-    `places` tells: the index along a named axis is batched by the `vmap` of this axis
-    and by no other.
+    The cell may communicate along the axis, but a `vmap` rule is not told its name.
+    `axis_indices` tells it: the index along a named axis is batched by the `vmap` of
+    that axis, and by no other.
     """
 
     def everywhere(x, b):
@@ -237,8 +239,8 @@ def _with_axis(size: int, batched, problem: BoundProblem, guess, places):
     def after_time(x, b):
         return jnp.moveaxis(x, 0, 1) if b else x
 
-    of, in_guess, in_places = batched
-    here = [name for name, along in in_places.items() if along]
+    of, in_guess, in_indices = batched
+    here = [name for name, along in in_indices.items() if along]
     axes = jtu.tree_map(lambda b: 0 if b else None, (of.parameters, of.inputs))
     deeper = problem.under(axes[0], axes[1], here[0] if here else None).replace(
         inputs=jtu.tree_map(after_time, problem.inputs, of.inputs),
@@ -247,11 +249,12 @@ def _with_axis(size: int, batched, problem: BoundProblem, guess, places):
     guess = jtu.tree_map(
         lambda x, b: after_time(everywhere(x, b), True), guess, in_guess
     )
-    return deeper, guess, {n: place for n, place in places.items() if n not in here}
+    outer = {name: at for name, at in axis_indices.items() if name not in here}
+    return deeper, guess, outer
 
 
-def _places(recurrence: Recurrence) -> dict[Any, Array]:
-    """This sequence's index along each named axis that the cell communicates along."""
+def _axis_indices(recurrence: Recurrence) -> dict[Any, Array]:
+    """Return this sequence's index along each axis that the cell communicates along."""
     return {name: jax.lax.axis_index(name) for name in recurrence.coupled_along}
 
 
@@ -261,10 +264,10 @@ def _is_coupled_loop(problem: BoundProblem, options: _Options) -> bool:
 
 
 def _step_coupled(problem: BoundProblem, options: _Options):
-    """The loop, of sequences that communicate along named axes, for JAX to derive.
+    """Run the loop for sequences that communicate, and let JAX differentiate it.
 
-    JAX evaluates the rule of a derivative where the axes no longer have names, as in
-    `jax.grad` of `jax.jit` of `jax.vmap` (jax 0.10.2), so there can be no rule.
+    A derivative rule does not work here: JAX may evaluate it where the axes no longer
+    have names, as in `jax.grad` of `jax.jit` of `jax.vmap` (jax 0.10.2).
     """
 
     def step(h, x):
@@ -273,21 +276,21 @@ def _step_coupled(problem: BoundProblem, options: _Options):
 
     states = jax.lax.scan(step, problem.h0, problem.inputs)[1]
     fixed, found = jax.lax.stop_gradient((problem, states))
-    given = options._replace(solver=Given(options.solver.residuals_kept))
-    places = _places(problem.recurrence)
-    _, outcome = _evaluate(fixed, found, places, options=given)
+    given = options._replace(solver=GivenStates(options.solver.residuals_kept))
+    axis_indices = _axis_indices(problem.recurrence)
+    _, outcome = _evaluate(fixed, found, axis_indices, options=given)
     if options.throw:
         good = outcome.checked == 0
         states = tuple(jnp.where(good, s, jnp.nan) for s in states)
     return states, outcome
 
 
-def _axis_is_gone(recurrence: Recurrence, error: NameError) -> NameError:
+def _axis_not_in_scope(recurrence: Recurrence, error: NameError) -> NameError:
     axes = ", ".join(map(repr, recurrence.coupled_along))
     return NameError(
-        f"solve: the cell communicates along the axis {axes}, and its derivative "
-        "was asked for outside of the `vmap` that names it, as by "
-        "`jax.grad(jax.jit(jax.vmap(...)))`, where JAX knows of the axis no more. "
+        f"solve: the cell communicates along the axis {axes}, but is differentiated "
+        "outside the `vmap` that names it, as by `jax.grad(jax.jit(jax.vmap(...)))`, "
+        "where JAX no longer knows the axis. "
         "Differentiate within the `jit`, `jax.jit(jax.grad(jax.vmap(...)))`, or "
         f"pass pararnn.Sequential() or pararnn.Auto(). JAX said: {error}"
     )
@@ -302,33 +305,33 @@ def _check_options(solver: Any, adjoint: Any, max_steps: Any) -> None:
     if max_steps is not None and not is_count(max_steps, 1):
         raise ValueError(
             f"solve: `max_steps` is {max_steps!r}; expected a whole number >= 1, or "
-            "None for as many as can ever be needed."
+            "None for the number that always suffices."
         )
 
 
 def _solver_for(
     recurrence: Recurrence, solver: AbstractSolver, steps: int
 ) -> AbstractSolver:
-    """The solver, or the loop in place of `Auto` for a cell that is better stepped.
+    """Return the solver, or the loop instead of `Auto` for a cell better stepped.
 
-    **Raises:** `ValueError` where something else is asked for and only the loop can be
-    used, or devices share time.
+    **Raises:** `ValueError` if only the loop works for the cell and another solver is
+    asked for, or if devices share time.
     """
     reason = why_stepped(recurrence)
     if reason is None:
         return solver
     if time_shards(steps) > 1:
         raise ValueError(
-            f"solve: {reason}. So it is stepped through, but time lies across devices "
-            '(the mesh in context has an axis "time"), each of which would wait for '
-            'the one before. Use a mesh without an axis "time".'
+            f"solve: {reason}. So it is solved by the sequential loop, but time is "
+            'sharded across devices (the mesh in context has an axis "time"), each of '
+            'which would wait for the one before. Use a mesh without an axis "time".'
         )
     solver = solver.for_stepping()
-    if must_only_step(recurrence) and not solver.only_steps(steps):
+    if needs_loop(recurrence) and not solver.only_steps(steps):
         raise ValueError(
             f"solve: `solver` is {solver!r:.80}, which takes many steps at once, but "
-            f"{reason}. Or pass pararnn.Sequential() or pararnn.Auto(), which then "
-            "step."
+            f"{reason}. Or pass pararnn.Sequential() or pararnn.Auto(), which step "
+            "through such a cell."
         )
     return solver
 
@@ -341,7 +344,7 @@ def _make_guess(
     recurrence: Recurrence,
     steps: int,
 ):
-    """The leaves of a trajectory to start from, or `None` for the methods' own."""
+    """Return the leaves of the initial guess, or `None` for that of the method."""
     leaves = [
         jax.ShapeDtypeStruct((steps, *s.shape), s.dtype)
         for s in recurrence.state_leaves
@@ -373,7 +376,7 @@ def _guess_by_name(name: str, f: Callable, xs, h0, like) -> PyTree:
     )
 
 
-def _empty(problem: BoundProblem, solver: AbstractSolver) -> Solution:
+def _empty_solution(problem: BoundProblem, solver: AbstractSolver) -> Solution:
     leaves = [
         jnp.zeros((0, *s.shape), s.dtype) for s in problem.recurrence.state_leaves
     ]

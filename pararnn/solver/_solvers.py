@@ -1,4 +1,4 @@
-"""Solvers made of others: a ladder of methods, windows of time, and the default."""
+"""Solvers made of other solvers: a ladder of methods, windows, and the default."""
 
 import math
 from collections.abc import Callable
@@ -18,13 +18,14 @@ from ._sequential import AbstractSolver, Sequential, States
 from ._solution import Stats
 from ._structure import Structure
 
-# On a GPU, per step: numbers times the square of a block's size; bytes of Jacobians.
-_WORTH_CUTTING = 10**7
-_LARGEST = 2**30
+# On a GPU: the largest product of channels and the square of a block's size for which
+# segments are used, and the most bytes of Jacobians. See `choose_ladder`.
+_MAX_WORK_PER_STEP = 10**7
+_MAX_JACOBIAN_BYTES = 2**30
 
 
 def check_solver(where: str, solver: Any) -> None:
-    """Refuse what is not a solver.
+    """Refuse anything that is not a solver.
 
     **Raises:** `TypeError`.
     """
@@ -39,17 +40,18 @@ def check_solver(where: str, solver: Any) -> None:
 
 
 class Ladder(AbstractSolver):
-    """Several methods, from cheap to sure, and at last the sequential loop.
+    """Several methods, from cheap to robust, and finally the sequential loop.
 
-    Each is given a few steps. Sequences that are certified by then are done; the others
-    go on with the next method, from where they are. What no method has certified is
-    computed by the loop, so the answer is always right. `stats["rung"]` says for each
-    sequence which rung its answer comes from, counted from 0, the loop last.
+    Each method takes a few steps. Sequences that are certified by then are done; the
+    others continue with the next method, from their current states. The loop computes
+    the sequences that no method has certified, so the answer is always right.
+    `stats["rung"]` says for each sequence which rung its answer comes from, counted
+    from 0; the loop comes last.
 
     **Arguments:**
 
-    - `methods`: from cheap to sure, each an [`pararnn.AbstractMethod`][].
-    - `max_steps`: how many steps each of them may take: one number, or one for each.
+    - `methods`: from cheap to robust, each an [`pararnn.AbstractMethod`][].
+    - `max_steps`: how many steps each method may take: one number, or one for each.
 
     **Raises:** `TypeError` for anything but methods, `ValueError` for counts that do
     not fit.
@@ -66,7 +68,7 @@ class Ladder(AbstractSolver):
             raise TypeError(
                 f"Ladder: `methods` is {self.methods!r:.200}; expected a tuple of "
                 "methods, for instance (pararnn.Jacobi(64), pararnn.Newton(64)). The "
-                "sequential loop comes last by itself."
+                "sequential loop follows them in any case."
                 + " Did you forget to call the class?"
                 * any(isinstance(method, type) for method in among)
             )
@@ -98,7 +100,7 @@ class Ladder(AbstractSolver):
         problem = hoist(problem)
 
         def attempt(number, guess):
-            """The answer of a method, or of the loop after the last one."""
+            """Return the answer of a method, or of the loop after the last one."""
             if number == len(self.methods):
                 states, stats = Sequential().run(problem, None, None)
             else:
@@ -123,7 +125,7 @@ class Ladder(AbstractSolver):
 def keep_certified(
     before: tuple[States, Stats], after: tuple[States, Stats]
 ) -> tuple[States, Stats]:
-    """The later answer, except for sequences whose earlier one was certified."""
+    """Take the later answer, except for sequences whose earlier one is certified."""
     (states, stats), (new_states, new_stats) = before, after
     kept = stats.certified
 
@@ -137,21 +139,21 @@ def keep_certified(
 class Windows(AbstractSolver):
     """Solve one window of time after the other, and carry the state between them.
 
-    The memory beside inputs and states is that of one window, whatever T. A window is
-    also as far as a method has to predict: cells that are hard over the whole sequence
-    may be easy over a window.
+    The memory beside inputs and states is that of one window, whatever T is. A method
+    only has to predict the states of one window. So cells that are hard over the whole
+    sequence may be easy over a window.
 
     **Arguments:**
 
-    - `solver`: the solver of each window, any but `Windows`.
+    - `solver`: the solver of each window, any except `Windows`.
     - `length`: steps in a window. The last window overlaps the one before it if the
       length does not divide T.
 
-    Of the statistics, counts are summed over the windows, and of the residual and of
-    each entry of its history the largest is taken.
+    Counts in the statistics are summed over the windows. The residual, and each entry
+    of its history, is the largest of all windows.
 
     **Raises:** `ValueError` for a length that is not a positive whole number,
-    `TypeError` for what is not a solver, and for windows within windows.
+    `TypeError` for anything that is not a solver, and for windows within windows.
     """
 
     solver: AbstractSolver
@@ -168,10 +170,10 @@ class Windows(AbstractSolver):
         if time_shards(steps) > 1:
             raise ValueError(
                 f"{where}: `solver` is a `Windows`, which solves one window of time "
-                "after the other, but time lies across devices (the mesh in context "
-                'has an axis "time"), so that one of them would work at a time. Pass '
-                "the solver of the windows itself, or use a mesh without an axis "
-                '"time".'
+                "after the other, but time is sharded across devices (the mesh in "
+                'context has an axis "time"), so that only one of them would work at a '
+                "time. Pass the solver of the windows itself, or use a mesh without an "
+                'axis "time".'
             )
 
     @property
@@ -189,10 +191,7 @@ class Windows(AbstractSolver):
         return self.solver.only_steps(self.length)
 
     def run(self, problem, guess, limit):
-        """Windows' states are written into one array, and inputs read in place.
-
-        So nothing is split or joined.
-        """
+        """Solve the windows, reading inputs and writing states in place."""
         steps, h0 = problem.steps, problem.h0
         refuse_symbolic("solve", "`solver` `Windows`", "Pass the solver itself", steps)
         length = min(self.length, steps)
@@ -230,12 +229,12 @@ class Windows(AbstractSolver):
 
 
 class Auto(AbstractSolver):
-    """Chooses the method by platform, size and structure; the answer is always right.
+    """Choose the method by platform, size and structure; the answer is always right.
 
-    Where parallel time is faster, a [`pararnn.Ladder`][] of a few cheap steps is tried,
-    on segments. If any sequence is not certified by then, the sequential loop runs, and
-    `stats["sequential"]` says so. Where devices share time, the ladder is tried on any
-    platform.
+    If solving in parallel over time is faster, this first tries a [`pararnn.Ladder`][]
+    of a few cheap steps on segments. If any sequence is not certified by then, the
+    sequential loop runs, and `stats["sequential"]` says so. If devices share time, the
+    ladder is tried on every platform.
 
     **Arguments:** `rtol`, `atol`, as for [`pararnn.Newton`][].
 
@@ -273,14 +272,14 @@ def choose_ladder(
     limit: int | None = None,
     shards: int = 1,
 ) -> Ladder:
-    """The ladder to climb; one without methods is the loop.
+    """Return the ladder to climb; without methods it is the sequential loop.
 
-    **Arguments:** `channels` counts the numbers in one step's state, batch included;
-    `differentiated`, whether a derivative is taken of this solve; `limit`, on each
-    rung, if the user gave one; `shards`, how many devices share time.
+    **Arguments:** `channels`, the number of entries in one step's state, including the
+    batch; `differentiated`, whether this solve is differentiated; `limit`, the user's
+    limit on the steps of each rung; `shards`, the number of devices that share time.
 
     CPU (2 cores of an AMD EPYC with AVX-512, jax 0.10.2, diagonal GRU in float32; ms
-    for the forward solve, median of 7; `benchmarks segments` has newer rows):
+    for the forward solve, median of 7):
 
     | T      | channels | sequential | Newton, 2 steps, best of 8..256 segments |
     |--------|----------|------------|------------------------------------------|
@@ -290,21 +289,21 @@ def choose_ladder(
     | 131072 | 16       | 7.3        | 39                                       |
     | 16384  | 64       | 3.5        | 11                                       |
 
-    XLA turns a small sequential loop into straight machine code, and 16 channels
-    already fill its vector units: parallel time only helps a single narrow sequence.
+    XLA compiles a small loop to plain machine code, and 16 channels already fill the
+    vector units. So parallel time only helps a single narrow sequence.
 
     GPU (a model of the cost; not measured): a step of the loop is a few kernel
-    launches, some 10 us whatever the cell. Three sweeps of Newton push `size` tangents
-    through blocks of `size`, 2 * 3 * 3 * channels * size^2 operations a step with three
-    gates; at 20 Tflop/s that is 10 us at channels * size^2 = 1e7. Beyond that the loop
-    runs at once. Below it time is cut into segments of 16 steps, or longer ones where
-    the Jacobians of so many would take more than 1 GiB in float32.
+    launches, which take about 10 us for any cell. Three sweeps of Newton push `size`
+    tangents through blocks of `size`: 2 * 3 * 3 * channels * size^2 operations at each
+    step with three gates. At 20 Tflop/s these take 10 us at channels * size^2 = 1e7.
+    Beyond that the loop runs at once. Below it, segments have 16 steps, or more if
+    their Jacobians would take more than 1 GiB in float32.
 
-    No rung is damped: where a few steps of Newton's method do not converge, the loop is
-    cheaper than the many damped ones that do (docs/devdocs/solver.md).
+    No rung is damped: if a few steps of Newton's method do not converge, the loop is
+    cheaper than the many damped steps that would (docs/devdocs/solver.md).
 
-    Where devices share time, the loop would have one of them work at a time, so time is
-    always cut, on a CPU into one segment for each device.
+    If devices share time, the loop would let only one of them work at a time. So time
+    is always cut into segments, on a CPU into one for each device.
     """
     if is_symbolic(steps, channels) and shards == 1:
         return Ladder(())
@@ -312,8 +311,8 @@ def choose_ladder(
     if on_cpu and shards > 1:
         segments, limits = shards, (1, 3)
     elif on_cpu:
-        # Segments are copies of the inputs. Beside a gradient, where the forward pass
-        # is the smaller part, they would be half of the memory.
+        # Segments copy the inputs. With a gradient, where the forward pass takes the
+        # smaller part of the time, the copies would take half of the memory.
         if channels > 1 or steps < 4096 or differentiated:
             return Ladder(())
         segments, limits = 256, (1, 3)
@@ -322,7 +321,7 @@ def choose_ladder(
     else:
         size, limits = find_structure().size, (1, 8)
         segments = _count_segments(steps, channels, size, shards)
-        if shards == 1 and (segments < 4 or channels * size**2 > _WORTH_CUTTING):
+        if shards == 1 and (segments < 4 or channels * size**2 > _MAX_WORK_PER_STEP):
             return Ladder(())
         segments = max(shards, segments)
     methods = (
@@ -333,6 +332,6 @@ def choose_ladder(
 
 
 def _count_segments(steps: int, channels: int, size: int, devices: int = 1) -> int:
-    """Of 16 steps each, or as many as have room for their Jacobians."""
-    room = devices * _LARGEST // (4 * max(1, channels) * max(1, size))
+    """Return the number of segments of 16 steps, or fewer if memory is short."""
+    room = devices * _MAX_JACOBIAN_BYTES // (4 * max(1, channels) * max(1, size))
     return min(steps // 16, room)

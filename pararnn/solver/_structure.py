@@ -1,7 +1,7 @@
 """The structure of `∂f/∂h`: its blocks, found from the cell's program.
 
-The connected components of the dependencies are the blocks, so that a Jacobian that is
-block-diagonal after some permutation is found whatever the order of the state.
+The blocks are the connected components of the dependencies. So a Jacobian that is
+block-diagonal after a permutation is recognised in any order of the state.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from ..scan import struct, varying_axes
 from ._inputs import make_recurrence
 from ._problem import Recurrence
 
-_remembered: dict[tuple[int, str], np.ndarray] = {}
-_MOST_REMEMBERED = 256
-_unique = itertools.count()
+_cache: dict[tuple[int, str], np.ndarray] = {}
+_CACHE_SIZE = 256
+_counter = itertools.count()
 
 
 class Structure:
@@ -32,9 +32,9 @@ class Structure:
 
     **Attributes:**
 
-    - `blocks`: int `[number, size]`, the indices into the flattened state (leaves in
-        pytree order; of a complex leaf the real parts, then the imaginary ones) that
-        form each block. Blocks smaller than the largest are filled with `width`.
+    - `blocks`: int `[number, size]`, for each block its indices into the flattened
+        state. This has the leaves in pytree order; a complex leaf has its real parts
+        first, then the imaginary ones. Smaller blocks are filled up with `width`.
     - `width`: the length of the flattened state.
     - `kind`: `"diagonal"`, `"block_diagonal"` or `"dense"`.
     """
@@ -46,7 +46,7 @@ class Structure:
             raise ValueError(
                 f"Structure: `blocks` must be an integer array [number, size] that "
                 f"holds each of 0 .. {width - 1} exactly once, and {width} in the "
-                f"empty places; got {blocks!r:.200}. Another would give wrong "
+                f"empty places; got {blocks!r:.200}. Anything else would give wrong "
                 "Jacobians."
             )
         self.blocks = blocks
@@ -54,7 +54,7 @@ class Structure:
 
     @property
     def size(self) -> int:
-        """Size of the largest block: as many JVPs give the whole Jacobian."""
+        """Size of the largest block: this many JVPs give the whole Jacobian."""
         return self.blocks.shape[1]
 
     @property
@@ -88,14 +88,14 @@ class Structure:
 
 
 def jacobian_structure(f: Callable, x: PyTree, h: PyTree) -> Structure:
-    """The structure of `∂f/∂h` of a cell `f(h, x) -> h`, found from its program.
+    """Find the structure of `∂f/∂h` of a cell `f(h, x) -> h` from its program.
 
     **Arguments:** `f`, a cell as for [`pararnn.solve`][]; `x`, the input of one step
     (no time axis); `h`, a state. Only shapes and dtypes of both are used.
 
     **Returns:** a [`pararnn.Structure`][]; it prints as `Diagonal`,
-    `BlockDiagonal(n)` or `Dense`. Dependencies are never missed; where the program
-    does not show that two states are independent, they count as dependent.
+    `BlockDiagonal(n)` or `Dense`. No dependency is missed: unless the program shows
+    that two states are independent, they count as dependent.
 
     **Raises:** as [`pararnn.solve`][] for a cell that does not map states to states.
     """
@@ -104,24 +104,27 @@ def jacobian_structure(f: Callable, x: PyTree, h: PyTree) -> Structure:
 
 
 def find_structure(recurrence: Recurrence) -> Structure:
-    """The structure of a recurrence's Jacobian, remembered by its program's text."""
+    """Find the structure of a recurrence's Jacobian; equal programs share a cache."""
     width = recurrence.width
     if width <= 1:
         return Structure(np.zeros((width, 1), int), width)
     if recurrence.coupled_along:
-        # A state may depend on all of its own, by way of the other sequences'.
+        # States may depend on each other through the other sequences.
         return Structure(np.arange(width)[None], width)
-    program = _trace_tangent(recurrence)
-    key = width, _digest(program)
-    if key not in _remembered:
-        while len(_remembered) >= _MOST_REMEMBERED:
-            _remembered.pop(next(iter(_remembered)))
-        _remembered[key] = _find_blocks(program, width)
-    return Structure(_remembered[key], width)
+    program = _trace_jvp(recurrence)
+    key = width, _fingerprint(program)
+    if key not in _cache:
+        while len(_cache) >= _CACHE_SIZE:
+            _cache.pop(next(iter(_cache)))
+        _cache[key] = _list_blocks(program, width)
+    return Structure(_cache[key], width)
 
 
 def declared_structure(declared: Any, recurrence: Recurrence) -> Structure:
-    """A structure that the user stated, refused unless it covers the one found."""
+    """Return the structure that a user declared; refuse it unless it covers the found.
+
+    **Raises:** `ValueError`.
+    """
     if declared == "dense":
         return Structure(np.arange(recurrence.width)[None], recurrence.width)
     found = find_structure(recurrence)
@@ -169,11 +172,11 @@ def _picture(structure: Structure, width: int) -> str:
     return f"Pattern found (first {shown} states):\n" + "\n".join(rows)
 
 
-def _trace_tangent(recurrence: Recurrence) -> jex.core.ClosedJaxpr | None:
-    """The JVP of a step on vectors as a function of the tangent first.
+def _trace_jvp(recurrence: Recurrence) -> jex.core.ClosedJaxpr | None:
+    """Trace the JVP of a step on vectors, with the tangent as its first argument.
 
-    Its constants are the whole numbers that the cell closes over and are known. `None`
-    if JAX has no JVP of the cell: then nothing is known of its derivative.
+    Its constants are the known whole numbers that the cell closes over. It is `None` if
+    JAX has no JVP of the cell: then nothing is known about its derivative.
     """
     known = recurrence.known
     constants = zip(recurrence.constant_structs, known, strict=True)
@@ -196,8 +199,8 @@ def _trace_tangent(recurrence: Recurrence) -> jex.core.ClosedJaxpr | None:
         return None
 
 
-def _find_blocks(program: jex.core.ClosedJaxpr | None, width: int) -> np.ndarray:
-    """The blocks as [`Structure`][pararnn.Structure] lists them."""
+def _list_blocks(program: jex.core.ClosedJaxpr | None, width: int) -> np.ndarray:
+    """Return the blocks as [`Structure`][pararnn.Structure] lists them."""
     if program is None:
         return np.arange(width)[None]
     label = find_blocks(program)
@@ -209,14 +212,14 @@ def _find_blocks(program: jex.core.ClosedJaxpr | None, width: int) -> np.ndarray
     return blocks
 
 
-def _digest(closed: jex.core.ClosedJaxpr | None) -> str:
-    """A text that two programs share only if they have the same dependencies."""
+def _fingerprint(closed: jex.core.ClosedJaxpr | None) -> str:
+    """Return a hash that two programs share only if their dependencies are equal."""
     digest = hashlib.sha256()
 
     def add(*items):
         text = repr(items)
-        # What is shown by its address may be gone when another has that address.
-        digest.update((text + str(next(_unique) if " at 0x" in text else "")).encode())
+        # An object's address may be reused after the object is gone.
+        digest.update((text + str(next(_counter) if " at 0x" in text else "")).encode())
 
     def add_array(value):
         content = np.asarray(value).tobytes() if is_index(value) else None
@@ -230,7 +233,7 @@ def _digest(closed: jex.core.ClosedJaxpr | None) -> str:
                 add_parameter(item)
         elif eqx.is_array(value):
             add_array(value)
-        # Functions are derivative rules of custom calls, and take no part.
+        # Functions are derivative rules of custom calls, and are not looked at.
         elif not callable(value):
             add(value)
 

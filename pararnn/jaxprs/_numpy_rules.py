@@ -1,8 +1,8 @@
-"""What JAX's programs do to arrays without computing, done by NumPy.
+"""JAX's data movement primitives, and those of index tables, evaluated by NumPy.
 
 `_dependencies.py` moves the numbers of nodes as a program moves the entries that they
-stand for. JAX would compile each operation for each shape first, which takes longer
-than everything else that is done there.
+represent. JAX would first compile each operation for each shape, which takes longer
+than everything else there.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-_DROPPED = jax.lax.GatherScatterMode.FILL_OR_DROP
+_FILL_OR_DROP = jax.lax.GatherScatterMode.FILL_OR_DROP
 
 
 def _broadcast_in_dim(eqn, a, *_):
@@ -28,14 +28,14 @@ def _slice(eqn, a):
 
 
 def _reshape(eqn, a):
-    # JAX itself still transposes first in some places, as in the derivative of `prod`.
+    # Some of JAX's own code still uses `dimensions`, such as the derivative of `prod`.
     if eqn.params.get("dimensions") and eqn.primitive.name == "reshape":
         a = a.transpose(eqn.params["dimensions"])
     return a.reshape(eqn.outvars[0].aval.shape)
 
 
 def pad(a: np.ndarray, value, config) -> np.ndarray:
-    """`a` with (low, high, gap) places of `value` along each axis, as `lax.pad`."""
+    """Pad `a` with `value`, by (low, high, gap) for each axis, like `lax.pad`."""
     shape, taken, places = [], [], []
     for length, (low, high, gap) in zip(a.shape, config, strict=True):
         at = low + (gap + 1) * np.arange(length)
@@ -53,11 +53,11 @@ def _split(eqn, a):
 
 
 # Each takes the equation and its operands, and returns an array or a list of them.
-MOVEMENTS: dict[str, Callable] = {
+DATA_MOVEMENT: dict[str, Callable] = {
     "broadcast_in_dim": _broadcast_in_dim,
     "concatenate": lambda eqn, *many: np.concatenate(many, eqn.params["dimension"]),
     "copy": lambda eqn, a: a,
-    # Within a `shard_map`: what varies from device to device.
+    # Within a `shard_map`, these only change what varies from device to device.
     "pvary": lambda eqn, a: a,
     "pcast": lambda eqn, a: a,
     "expand_dims": _reshape,
@@ -101,9 +101,9 @@ _ARITHMETIC = {
     "eq": np.equal,
     "ne": np.not_equal,
 }
-# What index tables and masks are made of, too.
-BY_NUMPY: dict[str, Callable] = {
-    **MOVEMENTS,
+# The above, and the primitives that make index tables and masks.
+NUMPY_RULES: dict[str, Callable] = {
+    **DATA_MOVEMENT,
     **{
         name: lambda eqn, *arrays, function=function: function(*arrays)
         for name, function in _ARITHMETIC.items()
@@ -114,8 +114,8 @@ BY_NUMPY: dict[str, Callable] = {
 }
 
 
-class Windows(NamedTuple):
-    """The windows that a gather reads, or a scatter writes, in terms of their axes."""
+class IndexedWindows(NamedTuple):
+    """The windows that a gather reads or a scatter writes."""
 
     shape: tuple[int, ...]  # of the operand
     sizes: tuple[int, ...]  # of a window, by the operand's axes
@@ -123,10 +123,10 @@ class Windows(NamedTuple):
     absent: tuple[int, ...]  # of the operand, along which a window has no axis
     batch: tuple[tuple[int, int], ...]  # axes of operand and indices that go together
     indexed: tuple[int, ...]  # of the operand, that the indices are of
-    dropped: bool  # windows that reach outside, which otherwise are moved inside
+    dropped: bool  # whether windows that reach outside are dropped, not moved inside
 
     def places(self, indices: np.ndarray) -> np.ndarray:
-        """Which entry of the flat operand each entry of the windows is, -1 for none."""
+        """Return the index in the flat operand of each window entry, -1 for none."""
         rank = indices.ndim - 1 + len(self.axes)
         free = [axis for axis in range(rank) if axis not in self.axes]
 
@@ -150,41 +150,41 @@ class Windows(NamedTuple):
         return np.where(inside, total, -1)
 
 
-def gather_windows(eqn) -> Windows:
-    """What a `gather` reads."""
+def gather_windows(eqn) -> IndexedWindows:
+    """Return the windows that a `gather` reads."""
     numbers = eqn.params["dimension_numbers"]
     batch = numbers.operand_batching_dims
-    return Windows(
+    return IndexedWindows(
         shape=eqn.invars[0].aval.shape,
         sizes=tuple(eqn.params["slice_sizes"]),
         axes=tuple(numbers.offset_dims),
         absent=(*numbers.collapsed_slice_dims, *batch),
         batch=tuple(zip(batch, numbers.start_indices_batching_dims, strict=True)),
         indexed=tuple(numbers.start_index_map),
-        dropped=eqn.params["mode"] == _DROPPED,
+        dropped=eqn.params["mode"] == _FILL_OR_DROP,
     )
 
 
-def scatter_windows(eqn) -> Windows:
-    """What any kind of `scatter` writes."""
+def scatter_windows(eqn) -> IndexedWindows:
+    """Return the windows that any kind of `scatter` writes."""
     numbers = eqn.params["dimension_numbers"]
     shape, updates = eqn.invars[0].aval.shape, eqn.invars[2].aval.shape
     batch = numbers.operand_batching_dims
     absent = *numbers.inserted_window_dims, *batch
     sizes = iter([updates[axis] for axis in sorted(numbers.update_window_dims)])
-    return Windows(
+    return IndexedWindows(
         shape=shape,
         sizes=tuple(1 if a in absent else next(sizes) for a in range(len(shape))),
         axes=tuple(numbers.update_window_dims),
         absent=absent,
         batch=tuple(zip(batch, numbers.scatter_indices_batching_dims, strict=True)),
         indexed=tuple(numbers.scatter_dims_to_operand_dims),
-        dropped=eqn.params["mode"] == _DROPPED,
+        dropped=eqn.params["mode"] == _FILL_OR_DROP,
     )
 
 
 def convolution_patches(eqn, images: np.ndarray) -> np.ndarray:
-    """What each output of a convolution reads: `[batch, group, *places, read]`."""
+    """Return what each output of a convolution reads, `[batch, group, *at, read]`."""
     p = eqn.params
     lhs, rhs, _ = p["dimension_numbers"]
     kernel = eqn.invars[1].aval.shape
@@ -210,7 +210,7 @@ def convolution_patches(eqn, images: np.ndarray) -> np.ndarray:
 
 
 def as_matrices(array: np.ndarray, batch, summed) -> np.ndarray:
-    """An operand of `dot_general` as `[batch, free, summed]`."""
+    """Return an operand of `dot_general` as `[batch, free, summed]`."""
     free = [axis for axis in range(array.ndim) if axis not in (*batch, *summed)]
     array = array.transpose(*batch, *free, *summed)
     first, last = len(batch), len(batch) + len(free)
