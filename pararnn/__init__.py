@@ -1,12 +1,12 @@
 """Nonlinear and linear recurrences, parallel in time, on JAX."""
 
 from . import interop as interop
+from ._block_bidiagonal import (
+    BlockBidiagonalLinearOperator as BlockBidiagonalLinearOperator,
+)
 from ._diffrax import integrate as integrate
 from ._implicit import Implicit as Implicit
-from ._lineax import (
-    BlockBidiagonalLinearOperator as BlockBidiagonalLinearOperator,
-    ParallelScan as ParallelScan,
-)
+from ._lineax import ParallelScan as ParallelScan
 from ._optimistix import (
     Problem as Problem,
     RootFinder as RootFinder,

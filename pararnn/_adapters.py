@@ -229,7 +229,7 @@ def _check_flax(cell: Any) -> None:
 class FunctionCell(eqx.Module):
     """Any callable `f(h, x) -> h`, with a user's fresh state or output function."""
 
-    function: Callable[[PyTree, PyTree], PyTree]
+    function: Any
     fresh: PyTree[Array] | None
     emit: Callable[[PyTree], Any] | None
 
@@ -238,14 +238,14 @@ class FunctionCell(eqx.Module):
 
     def init_state(self) -> PyTree[Array]:
         if self.fresh is None:
-            return self.function.init_state()  # pyright: ignore[reportFunctionMemberAccess]
+            return self.function.init_state()
         return self.fresh
 
     def output(self, state: PyTree[Array]) -> Any:
         if self.emit is not None:
             return self.emit(state)
         if hasattr(self.function, "output"):
-            return self.function.output(state)  # pyright: ignore[reportFunctionMemberAccess]
+            return self.function.output(state)
         return state
 
 

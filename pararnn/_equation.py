@@ -16,9 +16,13 @@ from jaxtyping import Array, Float, PyTree
 
 from .scan._arithmetic import multiply_matrices
 from .solver._adjoint import split_by_tangents
-from .solver._jacobian_layout import from_blocks, to_blocks, transition_factors
 from .solver._problem import Recurrence
-from .solver._structure import find_structure
+from .solver._structure import (
+    find_structure,
+    from_blocks,
+    to_blocks,
+    transition_factors,
+)
 
 
 class Equation:

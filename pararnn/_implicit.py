@@ -79,7 +79,7 @@ class Implicit(AbstractImplicitCell):
 
     - `F`: `F(h_new, h, x) -> residual`; any function or module, differentiable in
         forward mode. `h_new` and `h` are states, real or complex, and the residual has
-        their structure, shapes and dtypes. The equations may be in any order; but for a
+        their structure, shapes and dtypes. The equations may be in any order. For a
         diagonal or block-diagonal structure, entry i has to hold the equation for entry
         i. On a GPU, give matrix products `precision="highest"`: rounded to TF32, the
         default there, some steps do not get below the tolerance.
@@ -206,8 +206,8 @@ class _Newton(NamedTuple):
     At a solution of multiplicity m the Jacobian is singular. Corrections shrink only by
     the factor 1 - 1/m, down to rounding, where one of them may be small by chance. So
     if corrections have crawled, or are noise, a last step is taken from 8 tolerances
-    beside the solution. It leads back to a regular solution. To a singular one it leads back at
-    most half of the way, or it leads anywhere.
+    beside the solution. It leads back to a regular solution. To a singular one it leads
+    back at most half of the way, or it leads anywhere.
     """
 
     rtol: float | None

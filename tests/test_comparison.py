@@ -114,7 +114,7 @@ def test_an_interrupted_run_goes_on(finished, tmp_path):
     compare(LAYERS, TASKS, tmp_path, TINY, visible=False)
     again, first = trainings(tmp_path), trainings(finished)
     assert again[:3] == first[:3]
-    # The last was trained anew, with the same numbers.
+    # The last was trained again, with the same numbers.
     assert list(map(lasting, again)) == list(map(lasting, first))
 
 
@@ -148,7 +148,7 @@ def test_seeds_side_by_side_are_seeds_alone(finished, tmp_path):
 
 
 def test_training_is_adamw_by_hand():
-    """Two steps of one seed, with gradients of a loss written anew."""
+    """Two steps of one seed, with gradients of a loss written independently."""
     task = make_task("parity")
     protocol = dataclasses.replace(TINY, steps=2, points=1, seeds=1, weight_decay=0.0)
     data, size = Data(task, protocol), fit_size(task, "lru", protocol)

@@ -9,7 +9,7 @@ from scipy.sparse.csgraph import breadth_first_order, connected_components
 
 
 class Graph:
-    """Nodes 1 to `inputs` are the inputs, 0 is no node; edges lead to effects."""
+    """Nodes 1 to `inputs` are the inputs, 0 stands for none; edges lead to effects."""
 
     def __init__(self, inputs: int):
         self.inputs, self.count = inputs, inputs + 1

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..scan import Schedule, invert_matrices, multiply_matrices, prefix, run_scan
-from ._jacobian_layout import from_blocks, to_blocks, transition_factors
 from ._methods import AbstractMethod, diagonal, make_push_diagonal, push_exactly
 from ._segments import Linearization
-from ._structure import Structure
+from ._structure import Structure, from_blocks, to_blocks, transition_factors
 
 
 class ELK(AbstractMethod):

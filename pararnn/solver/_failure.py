@@ -1,18 +1,20 @@
 """How a solve ended: the search for a failure, and the check that raises one."""
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox.internal as eqxi
 import jax
+import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
+from jax.interpreters import batching, mlir
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Int
 
 from ..scan import split_time, time_shards, vary
-from ._export import refuse_export
 from ._problem import BoundProblem
 from ._solution import RESULTS, Stats
 
@@ -175,3 +177,40 @@ def _is_finite(tree) -> Array:
         if jnp.issubdtype(leaf.dtype, jnp.inexact):
             finite = finite & jnp.all(jnp.isfinite(leaf))
     return finite
+
+
+# JAX refuses any program that calls the host with "serialization of host_callbacks is
+# not yet implemented". Only the lowering of a primitive can tell that a program is being
+# exported, so there is a primitive here that only checks this.
+_not_exported = jex.core.Primitive("pararnn_not_exported")
+
+
+def refuse_export(value: Array) -> Array:
+    """Return `value`, in a program that calls the host if the solve has failed.
+
+    **Raises:** `NotImplementedError` when `jax.export` exports the program.
+    """
+    return _not_exported.bind(value)
+
+
+def _lower(ctx, value):
+    parameters = ctx.module_context.lowering_parameters
+    calls = os.environ.get("EQX_ON_ERROR", "raise") not in ("nan", "off")
+    if calls and getattr(parameters, "for_export", False):
+        raise NotImplementedError(
+            "pararnn.solve: a program that raises if a solve fails cannot be exported "
+            "by `jax.export`, since raising calls Python. Pass `throw=False` "
+            "to `pararnn.solve`, or to the layer or model that calls it "
+            "(`pararnn.RNN(..., throw=False)`), and export `Solution.result` or the "
+            "statistics beside the states, to see failures."
+        )
+    return [value]
+
+
+_not_exported.def_impl(lambda value: value)
+_not_exported.def_abstract_eval(lambda value: value)
+batching.primitive_batchers[_not_exported] = lambda args, axes: (
+    _not_exported.bind(*args),
+    *axes,
+)
+mlir.register_lowering(_not_exported, _lower)

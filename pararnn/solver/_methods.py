@@ -18,12 +18,11 @@ from .._checks import check_count, check_tolerances, is_count
 from ..scan import Schedule, is_symbolic, run_scan, vary
 from ._hoist import hoist
 from ._iteration import iterate_on_segments
-from ._jacobian_layout import from_blocks, to_blocks, transition_factors
 from ._problem import BoundProblem
 from ._segments import Linearization, Push, Segments
 from ._sequential import AbstractSolver, Sequential, States
 from ._solution import Stats
-from ._structure import Structure
+from ._structure import Structure, from_blocks, to_blocks, transition_factors
 
 
 class AbstractMethod(AbstractSolver):
