@@ -180,8 +180,8 @@ def _is_finite(tree) -> Array:
 
 
 # JAX refuses any program that calls the host with "serialization of host_callbacks is
-# not yet implemented". Only the lowering of a primitive can tell that a program is being
-# exported, so there is a primitive here that only checks this.
+# not yet implemented". Only the lowering of a primitive can tell that a program is
+# being exported, so there is a primitive here that only checks this.
 _not_exported = jex.core.Primitive("pararnn_not_exported")
 
 
