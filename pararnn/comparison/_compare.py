@@ -1,4 +1,4 @@
-"""The comparison of every layer on every task, and its results, sorted."""
+"""Compare every layer on every task, and read the results back, sorted."""
 
 import dataclasses
 import itertools

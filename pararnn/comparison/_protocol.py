@@ -1,4 +1,4 @@
-"""The same for all layers: the conditions of the comparison, and the examples."""
+"""What is the same for all layers: the conditions of training, and the examples."""
 
 import dataclasses
 import functools
