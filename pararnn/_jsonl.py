@@ -1,11 +1,15 @@
-"""Files with a JSON object on each line, from which an interrupted run continues."""
+"""Records of long runs, a JSON object a line, and the machine they were made on."""
 
 import json
 import operator
 import os
+import platform
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import jax
 
 Record = dict[str, Any]
 
@@ -76,3 +80,31 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(json.dumps(record) + "\n" for record in records))
     os.replace(fresh, path)
+
+
+PACKAGES = ("jax", "jaxlib", "equinox", "optax", "numpy")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return the device, the processor, its cores, the system and versions."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform}: {device.device_kind}",
+        "devices": jax.device_count(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line for line in file if line.startswith("model name")]
+        return names[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()

@@ -48,7 +48,6 @@ MAY_IMPORT = {
     "pararnn._reverse": {"pararnn._reverse"},
     "pararnn._option_strings": {"pararnn._option_strings"},
     "pararnn._jsonl": {"pararnn._jsonl"},
-    "pararnn._machine": {"pararnn._machine"},
     "pararnn._progress": {"pararnn._progress"},
     "pararnn.cells": {
         "pararnn.cells",
@@ -110,7 +109,6 @@ MAY_IMPORT = {
         "pararnn._parameters",
         "pararnn._jsonl",
         "pararnn._registry",
-        "pararnn._machine",
         "pararnn._progress",
         "pararnn._option_strings",
     },
@@ -120,7 +118,6 @@ MAY_IMPORT = {
         "pararnn.solver",
         "pararnn._parameters",
         "pararnn._jsonl",
-        "pararnn._machine",
         "pararnn._progress",
         "pararnn._option_strings",
         "pararnn._registry",

@@ -27,10 +27,10 @@ from pararnn.comparison import (
     read_records,
     write_report,
 )
-from pararnn.comparison._data import Data
+from pararnn.comparison._compare import load_results
 from pararnn.comparison._measure import Evaluator, measure_costs
 from pararnn.comparison._model import SequenceModel, count_parameters
-from pararnn.comparison._results import load_results
+from pararnn.comparison._protocol import Data
 from pararnn.comparison._sizes import fit_size
 from tests.helpers import refusal
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from pararnn.comparison import Lengths, Metric, Task, draw_batch, list_tasks, make_task
-from pararnn.comparison.tasks import IMAGE_TASKS, _images as arrows
-from pararnn.comparison.tasks._groups import multiplication_table
+from pararnn.comparison.tasks import IMAGE_TASKS, _raw as arrows
+from pararnn.comparison.tasks._formal import multiplication_table
 from tests.helpers import refusal
 
 SIZE, COUNT = 24, 40

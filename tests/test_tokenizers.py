@@ -17,7 +17,7 @@ from pararnn.training import (
     find_corpus,
     stream_text,
 )
-from pararnn.training.data import _encoded
+from pararnn.training.data import _packed
 from tests.documents import write
 
 TEXT = "the cat and the hat; Größe, naïve, 木, 🙂\n" * 3
@@ -155,7 +155,7 @@ def documents_of(packed):
 def test_encoded_documents_are_the_documents(
     piece, path, corpus, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(_encoded, "PIECE", piece)
+    monkeypatch.setattr(_packed, "PIECE", piece)
     tokenizer = FileTokenizer(path)
     packed = Packed(corpus, tokenizer, 4, cache=tmp_path / "cache")
     assert documents_of(packed) == sorted(DOCUMENTS)

@@ -2,7 +2,7 @@
 
 from .._jsonl import read_records as read_records
 from ._compare import compare as compare
-from ._layers import expand_layer as expand_layer, list_layers as list_layers
+from ._model import expand_layer as expand_layer, list_layers as list_layers
 from ._protocol import BUDGETS as BUDGETS, Protocol as Protocol
 from ._report import write_report as write_report
 from .tasks import (

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .._jsonl import Record
-from ._results import Results
+from ._compare import Results
 
 STYLES = ("-", "--", ":", "-.")
 COST_PANELS = {

@@ -13,9 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from ._data import Data, map_over_seeds, named_key, run_once
-from ._layers import make_layer, needs_images
-from ._protocol import Protocol
+from ._model import make_layer, needs_images
+from ._protocol import Data, Protocol, map_over_seeds, named_key, run_once
 from .tasks import Example, Metric
 
 # The number of points of a curve over lengths.

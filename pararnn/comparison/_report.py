@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import _figures as figures, _tables as tables
-from ._compare import RESULTS_FILE
-from ._data import COUNTED_SEQUENCES
-from ._results import Results, load_results
+from ._compare import RESULTS_FILE, Results, load_results
+from ._protocol import COUNTED_SEQUENCES
 from ._tables import Table, compare_with_published
 from ._train import NEWTON_LIMIT
 

@@ -9,8 +9,14 @@ import equinox as eqx
 import jax.random as jr
 
 from .._option_strings import parse_spec
-from ._layers import heads, make_shapes
-from ._model import SequenceModel, count_layer_state, count_parameters, count_state
+from ._model import (
+    SequenceModel,
+    count_layer_state,
+    count_parameters,
+    count_state,
+    heads,
+    make_shapes,
+)
 from ._protocol import Protocol
 from .tasks import Task
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._jsonl import Record
 from .._option_strings import parse_spec
-from ._results import Results, validation_loss
+from ._compare import Results, validation_loss
 
 
 class Table(NamedTuple):

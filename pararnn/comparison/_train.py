@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ..solver import Ladder, Newton
 from ..training import OptimiserConfig
 from ..training._build import make_optimiser
-from ._data import Data, map_over_seeds, named_key, run_once
 from ._model import SequenceModel, has_solver, with_solver
+from ._protocol import Data, map_over_seeds, named_key, run_once
 from ._sizes import Size
 from .tasks import Example, Metric
 

@@ -15,8 +15,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from .._jsonl import Record, Records
-from .._machine import describe_machine
+from .._jsonl import Record, Records, describe_machine
 from .._option_strings import parse_spec
 from .._parameters import check_size
 from .._progress import Progress

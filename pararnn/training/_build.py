@@ -1,8 +1,8 @@
-"""Make what a configuration asks for: model, optimiser and state, on devices."""
+"""Make what a configuration asks for: model, optimiser, state on devices, batches."""
 
 import contextlib
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,6 +17,15 @@ from ..models import LanguageModel
 from ..solver import AbstractSolver, Auto, Newton, Sequential
 from ._config import Config, MeshConfig, ModelConfig, OptimiserConfig
 from ._step import TrainState, fresh_state
+from .data import (
+    ByteTokenizer,
+    FileTokenizer,
+    Packed,
+    Tokenizer,
+    Window,
+    find_corpus,
+    make_batches,
+)
 
 
 def make_solver(config: ModelConfig) -> AbstractSolver:
@@ -152,3 +161,55 @@ def make_sharded(make, placement: Placement):
     """Return `make()`, which is never whole on one device."""
     with placement.context():
         return eqx.filter_jit(lambda: placement.state(make()))()
+
+
+class Data(NamedTuple):
+    """Training and validation windows of one corpus."""
+
+    tokenizer: Tokenizer
+    training: Packed
+    validation: Packed
+
+
+def make_tokenizer(config: Config) -> Tokenizer:
+    """Make the tokenizer. **Raises:** as `FileTokenizer`."""
+    file = config.data.tokenizer
+    return ByteTokenizer() if file is None else FileTokenizer(file)
+
+
+def open_data(config: Config) -> Data:
+    """Find the corpus and split it by documents.
+
+    **Raises:** as `find_corpus`, `Corpus.split`, `Packed` and `FileTokenizer`.
+    """
+    tokenizer = make_tokenizer(config)
+    corpus = find_corpus(config.data.corpus)
+    parts = corpus.split(config.data.validation, seed=config.seed)
+    training, validation = (
+        Packed(part, tokenizer, config.data.length, seed=config.seed) for part in parts
+    )
+    return Data(tokenizer, training, validation)
+
+
+def training_batches(config: Config, data: Data):
+    """Return an endless iterator of windows `[microbatches * batch, T]`, whose position
+    can be saved.
+
+    Every host reads all of them and gives its devices their shards: reading is about a
+    thousand times faster than training, and batch and time can be sharded in any way.
+    """
+    size = config.data.batch * config.optimiser.accumulate
+    return iter(make_batches(data.training, size, seed=config.seed))
+
+
+def validation_batches(config: Config, data: Data) -> Iterator[Window]:
+    """Yield the same windows at every call, `[batch, T]`, at most
+    `validation_batches` batches."""
+    batches = make_batches(
+        data.validation,
+        config.data.batch,
+        seed=config.seed,
+        epochs=1,
+    )
+    for _, batch in zip(range(config.data.validation_batches), batches, strict=False):
+        yield batch

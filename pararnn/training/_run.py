@@ -11,19 +11,29 @@ import jax
 from jaxtyping import Array
 
 from .._progress import Progress
-from ._build import Placement, abstract_state, make_optimiser, make_sharded, new_state
-from ._checkpoints import Checkpoints
-from ._config import Config
-from ._data import (
+from ._build import (
     Data,
-    bits_per_nat,
+    Placement,
+    abstract_state,
+    make_optimiser,
+    make_sharded,
+    new_state,
     open_data,
     training_batches,
     validation_batches,
 )
+from ._checkpoints import Checkpoints
+from ._config import Config
 from ._metrics import MetricLog, draw_curves, read_metrics
 from ._signals import Interrupts
-from ._step import Batch, TrainState, bits_per_byte, make_train_step, make_validation
+from ._step import (
+    Batch,
+    TrainState,
+    bits_per_byte,
+    bits_per_nat,
+    make_train_step,
+    make_validation,
+)
 
 CONFIG = "config.json"
 

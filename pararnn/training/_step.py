@@ -1,5 +1,6 @@
 """One step of training, and validation: compiled, on batches of sequences."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ from jaxtyping import Array, DTypeLike, Float, Int32, PyTree
 
 from .._parameters import wide_dtype
 from ..models import LanguageModel, cast
-from ._data import bits_per_nat
 from .data import Packed, make_batches
 
 # Leaves [microbatches, batch, T]; see `Window`.
@@ -164,3 +164,8 @@ def bits_per_byte(
     sums = [validate(model, batch) for batch in batches]
     losses, counts = np.asarray(sums, np.float64).sum(0)
     return float(losses / counts) * bits_per_nat(packed)
+
+
+def bits_per_nat(packed: Packed) -> float:
+    """Return the factor from a mean loss in nats to bits per byte."""
+    return 1 / (math.log(2) * packed.bytes_per_target)

@@ -6,10 +6,9 @@ import equinox as eqx
 import jax
 
 from ..models import LanguageModel
-from ._build import Placement, abstract_state
+from ._build import Placement, abstract_state, make_tokenizer
 from ._checkpoints import Checkpoints
 from ._config import Config, MeshConfig, differences
-from ._data import make_tokenizer
 from ._run import CONFIG, Outcome, Run, TrainingFailed
 from ._signals import Interrupts
 from .data import Tokenizer

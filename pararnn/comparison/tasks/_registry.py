@@ -7,6 +7,7 @@ from types import MappingProxyType
 from ..._option_strings import parse_spec
 from ..._registry import make_by_name
 from ._formal import (
+    GROUPS,
     count_modulo,
     cycle_navigation,
     even_pairs,
@@ -14,11 +15,10 @@ from ._formal import (
     modular_arithmetic_brackets,
     parity,
     sum_modulo,
+    word_problem,
 )
-from ._groups import GROUPS, word_problem
-from ._images import arrow_pointing, digits
-from ._library import library_package, library_text
 from ._memory import adding, copying, mqar, oscillators, selective_copying
+from ._raw import arrow_pointing, digits, library_package, library_text
 from ._task import Task
 
 # Flags of `make_task`, and the option and value that each stands for.
