@@ -1,6 +1,15 @@
 """Nonlinear and linear recurrences, parallel in time, on JAX."""
 
 from . import interop as interop
+from ._devices import (
+    Exchange as Exchange,
+    communication as communication,
+    gather_parameters as gather_parameters,
+    make_mesh as make_mesh,
+    parameter_sharding as parameter_sharding,
+    shard_batch as shard_batch,
+    shard_parameters as shard_parameters,
+)
 from ._diffrax import integrate as integrate
 from ._implicit import Implicit as Implicit
 from ._lineax import (
@@ -29,15 +38,6 @@ from .cells import (
     QKANLSTMCell as QKANLSTMCell,
     SLSTMCell as SLSTMCell,
     make_cell as make_cell,
-)
-from .devices import (
-    Exchange as Exchange,
-    communication as communication,
-    gather_parameters as gather_parameters,
-    make_mesh as make_mesh,
-    parameter_sharding as parameter_sharding,
-    shard_batch as shard_batch,
-    shard_parameters as shard_parameters,
 )
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from .models import (

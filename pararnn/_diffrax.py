@@ -14,8 +14,8 @@ import optimistix as optx
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from ._checks import check_bits
 from ._equation import with_derivative
-from .scan import check_bits
 from .solver import (
     RESULTS,
     AbstractSolver,

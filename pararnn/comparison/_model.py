@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._parameters import uniform
-from ..models._block import Block, normalise
+from ..models._blocks import Block, normalise
 from ..solver import AbstractSolver, Auto
 from ._layers import make_layer
 from .tasks import Task

@@ -16,6 +16,7 @@ import jax
 import jax.extend as jex
 import jax.tree_util as jtu
 
+from .._checks import is_symbolic
 from ..jaxprs import (
     evaluate,
     inner_programs,
@@ -27,7 +28,6 @@ from ..jaxprs import (
     without_calls,
     written_by,
 )
-from ..scan import is_symbolic
 from ._problem import BoundProblem, Recurrence, _shape_dtype
 from ._stepwise import must_step
 

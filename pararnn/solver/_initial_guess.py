@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ..scan import is_symbolic, join_time, shift, split_time
+from .._checks import is_symbolic
+from ..scan import join_time, shift, split_time
 
 # Steps before each segment: half a segment (which takes less time than a quarter of a
 # Newton step, as no Jacobian is pushed along), but not beyond the memory of most cells.

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ..scan import is_symbolic, shift, vary
+from .._checks import is_symbolic
+from ..scan import shift, vary
 from ._certificate import largest
 from ._joint_newton import JointSweep
 from ._problem import BoundProblem

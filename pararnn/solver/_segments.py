@@ -17,7 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ..scan import is_symbolic, join_time, shift, split_time, spread, time_shards, vary
+from .._checks import is_symbolic
+from ..scan import join_time, shift, split_time, spread, time_shards, vary
 from ._certificate import ROUNDINGS, along_entries, entry_sizes, is_small, largest
 from ._initial_guess import guess_ends
 from ._problem import BoundProblem
