@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
+from pararnn._checks import check_reset
 from pararnn._parameters import check_flag, wide_dtype
-from pararnn._reverse import backwards
-from pararnn.scan import Diagonal, check_reset, linear_scan
+from pararnn.scan import Diagonal, backwards, linear_scan
 
 from ._windows import mix_in_windows
 

@@ -7,13 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from pararnn.scan import (
-    in_windows,
-    is_symbolic,
-    poison,
-    running_max,
-    time_shards,
-)
+from pararnn._checks import is_symbolic
+from pararnn.scan import in_windows, poison, running_max, time_shards
 
 Mix = Callable[
     [Float[Array, "T d_model"], PyTree[Array], Bool[Array, " T"] | None],

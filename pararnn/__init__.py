@@ -4,6 +4,15 @@ from . import interop as interop
 from ._block_bidiagonal import (
     BlockBidiagonalLinearOperator as BlockBidiagonalLinearOperator,
 )
+from ._devices import (
+    Exchange as Exchange,
+    communication as communication,
+    gather_parameters as gather_parameters,
+    make_mesh as make_mesh,
+    parameter_sharding as parameter_sharding,
+    shard_batch as shard_batch,
+    shard_parameters as shard_parameters,
+)
 from ._diffrax import integrate as integrate
 from ._implicit import Implicit as Implicit
 from ._lineax import ParallelScan as ParallelScan
@@ -29,15 +38,6 @@ from .cells import (
     QKANLSTMCell as QKANLSTMCell,
     SLSTMCell as SLSTMCell,
     make_cell as make_cell,
-)
-from .devices import (
-    Exchange as Exchange,
-    communication as communication,
-    gather_parameters as gather_parameters,
-    make_mesh as make_mesh,
-    parameter_sharding as parameter_sharding,
-    shard_batch as shard_batch,
-    shard_parameters as shard_parameters,
 )
 from .diagnosis import Diagnosis as Diagnosis, diagnose as diagnose
 from .models import (

@@ -12,8 +12,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from ._checks import check_bits
 from ._diffrax_step import step_as_cell
-from .scan import check_bits
 from .solver import (
     RESULTS,
     AbstractSolver,

@@ -17,9 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._checks import is_count
+from ._checks import check_bits, is_count
 from ._equation import Equation, solution
-from .scan import check_bits
 from .solver._certificate import along_entries, max_abs
 from .solver._inputs import AbstractImplicitCell
 from .solver._problem import Recurrence

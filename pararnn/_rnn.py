@@ -10,10 +10,10 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, PyTree
 
 from ._adapters import FunctionCell, as_cell, emitting_cell
+from ._checks import check_reset
 from ._parameters import check_flag
-from ._reverse import backwards
 from .cells import AbstractCell
-from .scan import check_reset
+from .scan import backwards
 from .solver import (
     AbstractSolver,
     Auto,

@@ -11,7 +11,7 @@ import pytest
 
 import pararnn
 import tests.numpy_reference as reference
-from pararnn._option_strings import parse_spec
+from pararnn._registry import parse_spec
 from tests.helpers import assert_close, whole
 
 VOCAB, D, T = 11, 8, 13

@@ -8,8 +8,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
+from pararnn._checks import is_symbolic, refuse_symbolic
 from pararnn._parameters import check_choice, check_number, check_size, leading, widen
-from pararnn.scan import is_symbolic, refuse_symbolic, time_shards
+from pararnn.scan import time_shards
 
 from .._arguments import Draw, check_range
 from .._layer import AbstractConstantDiagonal

@@ -11,11 +11,10 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray, PyTree
 
-from .._option_strings import parse_spec
 from .._parameters import uniform
-from .._registry import check_name, make_by_name
+from .._registry import check_name, make_by_name, parse_spec
 from ..models import list_mixers, make_mixer, registered_layers
-from ..models._block import Block, normalise
+from ..models._blocks import Block, normalise
 from ..solver import AbstractSolver, Auto
 from .tasks import Task
 

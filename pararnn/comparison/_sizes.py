@@ -8,7 +8,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.random as jr
 
-from .._option_strings import parse_spec
+from .._registry import parse_spec
 from ._model import (
     SequenceModel,
     count_layer_state,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._jsonl import Record
-from .._option_strings import parse_spec
+from .._registry import parse_spec
 from ._compare import Results, validation_loss
 
 

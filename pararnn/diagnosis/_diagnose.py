@@ -1,4 +1,4 @@
-"""`diagnose`: the entry point, and the choice of methods and lengths."""
+"""`diagnose`: the choice of methods and lengths, the runs, and the recommendation."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
+from .._checks import check_count, is_count
 from ..solver import (
     ELK,
     AbstractMethod,
@@ -17,12 +18,12 @@ from ..solver import (
     Sequential,
     Structure,
 )
-from ..solver._methods import is_count
 from ..solver._structure import find_structure
-from ._growth import measure_growth
+from ._growth import Growth, measure_growth
 from ._measure import (
     WHERE,
     CheckedProblem,
+    MethodReport,
     Progress,
     check_problem,
     compile_solves,
@@ -30,14 +31,30 @@ from ._measure import (
     name_of,
     refuse_tracers,
 )
-from ._recommend import recommend
-from ._report import Diagnosis
+from ._report import Diagnosis, format_duration, format_power, format_steps, plural
 
 # The bytes of Jacobians, of all steps together, from which the default methods are
 # cheaper ones, and from which they leave out `Newton()`. Beside 256 KiB of Jacobians,
 # ELK took 5.4 MiB and `Newton()` 0.9 MiB. For a GRU of width 64 over 2048 steps (32
 # MiB), the diagonal took 1.6 s a step on two cores, and 4 probes 0.1 s.
 LARGE, VERY_LARGE = 2**24, 2**28
+
+# The loop is recommended unless a method needs fewer serial steps by this factor. This
+# is a judgement: a method's step also pushes tangents, and a method takes more memory.
+MIN_SPEEDUP = 4
+
+STRENGTH = {
+    Newton: "It converges quadratically, with the exact Jacobian.",
+    QuasiNewton: (
+        "The diagonal of the Jacobian is enough here, and its scan is elementwise."
+    ),
+    ELK: "Its damping keeps corrections bounded where Newton's overshoot.",
+    Jacobi: (
+        "Evaluating the cell everywhere at once, without a Jacobian or a scan, is "
+        "enough here."
+    ),
+    Picard: "Sums of residuals, without a Jacobian, are enough here.",
+}
 
 
 def diagnose(
@@ -159,7 +176,7 @@ def diagnose(
     problem = check_problem(f, xs, h0, reset, reset_state)
     chosen = _choose_methods(methods, problem)
     lengths = _choose_lengths(lengths, problem.length)
-    _check_max_steps(max_steps)
+    check_count(WHERE, "max_steps", max_steps, least=1)
     solvers = {"Sequential()": Sequential(), **chosen}
     with Progress(2 * len(solvers) + 1, progress) as bar:
         programs = compile_solves(problem, solvers, max_steps, bar)
@@ -170,7 +187,7 @@ def diagnose(
         sequential = measured.pop("Sequential()")
         bar.advance("growth of perturbations")
         trajectory, at_h0 = measure_growth(problem)
-    recommended, reasons = recommend(measured, sequential, trajectory, at_h0)
+    recommended, reasons = _recommend(measured, sequential, trajectory, at_h0)
     recurrence = problem.recurrence
     return Diagnosis(
         structure=find_structure(recurrence),
@@ -231,7 +248,7 @@ def _choose_methods(methods: Any, problem: CheckedProblem) -> dict[str, Abstract
 def _choose_lengths(lengths: Sequence[int] | None, steps: int) -> tuple[int, ...]:
     if lengths is None:
         lengths = [max(4, steps // 16), max(4, steps // 4)]
-    wrong = [n for n in lengths if not (is_count(n) and 2 <= n <= steps)]
+    wrong = [n for n in lengths if not (is_count(n, 2) and n <= steps)]
     if wrong:
         raise ValueError(
             f"{WHERE}: `lengths` holds {wrong[0]!r}; expected whole numbers from 2 to "
@@ -240,8 +257,104 @@ def _choose_lengths(lengths: Sequence[int] | None, steps: int) -> tuple[int, ...
     return tuple(sorted({*map(int, lengths), steps}))
 
 
-def _check_max_steps(max_steps: Any) -> None:
-    if not (is_count(max_steps) and max_steps >= 1):
-        raise ValueError(
-            f"{WHERE}: `max_steps` is {max_steps!r}; expected a whole number >= 1."
+# The recommendation: which solver, and why.
+
+
+def _recommend(
+    methods: dict[str, MethodReport],
+    sequential: MethodReport,
+    trajectory: Growth,
+    at_h0: Growth,
+):
+    """Return the solver with the fewest serial steps, if far fewer than T, and why."""
+    converged = {n: m for n, m in methods.items() if m.converged[-1]}
+    best = min(converged, key=lambda n: converged[n].serial_steps, default=None)
+    steps = sequential.serial_steps
+    if best is None or MIN_SPEEDUP * converged[best].serial_steps > steps:
+        solver = Sequential()
+        reasons = [
+            _why_no_method(best, methods, steps),
+            _why_unpredictable(trajectory, at_h0, steps),
+            "`Auto()` gives the same answer, after a few steps of a method at most.",
+        ]
+    else:
+        report = converged[best]
+        solver = report.solver
+        reasons = [
+            f"{best} takes {plural(report.steps[-1])} at T = {steps}: about "
+            f"{report.serial_steps} evaluations one after the other; the loop takes "
+            f"{steps}.",
+            _strength(best, methods),
+            _trend(report, trajectory),
+        ]
+        reasons.append(_compare_times(best, report, sequential))
+    return solver, tuple(reason for reason in reasons if reason)
+
+
+def _why_no_method(
+    best: str | None, methods: dict[str, MethodReport], steps: int
+) -> str:
+    if not methods:
+        return "No method was tried."
+    if best is None:
+        return "No method was certified within the limit on its steps."
+    return (
+        f"No method is much shorter than the loop: the best, {best}, needs "
+        f"{plural(methods[best].steps[-1])}, about {methods[best].serial_steps} "
+        f"evaluations one after the other; the loop needs {steps}."
+    )
+
+
+def _why_unpredictable(trajectory: Growth, at_h0: Growth, steps: int) -> str:
+    if trajectory.is_positive(steps):
+        return (
+            "Perturbations grow by a factor of "
+            f"{format_power(trajectory.exponent)} a step along the solution: the "
+            "recurrence is not predictable, and parallel methods then need about as "
+            "many steps as there are segments."
         )
+    if at_h0.is_positive(steps):
+        return (
+            "Perturbations do not grow along the solution, but grow by a factor of "
+            f"{format_power(at_h0.exponent)} a step with the Jacobians at h0: away "
+            "from the solution, where methods start, the recurrence is not predictable."
+        )
+    return ""
+
+
+def _strength(best: str, methods: dict[str, MethodReport]) -> str:
+    solver = methods[best].solver
+    if isinstance(solver, Newton) and solver.segments is not None:
+        whole = methods.get("Newton()")
+        needs = f" (Newton() takes {format_steps(whole, -1)} steps)" if whole else ""
+        return f"Over a segment it predicts from a state that it has stepped to{needs}."
+    return STRENGTH.get(type(solver), "")
+
+
+def _trend(report: MethodReport, trajectory: Growth) -> str:
+    if trajectory.is_positive(report.lengths[-1]):
+        return (
+            "But perturbations grow along the solution: it may take more steps for "
+            "larger T, and its errors may be far larger than its residual."
+        )
+    first, last = report.steps[0], report.steps[-1]
+    shortest = report.lengths[0]
+    if not report.converged[0] or last > 2 * first:
+        return (
+            f"Its steps grow with T (from {format_steps(report, 0)} at {shortest}): "
+            "diagnose again for a longer sequence."
+        )
+    return f"Its steps hardly grow with T ({first} at {shortest})."
+
+
+def _compare_times(best: str, report: MethodReport, sequential: MethodReport) -> str:
+    ratio = sequential.seconds / report.seconds
+    times = (
+        f"{format_duration(sequential.seconds)} and {format_duration(report.seconds)}"
+    )
+    if ratio >= 1:
+        return f"On this {jax.default_backend()} the loop and {best} took {times}."
+    return (
+        f"On this {jax.default_backend()} the loop is faster: it and {best} took "
+        f"{times}. `Auto()` chooses by platform and size."
+    )

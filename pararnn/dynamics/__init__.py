@@ -5,6 +5,7 @@ from ._fit import (
     Forcing as Forcing,
     GeneralisedForcing as GeneralisedForcing,
     Recipe as Recipe,
+    Reconstruction as Reconstruction,
     SparseForcing as SparseForcing,
     fit as fit,
 )
@@ -15,7 +16,6 @@ from ._measures import (
     spectrum_distance as spectrum_distance,
     state_space_divergence as state_space_divergence,
 )
-from ._model import Reconstruction as Reconstruction
 from ._report import draw_reconstruction as draw_reconstruction
 from ._study import (
     Study as Study,

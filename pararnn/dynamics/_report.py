@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from .._jsonl import Record
 from ._measures import Symbols, power_spectrum
 
-COLOURS = matplotlib.colormaps["tab10"].colors  # pyright: ignore[reportAttributeAccessIssue]
+COLOURS = matplotlib.colormaps["tab10"](range(10))[:, :3]
 # Further regions are drawn in grey: a graph of more would be unreadable.
 MOST_SYMBOLS = 8
 # The number of points drawn of a trajectory.

@@ -16,20 +16,25 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .._jsonl import Record, Records, describe_machine
-from .._option_strings import parse_spec
 from .._parameters import check_size
 from .._progress import Progress
-from .._registry import make_by_name
+from .._registry import make_by_name, parse_spec
 from ..cells import ALRNNCell, make_cell
 from ..solver import AbstractSolver, Auto, check_solver
-from ._fit import Forcing, GeneralisedForcing, Recipe, SparseForcing, fit
+from ._fit import (
+    Forcing,
+    GeneralisedForcing,
+    Recipe,
+    Reconstruction,
+    SparseForcing,
+    fit,
+)
 from ._measures import (
     find_symbols,
     largest_exponent,
     spectrum_distance,
     state_space_divergence,
 )
-from ._model import Reconstruction
 from ._report import draw_reconstruction, write_table
 from ._systems import SYSTEMS, Series, System, flow_map, simulate
 

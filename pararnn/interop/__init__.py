@@ -1,8 +1,7 @@
 """Weights of other frameworks' recurrent layers, in and out."""
 
-from ._from_torch import from_torch as from_torch
-from ._to_torch import to_torch as to_torch
 from ._torch_layout import (
     state_from_torch as state_from_torch,
     state_to_torch as state_to_torch,
 )
+from ._torch_weights import from_torch as from_torch, to_torch as to_torch

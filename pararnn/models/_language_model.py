@@ -10,12 +10,11 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
+from .._checks import check_reset
+from .._devices import gather_parameters
 from .._parameters import check_dtype, check_key, check_size, wide_dtype
-from ..devices import gather_parameters
-from ..scan import check_reset
 from ..solver import AbstractSolver, Auto, check_solver
-from ._block import Block, normalise
-from ._mixers import make_mixer
+from ._blocks import Block, make_mixer, normalise
 
 # Repetitions of the pattern that are unrolled. Compared with a loop over single ones
 # (CPU, ParaGRU of width 192, two sequences of 2048, value and gradient, medians of one

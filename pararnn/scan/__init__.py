@@ -7,12 +7,6 @@ from ._arithmetic import (
     promote as promote,
 )
 from ._backends import Schedule as Schedule
-from ._checks import (
-    check_bits as check_bits,
-    check_reset as check_reset,
-    is_symbolic as is_symbolic,
-    refuse_symbolic as refuse_symbolic,
-)
 from ._fused_scan import fused_scan as fused_scan
 from ._grid_scan import grid_scan as grid_scan
 from ._heuristics import Backend as Backend
@@ -54,4 +48,4 @@ from ._tree import (
     tree_reduce as tree_reduce,
     tree_state as tree_state,
 )
-from ._windows import in_windows as in_windows
+from ._windows import backwards as backwards, in_windows as in_windows

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Inexact, PyTree
 
+from .._checks import check_bits, check_reset
 from ._arithmetic import multiply, promote
-from ._checks import check_bits, check_reset
 from ._heuristics import FusedForm, choose_fused, choose_window
 from ._linear_scan import linear_scan
 from ._mesh_axes import vary

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._checks import check_floating
 from ._arithmetic import promote
-from ._checks import check_floating
 from ._linear_scan import linear_scan
 from ._mesh_axes import vary
 from ._transitions import Diagonal

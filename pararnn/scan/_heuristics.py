@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from ._checks import is_symbolic, refuse_symbolic
+from .._checks import is_symbolic, refuse_symbolic
 
 # Whole scan, float32, microseconds (2 cores of an AMD EPYC with AVX-512, jax 0.10.2,
 # median of 7; `python -m benchmarks linear_scan`):

@@ -8,9 +8,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Inexact
 
+from .._checks import check_bits, check_reset
 from ._arithmetic import promote
 from ._backends import Schedule, associative, chunked, sequential
-from ._checks import check_bits, check_reset
 from ._heuristics import BACKENDS, Backend, choose_backend
 from ._mesh_axes import leave_to_xla, vary
 from ._time_sharding import scan_shards, shift, time_shards

@@ -5,12 +5,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Bool, Float
 
+from .._checks import check_floating, check_reset, is_count
 from ._arithmetic import promote
-from ._checks import check_floating, check_reset
 from ._heuristics import FORMS, Form, MatrixPlan, plan_matrix_scan
 from ._matrix_chunks import batch_in_front, chunkwise
 from ._matrix_steps import Terms, stepwise
@@ -200,12 +199,7 @@ def _check(given: dict[str, Array], reset, emit, form, chunk) -> int:
                 f"matrix_scan: unknown `{name}` {choice!r}; there are "
                 f"{', '.join(known)}."
             )
-    if chunk is not None and not (
-        isinstance(chunk, int | np.integer)
-        and not isinstance(chunk, bool)
-        and chunk > 0
-        and chunk % steps_per_query == 0
-    ):
+    if chunk is not None and not (is_count(chunk, 1) and chunk % steps_per_query == 0):
         raise ValueError(
             "matrix_scan: `chunk` must be a positive multiple of T / Q = "
             f"{steps_per_query}, got {chunk!r}. Leave it out to have it chosen."

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
-from ._checks import check_reset, is_symbolic, refuse_symbolic
+from .._checks import check_reset, is_symbolic, refuse_symbolic
 from ._mesh_axes import vary
 from ._time_sharding import join_time, on_each_device, split_time, time_shards
 

@@ -15,8 +15,8 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Shaped
 
+from .._checks import is_symbolic, refuse_symbolic
 from ._backends import Schedule, identity
-from ._checks import is_symbolic, refuse_symbolic
 from ._scaled import apply, multiply_all
 
 TIME = "time"

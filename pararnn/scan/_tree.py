@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from ._checks import check_reset
+from .._checks import check_reset
 from ._mesh_axes import vary
 
 Element = TypeVar("Element")

@@ -1,13 +1,14 @@
-"""Long sequences in windows of time, to save memory."""
+"""Long sequences in windows of time, to save memory; sequences run backwards."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, Bool, PyTree, Shaped
 
-from ._checks import is_symbolic
+from .._checks import is_symbolic
 from ._mesh_axes import vary
 
 
@@ -59,3 +60,24 @@ def _divide(steps: int, length: int) -> tuple[int, int]:
         if steps % count == 0:
             return count, steps // count
     return near, steps // near
+
+
+def backwards(
+    run: Callable[..., tuple[PyTree[Array], Any]],
+    xs: PyTree[Shaped[Array, "T ..."]],
+    state: Any,
+    reset: Bool[Array, " T"] | None,
+) -> tuple[PyTree[Array], Any]:
+    """Return `run(xs, state, reset=reset)`, backwards in time.
+
+    Outputs are in the order of `xs`. `reset` marks the first step of each sequence, so
+    a run from the end starts again at the step before.
+    """
+
+    def flip(tree):
+        return jax.tree.map(lambda v: jnp.flip(v, 0), tree)
+
+    if reset is not None:
+        reset = flip(jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])]))
+    ys, state = run(flip(xs), state, reset=reset)
+    return flip(ys), state

@@ -28,7 +28,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from ..scan import is_symbolic, poison, shift, solve_recurrence, time_shards, vary
+from .._checks import is_symbolic
+from ..scan import (
+    poison,
+    shift,
+    solve_recurrence,
+    time_shards,
+    vary,
+)
 from ._problem import Recurrence, states_before
 from ._structure import Structure, from_blocks, to_blocks, transition_factors
 

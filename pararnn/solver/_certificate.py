@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ..scan import is_symbolic, join_time, shift, split_time, time_shards
+from .._checks import is_symbolic
+from ..scan import join_time, shift, split_time, time_shards
 
 ROUNDINGS = 64
 # Sizes are looked for in about REACH steps before, in bins of BIN steps.

@@ -15,6 +15,7 @@ import jax
 import jax.extend as jex
 import jax.tree_util as jtu
 
+from .._checks import is_symbolic
 from ..jaxprs import (
     dependents_of,
     evaluate,
@@ -26,7 +27,6 @@ from ..jaxprs import (
     variables,
     written_by,
 )
-from ..scan import is_symbolic
 from ._problem import BoundProblem, Recurrence, _shape_dtype
 from ._stepwise import changes_under_vmap
 

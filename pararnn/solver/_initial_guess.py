@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from ..scan import is_symbolic, join_time, shift, split_time
+from .._checks import is_symbolic
+from ..scan import join_time, shift, split_time
 
 # Steps before the start of each segment: half a segment, within these limits. Newton's
 # method on 64 segments then takes 1 step instead of 2 from a guess by 3 steps, and 20%

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._adapters import as_step
-from ..scan import check_bits, check_reset
+from .._checks import check_bits, check_reset
 from ._problem import Recurrence
 
 

@@ -23,7 +23,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ..scan import is_symbolic, shift, spread, vary
+from .._checks import is_symbolic
+from ..scan import (
+    shift,
+    spread,
+    vary,
+)
 from ._certificate import max_abs
 from ._problem import BoundProblem
 from ._segments import Segments, Trajectory, relative

@@ -14,8 +14,8 @@ import wadler_lindig as wl
 from equinox import AbstractClassVar
 from jaxtyping import Array, Float
 
-from .._checks import check_count, check_tolerances, is_count
-from ..scan import Schedule, is_symbolic, run_scan, vary
+from .._checks import check_count, check_tolerances, is_count, is_symbolic
+from ..scan import Schedule, run_scan, vary
 from ._hoist import hoist
 from ._iteration import iterate_on_segments
 from ._problem import BoundProblem

@@ -17,7 +17,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from ..scan import is_symbolic, join_time, shift, split_time, spread, time_shards, vary
+from .._checks import is_symbolic
+from ..scan import (
+    join_time,
+    shift,
+    split_time,
+    spread,
+    time_shards,
+    vary,
+)
 from ._certificate import (
     ROUNDINGS,
     along_entries,

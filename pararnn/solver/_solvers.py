@@ -10,8 +10,14 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 
-from .._checks import check_count, check_tolerances, is_count
-from ..scan import is_symbolic, refuse_symbolic, time_shards, vary
+from .._checks import (
+    check_count,
+    check_tolerances,
+    is_count,
+    is_symbolic,
+    refuse_symbolic,
+)
+from ..scan import time_shards, vary
 from ._hoist import hoist
 from ._methods import AbstractMethod, Jacobi, Newton
 from ._sequential import AbstractSolver, Sequential, States

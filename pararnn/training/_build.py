@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import PyTree
 
-from ..devices import make_mesh, parameter_sharding, shard_batch, shard_parameters
+from .._devices import make_mesh, parameter_sharding, shard_batch, shard_parameters
 from ..models import LanguageModel
 from ..solver import AbstractSolver, Auto, Newton, Sequential
 from ._config import Config, MeshConfig, ModelConfig, OptimiserConfig

@@ -4,8 +4,7 @@ import functools
 from collections.abc import Callable
 from types import MappingProxyType
 
-from ..._option_strings import parse_spec
-from ..._registry import make_by_name
+from ..._registry import make_by_name, parse_spec
 from ._formal import (
     GROUPS,
     count_modulo,

@@ -1,4 +1,4 @@
-"""Converting torch's recurrent layers to layers of this library."""
+"""Converting torch's recurrent layers to layers of this library, and back."""
 
 import re
 import warnings
@@ -88,7 +88,7 @@ def from_torch(
 
     def layer(k: int) -> RNN | Bidirectional:
         directions = [
-            RNN(_cell(weights, k, bool(backward), options), solver=solver)
+            RNN(_make_cell(weights, k, bool(backward), options), solver=solver)
             for backward in range(weights.directions)
         ]
         return directions[0] if weights.directions == 1 else Bidirectional(*directions)
@@ -131,7 +131,7 @@ def _warn_of_dropout(source: Any) -> None:
         )
 
 
-def _cell(
+def _make_cell(
     weights: _Weights, layer: int, backward: bool, options: dict[str, Any]
 ) -> AbstractCell:
     layout, arrays = weights.layout, weights.arrays
@@ -172,20 +172,20 @@ def _read(source: Any, prefix: str, dtype: DTypeLike | None) -> _Weights:
     **Raises:** `TypeError`, `ValueError` if they are not those of one `torch.nn.RNN`,
     `GRU` or `LSTM`.
     """
-    entries = _entries(source, prefix)
+    entries = _read_entries(source, prefix)
     found = [NAME.fullmatch(name) for name in entries]
     layers = 1 + max(int(match[1]) for match in found if match)
     directions = 1 + any(match[2] for match in found if match)
     bias = any(name.startswith("bias") for name in entries)
-    arrays = {name: _array(name, value, dtype) for name, value in entries.items()}
+    arrays = {name: _read_array(name, value, dtype) for name, value in entries.items()}
     _check_names(set(arrays), layers, directions, bias)
-    layout = _layout(arrays["weight_hh_l0"].shape)
+    layout = _find_layout(arrays["weight_hh_l0"].shape)
     weights = _Weights(arrays, layout, layers, directions, bias)
     _check_shapes(weights)
     return weights
 
 
-def _entries(source: Any, prefix: str) -> dict[str, Any]:
+def _read_entries(source: Any, prefix: str) -> dict[str, Any]:
     mapping = source.state_dict() if hasattr(source, "state_dict") else source
     if not isinstance(mapping, Mapping):
         raise TypeError(
@@ -218,7 +218,7 @@ def _entries(source: Any, prefix: str) -> dict[str, Any]:
     return entries
 
 
-def _array(name: str, value: Any, dtype: DTypeLike | None) -> np.ndarray:
+def _read_array(name: str, value: Any, dtype: DTypeLike | None) -> np.ndarray:
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if "bfloat16" in str(value.dtype):  # torch does not convert it to NumPy.
@@ -256,7 +256,7 @@ def _check_names(given: set[str], layers: int, directions: int, bias: bool) -> N
         )
 
 
-def _layout(shape: tuple[int, ...]) -> Layout:
+def _find_layout(shape: tuple[int, ...]) -> Layout:
     for layout in LAYOUTS:
         if len(shape) == 2 and shape[0] == len(layout.weight_hh) * shape[1]:
             return layout
@@ -283,3 +283,135 @@ def _check_shapes(weights: _Weights) -> None:
                         f"expected {shape}, as `weight_hh_l0` is {(rows, d_state)}. "
                         "Likely cause: parameters of two networks in one `state_dict`."
                     )
+
+
+# From layers to a `state_dict`.
+
+
+def to_torch(
+    layer: Stack | RNN | Bidirectional, *, bias: bool = True
+) -> dict[str, np.ndarray]:
+    r"""Return the `state_dict` of the `torch.nn.RNN`, `GRU` or `LSTM` equal to a layer.
+
+        weights = pararnn.interop.to_torch(layer)
+        module = torch.nn.GRU(8, 32, num_layers=2)
+        module.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+
+    Weights from [`pararnn.interop.from_torch`][] are restored bit by bit, except for
+    the two biases of a `torch.nn.RNN`, which become their sum and zeros: an equal
+    function. A gradient with respect to the layer, from `equinox.filter_grad`, can be
+    converted in the same way.
+
+    **Arguments:**
+
+    - `layer`: [`pararnn.ElmanCell`][]s, [`pararnn.GRUCell`][]s or
+        [`pararnn.LSTMCell`][]s, all of one kind and width, in [`pararnn.RNN`][]s, in
+        [`pararnn.Bidirectional`][] pairs of these, or in a [`pararnn.Stack`][] of
+        either.
+    - `bias`: whether the module has biases. If not, those of the layer must be 0.
+
+    **Returns:** NumPy arrays by torch's names and in its order, in the dtypes of the
+    parameters; bfloat16, which NumPy and torch do not exchange, becomes float32. The
+    caller sets the options of the module: `bidirectional`, `num_layers`, `bias`, and
+    the `nonlinearity` of a `torch.nn.RNN`.
+
+    **Raises:** `TypeError` on other layers or cells; `ValueError` on cells of several
+    kinds or widths, a mixture of one and two directions, and biases that `bias=False`
+    would drop.
+    """
+    cells = _list_cells(layer)
+    layout = _common_layout(cells)
+    state_dict = {}
+    for k, directions in enumerate(cells):
+        for backward, cell in enumerate(directions):
+            arrays = _stack_gates(cell, layout)
+            if not bias:
+                _check_no_bias(arrays[2:], k)
+            state_dict |= zip(names(k, bool(backward), bias), arrays, strict=False)
+    _check_widths(state_dict, len(cells), len(cells[0]))
+    return state_dict
+
+
+def _list_cells(layer: Any) -> list[list[Any]]:
+    """Return the cells of each layer, in one or two directions."""
+    layers = layer.layers if isinstance(layer, Stack) else (layer,)
+    cells = []
+    for each in layers:
+        pair = isinstance(each, Bidirectional)
+        directions = [each.forward, each.backward] if pair else [each]
+        for direction in directions:
+            if not isinstance(direction, RNN):
+                raise TypeError(
+                    f"to_torch: a {type(direction).__name__} has no counterpart in "
+                    "`torch.nn`. Pass an `RNN`, a `Bidirectional` pair of these, or a "
+                    "`Stack` of either."
+                )
+        cells.append([direction.cell for direction in directions])
+    if len({len(directions) for directions in cells}) > 1:
+        raise ValueError(
+            "to_torch: some layers have one direction and some two, and torch has no "
+            "such module. Convert the layers one by one."
+        )
+    return cells
+
+
+def _common_layout(cells: list[list[Any]]) -> Layout:
+    flat = [cell for directions in cells for cell in directions]
+    kinds = {f"{type(c).__name__} {getattr(c, 'activation', '')}".strip() for c in flat}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"to_torch: the cells are of several kinds, {sorted(kinds)}, and torch has "
+            "no such module. Convert the layers one by one."
+        )
+    for layout in LAYOUTS:
+        if isinstance(flat[0], layout.cell):
+            return layout
+    raise TypeError(
+        f"to_torch: a {type(flat[0]).__name__} has no counterpart in `torch.nn`; "
+        "`ElmanCell`, `GRUCell` and `LSTMCell` have. Likely causes: (a) another "
+        "library's cell, (b) a custom `init_state` or `output` in `RNN`, which torch's "
+        "modules do not support."
+    )
+
+
+def _stack_gates(cell: Any, layout: Layout) -> list[np.ndarray]:
+    """Return `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`, gates stacked by rows."""
+    groups = [
+        np.concatenate([_as_numpy(getattr(cell, name)) for name in group])
+        for group in layout.groups()
+        if group
+    ]
+    return groups if layout.bias_hh else [*groups, np.zeros_like(groups[-1])]
+
+
+def _as_numpy(array: Any) -> np.ndarray:
+    array = np.asarray(array)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def _check_no_bias(biases: list[np.ndarray], k: int) -> None:
+    if any(np.any(bias) for bias in biases):
+        raise ValueError(
+            f"to_torch: the biases of layer {k} are not 0, so a module without any "
+            "would compute something else. Leave out `bias=False`."
+        )
+
+
+def _check_widths(
+    state_dict: dict[str, np.ndarray], layers: int, directions: int
+) -> None:
+    d_state = state_dict["weight_hh_l0"].shape[1]
+    first = state_dict["weight_ih_l0"].shape[1]
+    for k in range(layers):
+        d_input = directions * d_state if k else first
+        for backward in range(directions):
+            weight_ih, weight_hh = (
+                state_dict[name].shape[1] for name in names(k, bool(backward), False)
+            )
+            if (weight_ih, weight_hh) != (d_input, d_state):
+                raise ValueError(
+                    f"to_torch: a cell of layer {k} maps {weight_ih} inputs to "
+                    f"{weight_hh} units, where one module of torch has {d_input} and "
+                    f"{d_state}, the same width in all layers. Convert the layers one "
+                    "by one."
+                )
