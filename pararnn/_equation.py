@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .scan._arithmetic import multiply_matrices
+from .scan import invert_matrices, multiply_matrices
 from .solver._adjoint import split_by_tangents
 from .solver._problem import Recurrence
 from .solver._structure import (
@@ -138,7 +138,7 @@ def _inverse(blocks: Float[Array, "n size size"]) -> Float[Array, "n size size"]
     usually small, and are eliminated side by side.
     """
     if len(blocks) > 1:
-        return _gauss_jordan(blocks)
+        return invert_matrices(blocks)
     factors, _, order = lax.linalg.lu(blocks[0])
     permuted = order[:, None] == lax.broadcasted_iota(order.dtype, factors.shape, 1)
     half = lax.linalg.triangular_solve(
@@ -156,25 +156,3 @@ def _(primals, tangents):
     inverse = _inverse(*primals)
     moved = multiply_matrices(multiply_matrices(inverse, tangents[0]), inverse)
     return inverse, -moved
-
-
-def _gauss_jordan(blocks: Array) -> Array:
-    """Eliminate by Gauss-Jordan with partial pivoting, all blocks side by side."""
-    size = blocks.shape[1]
-    row = lax.broadcasted_iota(jnp.int32, blocks.shape[:2], 1)
-
-    def column(k, both):
-        entries = lax.dynamic_index_in_dim(both, k, 2, keepdims=False)
-        best = jnp.argmax(jnp.where(row < k, -1, jnp.abs(entries)), axis=1)
-        here = (row == k)[:, :, None]
-        there = (row == best.astype(row.dtype)[:, None])[:, :, None]
-        pivots = jnp.sum(jnp.where(there, both, 0), axis=1, keepdims=True)
-        moved = lax.dynamic_index_in_dim(both, k, 1)
-        both = jnp.where(there, moved, both)
-        pivots = pivots / lax.dynamic_index_in_dim(pivots, k, 2)
-        factors = lax.dynamic_index_in_dim(both, k, 2)
-        return jnp.where(here, pivots, both - factors * pivots)
-
-    unit = jnp.broadcast_to(jnp.eye(size, dtype=blocks.dtype), blocks.shape)
-    both = jnp.concatenate([blocks, unit], axis=2)
-    return lax.fori_loop(0, size, column, both)[:, :, size:]

@@ -63,30 +63,24 @@ def invert_matrices(a: Array) -> Array:
     matrix gives entries that are not finite.
     """
     n = a.shape[-1]
-    index = jnp.arange(n, dtype=jnp.int32)
-    inverse = vary(jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), a.shape), a)
+    blocks = a.reshape(-1, n, n)
+    unit = vary(jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), blocks.shape), a)
+    row = lax.broadcasted_iota(jnp.int32, blocks.shape[:2], 1)
 
-    def swap(m, k, pivot):
-        """Exchange row k of m and row `pivot`, `[...]`."""
-        order = jnp.broadcast_to(index, (*pivot.shape, n))
-        at = pivot[..., None]
-        order = jnp.where(index == k, at, jnp.where(order == at, k, order))
-        return jnp.take_along_axis(m, order[..., None], axis=-2)
+    def eliminate(k, both):
+        column = lax.dynamic_index_in_dim(both, k, 2, keepdims=False)
+        best = jnp.argmax(jnp.where(row < k, -1, jnp.abs(column)), axis=1)
+        here = (row == k)[:, :, None]
+        there = (row == best.astype(row.dtype)[:, None])[:, :, None]
+        # By selection, as gathers are slow: the pivot's row and row k change places.
+        pivots = jnp.sum(jnp.where(there, both, 0), axis=1, keepdims=True)
+        both = jnp.where(there, lax.dynamic_index_in_dim(both, k, 1), both)
+        pivots = pivots / lax.dynamic_index_in_dim(pivots, k, 2)
+        factors = lax.dynamic_index_in_dim(both, k, 2)
+        return jnp.where(here, pivots, both - factors * pivots)
 
-    def eliminate(k, carry):
-        a, inverse = carry
-        column = lax.dynamic_index_in_dim(a, k, -1, keepdims=False)
-        size = jnp.where(index < k, -1, jnp.abs(column))
-        pivot = jnp.argmax(size, axis=-1).astype(jnp.int32)
-        a, inverse = swap(a, k, pivot), swap(inverse, k, pivot)
-        column = lax.dynamic_index_in_dim(a, k, -1, keepdims=True)
-        head = lax.dynamic_index_in_dim(column, k, -2, keepdims=True)
-        # The pivot's row is divided by the pivot; the others get a zero in column k.
-        factor = jnp.where((index == k)[:, None], 1 - 1 / head, column / head)
-        rows = [lax.dynamic_index_in_dim(m, k, -2, keepdims=True) for m in (a, inverse)]
-        return a - factor * rows[0], inverse - factor * rows[1]
-
-    return lax.fori_loop(0, n, eliminate, (a, inverse))[1]
+    both = lax.fori_loop(0, n, eliminate, jnp.concatenate([blocks, unit], axis=2))
+    return both[:, :, n:].reshape(a.shape)
 
 
 def poison(
