@@ -250,15 +250,18 @@ def test_every_class_is_abstract_or_final():
                 )
 
 
-# Enough rooms that each has one job, and few enough that a reader finds it.
-MOST_MODULES, MEAN_LINES, MOST_LINES = 150, (150, 220), 500
+# Enough rooms that each has one job, and few enough that a reader finds it. There may
+# be any number of cells, layers and tasks.
+MOST_MODULES, MEAN_LINES, MOST_LINES = 105, (150, 220), 500
+LISTS = ("pararnn.cells.", "linear.", "pararnn.comparison.tasks.")
 
 
 def test_sizes_of_modules():
     lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
     long = {name: count for name, count in lines.items() if count > MOST_LINES}
     assert not long, f"split these modules: {long}"
-    assert len(lines) <= MOST_MODULES, f"merge some of {len(lines)} modules"
+    rooms = [name for name in lines if not name.startswith(LISTS)]
+    assert len(rooms) <= MOST_MODULES, f"merge some of {len(rooms)} modules"
     assert MEAN_LINES[0] <= statistics.mean(lines.values()) <= MEAN_LINES[1]
 
 

@@ -219,7 +219,10 @@ def test_initialisation(name):
         if not isinstance(value, np.ndarray):
             continue
         bound = initial_bound(cell, field, value)
-        assert 0.3 * bound < np.abs(value).max() <= bound, field
+        assert 0.3 * bound < np.abs(value).max() <= bound, (
+            f"{field}: initialised beyond {bound:.3g}, or far below. If that is meant, "
+            "say so in `initial_bound`, or list the cell in OWN_INITIALISATION."
+        )
         assert len(np.unique(value)) == value.size, field
     other = make(name, seed=1)
     assert not eqx.tree_equal(cell, other)

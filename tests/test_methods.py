@@ -57,12 +57,10 @@ SOLVERS = METHODS | {
 }
 each_method = pytest.mark.parametrize("method", METHODS)
 # Every approximation once: the number of segments does not matter here.
+REPEATED = {"newton", "quasi-newton-7", "damped", "elk", "picard-7", "jacobi"}
+REPEATED |= {"windows", "windows-ladder"}
 each_kind = pytest.mark.parametrize(
-    "solver",
-    [
-        *("newton-7", "quasi-newton", "hutchinson", "damped-7", "elk-7", "quasi-elk"),
-        *("picard", "jacobi-7", "ladder", "windows-auto", "sequential"),
-    ],
+    "solver", [name for name in SOLVERS if name not in REPEATED]
 )
 
 
@@ -194,6 +192,20 @@ def test_derivatives_are_exact(solver):
     for name, oracle in wanted_derivatives("elman").items():
         tolerance = 1e-9 if name in ("gradient", "jvp") else 1e-7
         assert_close(found[name], oracle, tolerance)
+
+
+def test_history_of_a_batch_is_that_of_each_sequence():
+    cell, (parameters, xs, h0) = CELLS["gru-dense"], instance("gru-dense")
+    xs = jnp.stack([[xs, -xs, 2 * xs], [xs / 2, xs, -2 * xs]])
+
+    def history(x):
+        solver = Newton(7, history=3)
+        return solve(cell.f(parameters), x, h0, solver=solver).stats["residual_history"]
+
+    found = jax.jit(jax.vmap(jax.vmap(history)))(xs)
+    assert found.shape == (2, 3, 3)
+    alone = jnp.stack([[jax.jit(history)(x) for x in row] for row in xs])
+    np.testing.assert_allclose(found, alone, rtol=1e-3, atol=1e-14)
 
 
 # What the methods are good for

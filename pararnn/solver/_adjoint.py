@@ -36,8 +36,8 @@ from ..scan import (
     time_shards,
     vary,
 )
-from ._problem import Recurrence, states_before
-from ._structure import Structure, from_blocks, to_blocks, transition_factors
+from ._problem import Recurrence, Structure, states_before
+from ._structure import from_blocks, to_blocks, transition_factors
 
 Adjoint = Literal["auto", "parallel", "sweep"]
 ADJOINTS = ("auto", "parallel", "sweep")

@@ -1,7 +1,6 @@
 """Levenberg-Marquardt by Kalman smoothing."""
 
 from collections.abc import Callable
-from typing import ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -9,8 +8,9 @@ from jaxtyping import Array
 
 from ..scan import Schedule, invert_matrices, multiply_matrices, prefix, run_scan
 from ._methods import AbstractMethod, diagonal, make_push_diagonal, push_exactly
+from ._problem import Structure
 from ._segments import Linearization
-from ._structure import Structure, from_blocks, to_blocks, transition_factors
+from ._structure import from_blocks, to_blocks, transition_factors
 
 
 class ELK(AbstractMethod):
@@ -38,7 +38,6 @@ class ELK(AbstractMethod):
 
     damping: float = eqx.field(static=True, kw_only=True, default=1.0)
     diagonal: bool = eqx.field(static=True, kw_only=True, default=False)
-    quadratic: ClassVar[bool] = False
 
     def __check_init__(self):
         if not self.damping > 0:

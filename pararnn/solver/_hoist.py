@@ -27,7 +27,7 @@ from ..jaxprs import (
     variables,
     written_by,
 )
-from ._problem import BoundProblem, Recurrence, _shape_dtype
+from ._problem import BoundProblem, Recurrence, SplitStep, _shape_dtype
 from ._stepwise import changes_under_vmap
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
@@ -46,17 +46,6 @@ MAX_GROWTH = 16
 # The sequential loop hoists a window of steps at a time: as many numbers as stay in
 # cache until they are read, but at least MIN_WINDOW steps.
 WINDOW_SIZE, MIN_WINDOW = 2**18, 32
-
-
-class SplitStep(NamedTuple):
-    """A step as `advance(h, kept, prepare(x))`; both also take the cell's constants.
-
-    `kept` are the positions of the leaves of x that `advance` reads itself.
-    """
-
-    prepare: jex.core.Jaxpr
-    kept: tuple[int, ...]
-    advance: Recurrence
 
 
 def split_step(recurrence: Recurrence) -> SplitStep | None:

@@ -16,7 +16,7 @@ the cell, which certifies the trajectory. A second attempt is seldom needed.
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,9 @@ from ..scan import (
 )
 from ._certificate import max_abs
 from ._problem import BoundProblem
-from ._segments import Segments, Trajectory, relative
+from ._segments import Method, Segments, Trajectory, relative
 from ._sequential import States
 from ._solution import Stats
-
-if TYPE_CHECKING:
-    from ._methods import AbstractMethod
 
 # The limit on joint steps. If they converge, it is quadratically, mostly in 4 to 8.
 JOINT_STEPS = 16
@@ -72,7 +69,7 @@ class Attempt(NamedTuple):
 
 
 def iterate_on_segments(
-    problem: BoundProblem, method: "AbstractMethod", guess, max_steps: int | None
+    problem: BoundProblem, method: Method, guess, max_steps: int | None
 ) -> tuple[States, Stats]:
     """Return states `[T, *batch, ...]` by leaf, and the statistics of the solve."""
     segments = Segments(problem, method)
@@ -177,7 +174,7 @@ class JointSweep:
         )
 
 
-def approach_jointly(segments: Segments, method: "AbstractMethod", guess) -> Carry:
+def approach_jointly(segments: Segments, method: Method, guess) -> Carry:
     """Take joint steps; return the starts near the solution, or the first ones.
 
     The first ones are returned for sequences whose joint steps do not converge.
@@ -237,7 +234,7 @@ class Iteration:
     def __init__(
         self,
         segments: Segments,
-        method: "AbstractMethod",
+        method: Method,
         limit: int,
         first_step: int | Array = 0,
         *,
@@ -406,5 +403,6 @@ class Iteration:
             return carry.history
         size = max_abs(defects, (0, defects.ndim - 1))
         entry = jnp.arange(self.method.history, dtype=jnp.int32)
+        entry = entry.reshape(*(1,) * self.rank, -1)
         here = (entry == carry.num_steps[..., None]) & moving[..., None]
         return jnp.where(here, size[..., None], carry.history)

@@ -11,18 +11,17 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import wadler_lindig as wl
-from equinox import AbstractClassVar
 from jaxtyping import Array, Float
 
 from .._checks import check_count, check_tolerances, is_count, is_symbolic
 from ..scan import Schedule, run_scan, vary
 from ._hoist import hoist
 from ._iteration import iterate_on_segments
-from ._problem import BoundProblem
+from ._problem import BoundProblem, Structure
 from ._segments import Linearization, Push, Segments
 from ._sequential import AbstractSolver, Sequential, States
 from ._solution import Stats
-from ._structure import Structure, from_blocks, to_blocks, transition_factors
+from ._structure import from_blocks, to_blocks, transition_factors
 
 
 class AbstractMethod(AbstractSolver):
@@ -49,8 +48,8 @@ class AbstractMethod(AbstractSolver):
         0.
     """
 
-    # Whether corrections shrink quadratically near the solution, or else linearly.
-    quadratic: AbstractClassVar[bool]
+    # Whether corrections shrink quadratically near the solution, not just linearly.
+    quadratic: ClassVar[bool] = False
     segments: int | None = eqx.field(static=True, default=None)
     rtol: float | None = eqx.field(static=True, kw_only=True, default=None)
     atol: float | None = eqx.field(static=True, kw_only=True, default=None)
@@ -60,9 +59,10 @@ class AbstractMethod(AbstractSolver):
     def linearize(
         self, width: int, find_structure: Callable[[], Structure]
     ) -> Linearization:
-        """Return what to push along a segment.
+        """Return what to push along a segment, and which matrix it stands for.
 
-        `find_structure()` gives the structure of the Jacobian.
+        `find_structure()` gives the structure of the Jacobian. `push_exactly`,
+        `push_unchanged` and `make_push_diagonal` below are what the methods here push.
         """
 
     @abc.abstractmethod
@@ -78,7 +78,7 @@ class AbstractMethod(AbstractSolver):
 
         `tangents` are the transitions from the start before, over `length` steps each;
         they are zero for the first two starts. `progress` is the last relative
-        correction, 1 at the beginning.
+        correction, 1 at the beginning: all that a method knows of earlier steps.
         """
 
     def __check_init__(self):
@@ -161,7 +161,6 @@ class DampedNewton(AbstractMethod):
     """
 
     damping: float = eqx.field(static=True, kw_only=True, default=0.5)
-    quadratic: ClassVar[bool] = False
 
     def __check_init__(self):
         if not 0 <= self.damping <= 1:
@@ -201,7 +200,6 @@ class QuasiNewton(AbstractMethod):
     """
 
     probes: int | None = eqx.field(static=True, kw_only=True, default=None)
-    quadratic: ClassVar[bool] = False
 
     def __check_init__(self):
         if self.probes is not None and not is_count(self.probes, 1):
@@ -237,8 +235,6 @@ class Jacobi(AbstractMethod):
     negative tolerances.
     """
 
-    quadratic: ClassVar[bool] = False
-
     def linearize(self, width: int, find_structure: Callable[[], Structure]):
         return Linearization(diagonal(width), push_unchanged)
 
@@ -261,8 +257,6 @@ class Picard(AbstractMethod):
     **Raises:** `ValueError` for counts that are not whole numbers in range, and for
     negative tolerances.
     """
-
-    quadratic: ClassVar[bool] = False
 
     def linearize(self, width: int, find_structure: Callable[[], Structure]):
         return Linearization(diagonal(width), push_unchanged)

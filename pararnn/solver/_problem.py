@@ -3,7 +3,7 @@
 import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,10 +24,6 @@ from ..jaxprs import (
     primitives_of,
 )
 from ..scan import promote, shift, split_time, struct, varying_axes
-
-if TYPE_CHECKING:
-    from ._hoist import SplitStep
-    from ._structure import Structure
 
 
 class Recurrence:
@@ -222,6 +218,77 @@ class Recurrence:
         return tuple(leaves)
 
 
+class Structure:
+    """The blocks of a Jacobian `∂f/∂h`.
+
+    **Attributes:**
+
+    - `blocks`: int `[number, size]`, for each block its indices into the flattened
+        state. This has the leaves in pytree order; a complex leaf has its real parts
+        first, then the imaginary ones. Smaller blocks are filled up with `width`.
+    - `width`: the length of the flattened state.
+    - `kind`: `"diagonal"`, `"block_diagonal"` or `"dense"`.
+    """
+
+    def __init__(self, blocks: np.ndarray, width: int):
+        blocks = np.asarray(blocks)
+        listed = np.sort(blocks[blocks != width])
+        if blocks.ndim != 2 or not np.array_equal(listed, np.arange(width)):
+            raise ValueError(
+                f"Structure: `blocks` must be an integer array [number, size] that "
+                f"holds each of 0 .. {width - 1} exactly once, and {width} in the "
+                f"empty places; got {blocks!r:.200}. Anything else would give wrong "
+                "Jacobians."
+            )
+        self.blocks = blocks
+        self.width = width
+
+    @property
+    def size(self) -> int:
+        """Size of the largest block: this many JVPs give the whole Jacobian."""
+        return self.blocks.shape[1]
+
+    @property
+    def kind(self) -> Literal["diagonal", "block_diagonal", "dense"]:
+        if self.size <= 1:
+            return "diagonal"
+        return "dense" if len(self.blocks) == 1 else "block_diagonal"
+
+    def __repr__(self):
+        if self.kind == "block_diagonal":
+            return f"BlockDiagonal({self.size})"
+        return {"diagonal": "Diagonal", "dense": "Dense"}[self.kind]
+
+    def __eq__(self, other):
+        return (
+            isinstance(other, Structure)
+            and self.width == other.width
+            and np.array_equal(self.blocks, other.blocks)
+        )
+
+    def __hash__(self):
+        return hash((self.width, self.blocks.tobytes()))
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """Bool `[size, width]`: JVPs along them hold all columns."""
+        seeds = np.zeros((self.size, self.width + 1), bool)
+        for column in range(self.size):
+            seeds[column, self.blocks[:, column]] = True
+        return seeds[:, :-1]
+
+
+class SplitStep(NamedTuple):
+    """A step as `advance(h, kept, prepare(x))`; both also take the cell's constants.
+
+    `kept` are the positions of the leaves of x that `advance` reads itself.
+    """
+
+    prepare: jex.core.Jaxpr
+    kept: tuple[int, ...]
+    advance: Recurrence
+
+
 class BoundProblem(eqx.Module):
     """A recurrence with its data: all that a solver needs to know.
 
@@ -245,8 +312,8 @@ class BoundProblem(eqx.Module):
     parameters: PyTree[Array]
     inputs: PyTree[Array]
     h0: tuple[Array, ...]
-    find_structure: Callable[[], "Structure"] = eqx.field(static=True)
-    split: "SplitStep | None" = eqx.field(static=True, default=None)
+    find_structure: Callable[[], Structure] = eqx.field(static=True)
+    split: SplitStep | None = eqx.field(static=True, default=None)
     differentiated: bool = eqx.field(static=True, default=False)
     axes: tuple = eqx.field(static=True, default=())
 

@@ -9,7 +9,7 @@ where one segment meets the next certify the trajectory.
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +34,9 @@ from ._certificate import (
     max_abs,
 )
 from ._initial_guess import guess_ends
-from ._problem import BoundProblem
+from ._problem import BoundProblem, Structure
 from ._sequential import States, are_finite
 from ._solution import Stats
-from ._structure import Structure
-
-if TYPE_CHECKING:
-    from ._methods import AbstractMethod
 
 # Takes one step of the cell, and of the transition that is pushed along.
 Push = Callable[[Callable[[Array], Array], Array, Array], tuple[Array, Array]]
@@ -55,6 +51,29 @@ class Linearization(NamedTuple):
 
     structure: Structure
     push: Push
+
+
+class Method(Protocol):
+    """What the segments and the iteration ask of a method; see `AbstractMethod`."""
+
+    segments: int | None
+    rtol: float | None
+    atol: float | None
+    history: int
+    quadratic: ClassVar[bool]
+
+    def linearize(
+        self, width: int, find_structure: Callable[[], Structure]
+    ) -> Linearization: ...
+
+    def correct(
+        self,
+        structure: Structure,
+        tangents: Array,
+        defects: Array,
+        length: int,
+        progress: Array,
+    ) -> Array: ...
 
 
 class Trajectory(NamedTuple):
@@ -73,7 +92,7 @@ class Segments:
     **Attributes:** `count` segments of `length` steps each; the last one is padded.
     """
 
-    def __init__(self, problem: BoundProblem, method: "AbstractMethod"):
+    def __init__(self, problem: BoundProblem, method: Method):
         self.problem = problem
         self.recurrence = recurrence = problem.recurrence
         linearization = method.linearize(recurrence.width, problem.find_structure)

@@ -37,8 +37,11 @@ class AbstractSolver(eqx.Module):
         - `limit`: the user's `max_steps`.
 
         **Returns:** the states, leaves `[T, *batch, ...]`, and their statistics. Their
-        `certified` says whether the states are right; `pararnn.solver.certify` finds
-        out by one evaluation of the cell.
+        `certified` says whether the states are right. `pararnn.solver.certify` finds
+        out by one evaluation of the cell; `Stats.exact` and `Stats.of` make statistics
+        by hand. To combine solvers, see [`pararnn.Ladder`][]: `keep_certified` merges
+        two answers, and the branches of a `lax.cond` agree after
+        `vary(stats, states)`.
         """
 
     def check(self, where: str, steps: int) -> None:
@@ -49,7 +52,11 @@ class AbstractSolver(eqx.Module):
 
     @property
     def residuals_kept(self) -> int:
-        """The length of `stats["residual_history"]`."""
+        """The length of `stats["residual_history"]`.
+
+        A solver made of others returns the longest of theirs, and pads the statistics
+        of each with `stats.padded(...)`.
+        """
         return 0
 
     @property
@@ -62,7 +69,7 @@ class AbstractSolver(eqx.Module):
         return self
 
     def only_steps(self, steps: int) -> bool:
-        """Return whether this solver only takes one step after the other."""
+        """Return whether this solver takes one step after the other, and no more."""
         return False
 
 

@@ -24,12 +24,12 @@ from ._adjoint import (
 from ._failure import Outcome, as_result, attach_check, check_batch, find_outcome
 from ._hoist import split_step
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
-from ._problem import BoundProblem, Recurrence
+from ._problem import BoundProblem, Recurrence, Structure
 from ._sequential import AbstractSolver, GivenStates
 from ._solution import RESULTS, Solution, Stats
 from ._solvers import Auto, check_solver
 from ._stepwise import must_sweep, needs_loop, precompute_unbatchable, why_stepped
-from ._structure import Structure, declared_structure, find_structure
+from ._structure import declared_structure, find_structure
 
 # A trajectory, a name, or a function of (xs, h0); see `solve`.
 Guess = PyTree | str | Callable[[PyTree, PyTree], PyTree] | None

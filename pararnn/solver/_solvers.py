@@ -20,9 +20,9 @@ from .._checks import (
 from ..scan import time_shards, vary
 from ._hoist import hoist
 from ._methods import AbstractMethod, Jacobi, Newton
+from ._problem import Structure
 from ._sequential import AbstractSolver, Sequential, States
 from ._solution import Stats
-from ._structure import Structure
 
 # On a GPU: the largest product of channels and the square of a block's size for which
 # segments are used, and the most bytes of Jacobians. See `choose_ladder`.
