@@ -20,6 +20,7 @@ from ._solvers import (
     Ladder as Ladder,
     Windows as Windows,
     check_solver as check_solver,
+    keep_certified as keep_certified,
 )
 from ._structure import (
     Structure as Structure,
