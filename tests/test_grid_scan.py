@@ -221,7 +221,7 @@ BAD_GRIDS = {
     "gates last": (
         changed(source=lambda v: jnp.moveaxis(v, 0, -1)),
         ValueError,
-        "they come in front",
+        "they go in front",
     ),
     "constant": (changed(T_ru=lambda v: v[0, 0]), ValueError, "`jnp.broadcast_to`"),
     "swapped": (
