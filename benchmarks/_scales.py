@@ -56,6 +56,17 @@ def _spread_out(rng, steps: int, width: int) -> Scaled:
     return _of_size(lambda rng: np.logspace(-6, 6, width))(rng, steps, width)
 
 
+def _denormal(rng, steps: int, width: int) -> Scaled:
+    """Entries below the smallest normal number, which XLA may take for zero."""
+    step, h0 = _unit(rng, width)
+    size = float(rng.choice([1e-40, 1e-42]))
+
+    def cell(h, x):
+        return 0.7 * h[0] + jnp.asarray(size, h[0].dtype) * h[1], step(h[1], x)
+
+    return Scaled(cell, _inputs(rng, steps, width), (size * h0, h0))
+
+
 def _mixed(rng, steps: int, width: int) -> Scaled:
     """A leaf in bfloat16 beside one in float32; each feeds the other."""
     step, h0 = _unit(rng, width)
@@ -131,7 +142,7 @@ def _one_of(*sizes: float):
 SCALES: dict[str, Callable[[Any, int, int], Scaled]] = {
     "tiny": _of_size(_one_of(1e-30, 1e-20, 1e-9)),
     "huge": _of_size(_one_of(1e9, 1e20, 1e30)),
-    "denormal": _of_size(_one_of(1e-40, 1e-42)),
+    "denormal": _denormal,
     "1e12 in a leaf": _spread_out,
     "mixed dtypes": _mixed,
     "clock": _beside_a_clock,
