@@ -402,6 +402,22 @@ def test_exchange_does_not_grow_with_time(name):
     assert largest < 8 * 256
 
 
+def test_a_batch_of_matrices_is_not_gathered():
+    mesh = pararnn.make_mesh(data=8)
+    W = jax.random.normal(jax.random.key(0), (4, 4)) / 4
+    xs = jax.random.normal(jax.random.key(1), (8, 32, 4))
+
+    def states(x):
+        cell = lambda h, x: jnp.tanh(W @ h + x)  # noqa: E731
+        solver = pararnn.ELK(8)
+        return pararnn.solve(cell, x, jnp.zeros(4), solver=solver, throw=False).states
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.vmap(states)).lower(pararnn.shard_batch(xs, mesh))
+        found = pararnn.communication(compiled.compile())
+    assert "all-gather" not in found
+
+
 def test_communication_counts_bytes():
     mesh = pararnn.make_mesh(time=8)
     x = jax.device_put(jnp.ones((8, 4)), jax.NamedSharding(mesh, PartitionSpec("time")))

@@ -1,6 +1,8 @@
 """`solve` against plain loops: values, certificates, failures, batches."""
 
 import functools as ft
+import gc
+import weakref
 
 import equinox as eqx
 import hypothesis
@@ -23,6 +25,7 @@ from pararnn import (
     Windows,
     solve,
 )
+from pararnn.solver._problem import Recurrence
 from pararnn.solver._solvers import choose_ladder
 from tests.helpers import assert_close
 from tests.problems import (
@@ -763,3 +766,33 @@ def test_nan_in_a_long_sequence_is_never_certified(solver):
 def test_one_segment_keeps_the_history_it_was_asked_for():
     sol = solve(lambda h, x: 0.5 * h + x, jnp.ones(T), 0.0, solver=Newton(1, history=3))
     assert sol.stats["residual_history"].shape == (3,)
+
+
+def test_nothing_outlives_a_solve():
+    big = jnp.ones(1000)
+    gone = weakref.ref(big)
+    act = jax.custom_jvp(jnp.tanh)
+    act.defjvp(lambda primals, tangents: (act(*primals), tangents[0] * big[0]))
+
+    def states(xs):
+        cell = lambda h, x: act(0.5 * h + x)  # noqa: E731
+        return solve(cell, xs, jnp.zeros(2), solver=Newton(3)).states
+
+    def count():
+        gc.collect()
+        return sum(isinstance(o, Recurrence) for o in gc.get_objects())
+
+    before = count()
+    jax.jit(states)(jnp.zeros((6, 2)))
+    del act, big, states
+    assert count() <= before
+    assert gone() is None
+
+
+def test_a_guess_is_made_from_arrays_of_jax():
+    def guess(xs, h0):
+        return jnp.broadcast_to(h0.at[0].set(1.0), xs.shape)
+
+    xs, h0 = np.ones((40, 2)), np.zeros(2)
+    solution = solve(lambda h, x: jnp.tanh(h + x), xs, h0, initial_guess=guess)
+    assert solution.states.shape == (40, 2)

@@ -340,6 +340,15 @@ def test_coupled_sequences_fail_together(solver):
         jax.block_until_ready(run(True))
 
 
+def test_history_of_coupled_sequences_that_are_stepped():
+    cell = COLLECTIVES["pmean"].cell
+    xs, h0 = jnp.ones((B, T, N)), jnp.zeros((B, N))
+    one = lambda x, h: solve(cell, x, h, solver=Newton(1, history=2)).stats  # noqa: E731
+    history = jax.vmap(one, axis_name="b")(xs, h0)["residual_history"]
+    assert history.shape == (B, 2)
+    assert np.all(np.isnan(history))
+
+
 def test_sequences_are_not_certified_beside_coupled_ones_that_are_not():
     """One with a small residual has been solved with wrong states of the others."""
 

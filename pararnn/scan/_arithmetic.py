@@ -63,24 +63,23 @@ def invert_matrices(a: Array) -> Array:
     matrix gives entries that are not finite.
     """
     n = a.shape[-1]
-    blocks = a.reshape(-1, n, n)
-    unit = vary(jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), blocks.shape), a)
-    row = lax.broadcasted_iota(jnp.int32, blocks.shape[:2], 1)
+    unit = vary(jnp.broadcast_to(jnp.eye(n, dtype=a.dtype), a.shape), a)
+    row = lax.broadcasted_iota(jnp.int32, a.shape[:-1], a.ndim - 2)
 
     def eliminate(k, both):
-        column = lax.dynamic_index_in_dim(both, k, 2, keepdims=False)
-        best = jnp.argmax(jnp.where(row < k, -1, jnp.abs(column)), axis=1)
-        here = (row == k)[:, :, None]
-        there = (row == best.astype(row.dtype)[:, None])[:, :, None]
+        column = lax.dynamic_index_in_dim(both, k, -1, keepdims=False)
+        best = jnp.argmax(jnp.where(row < k, -1, jnp.abs(column)), axis=-1)
+        here = (row == k)[..., None]
+        there = (row == best.astype(row.dtype)[..., None])[..., None]
         # By selection, as gathers are slow: the pivot's row and row k change places.
-        pivots = jnp.sum(jnp.where(there, both, 0), axis=1, keepdims=True)
-        both = jnp.where(there, lax.dynamic_index_in_dim(both, k, 1), both)
-        pivots = pivots / lax.dynamic_index_in_dim(pivots, k, 2)
-        factors = lax.dynamic_index_in_dim(both, k, 2)
+        pivots = jnp.sum(jnp.where(there, both, 0), axis=-2, keepdims=True)
+        both = jnp.where(there, lax.dynamic_index_in_dim(both, k, -2), both)
+        pivots = pivots / lax.dynamic_index_in_dim(pivots, k, -1)
+        factors = lax.dynamic_index_in_dim(both, k, -1)
         return jnp.where(here, pivots, both - factors * pivots)
 
-    both = lax.fori_loop(0, n, eliminate, jnp.concatenate([blocks, unit], axis=2))
-    return both[:, :, n:].reshape(a.shape)
+    both = lax.fori_loop(0, n, eliminate, jnp.concatenate([a, unit], axis=-1))
+    return both[..., n:]
 
 
 def poison(

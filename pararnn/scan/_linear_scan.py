@@ -157,10 +157,10 @@ def fake_dependency(x: Array, to: Array) -> Array:
 
 
 def run_scan(schedule: Schedule, backend: Backend, a, b, u, reset):
-    """Choose a backend by the size of the whole batch, and run it.
+    """Choose a backend by the numbers of steps and of entries, and run it.
 
-    A `vmap` of this would transform the loops after the choice is made; where there may
-    be one, use `run_scan_under_vmap`.
+    A `vmap` of this would transform the loops that were chosen without the batch; where
+    there may be one, use `run_scan_under_vmap`.
     """
     shards = time_shards(b.shape[0])
     length = -(-b.shape[0] // shards)

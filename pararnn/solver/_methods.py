@@ -283,7 +283,8 @@ def certify(
     """
     segments = Segments(problem, Jacobi(rtol=rtol, atol=atol))
     starts = segments.guess_starts(states)
-    return segments.join(segments.trajectory(starts), starts)
+    states, stats = segments.join(segments.trajectory(starts), starts)
+    return states, stats.shared() if problem.recurrence.coupled_along else stats
 
 
 def push_exactly(step, h, tangents):

@@ -330,6 +330,18 @@ class BoundProblem(eqx.Module):
         """The number of batch axes."""
         return len(self.axes)
 
+    @property
+    def arrays(self) -> tuple:
+        return self.parameters, self.inputs, self.h0
+
+    def with_arrays(self, arrays: tuple) -> "BoundProblem":
+        parameters, inputs, h0 = arrays
+        return self.replace(parameters=parameters, inputs=inputs, h0=h0)
+
+    def without_arrays(self) -> "BoundProblem":
+        """Return what is static of the problem, to be kept in a closure."""
+        return self.with_arrays((None, None, ()))
+
     def replace(self, **changes: Any) -> "BoundProblem":
         return dataclasses.replace(self, **changes)
 

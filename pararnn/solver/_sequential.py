@@ -21,7 +21,8 @@ class AbstractSolver(eqx.Module):
     """A solver finds all states of a recurrence.
 
     To write your own, subclass this and implement `run`. Derivatives, `vmap`, resets
-    and the search for the cause of a failure work for every solver.
+    and the search for the cause of a failure work for every solver. Fields are static:
+    numbers and functions, but no arrays.
     """
 
     @abc.abstractmethod
@@ -163,7 +164,8 @@ class GivenStates(AbstractSolver):
 
     def run(self, problem, guess, limit):
         assert guess is not None
-        return guess, Stats.exact(problem, are_finite(guess, problem.rank))
+        stats = Stats.exact(problem, are_finite(guess, problem.rank))
+        return guess, stats.padded(self.history)
 
 
 def are_finite(states: States, rank: int) -> Bool[Array, " *batch"]:

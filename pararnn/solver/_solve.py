@@ -101,6 +101,7 @@ def solve(
     _check_options(solver, adjoint, max_steps)
     joint = max_steps is None and solver.use_joint_newton
     recurrence = make_recurrence("solve", f, xs, h0, refine=joint)
+    h0 = vary(jtu.tree_map(jnp.asarray, h0), recurrence.state_leaves)
     steps = count_steps("solve", xs)
     solver.check("solve", steps)
     fresh = check_resets("solve", recurrence, reset, reset_state, steps)
@@ -116,8 +117,7 @@ def solve(
     def known_structure() -> Structure:
         return structure or find_structure(recurrence)
 
-    h0 = jtu.tree_map(jnp.asarray, h0)
-    fresh, h0 = vary((fresh, h0), recurrence.state_leaves)
+    fresh = vary(fresh, recurrence.state_leaves)
     problem = BoundProblem(
         recurrence,
         parameters=(recurrence.take_constants(), fresh),
@@ -151,7 +151,8 @@ class _Options(NamedTuple):
 @eqx.filter_custom_jvp
 def _evaluate(problem: BoundProblem, guess, axis_indices, *, options: _Options):
     """Return the states, by leaf, and how the solve ended."""
-    return _batched_run(options)(problem, guess, axis_indices)
+    run = _batched_run(options, problem.without_arrays())
+    return run(problem.arrays, guess, axis_indices)
 
 
 @_evaluate.def_jvp
@@ -181,8 +182,8 @@ def _(primals, tangents, *, options: _Options):
     return (states, outcome), (t_states, jtu.tree_map(lambda _: None, outcome))
 
 
-def _batched_run(options: _Options) -> Callable:
-    """Return the solve of a problem, as a function with its own `vmap` rule.
+def _batched_run(options: _Options, unbound: BoundProblem) -> Callable:
+    """Return the solve of a problem's arrays, as a function with its own `vmap` rule.
 
     Each `vmap` adds a batch axis to the problem, so that one loop serves all sequences.
     Under JAX's own rules a `cond` would always run the fallback too, and every loop
@@ -191,7 +192,9 @@ def _batched_run(options: _Options) -> Callable:
 
     @custom_vmap
     @jax.jit  # outside of `jit`, a call would otherwise run operation by operation
-    def run(problem: BoundProblem, guess, axis_indices):
+    def run(arrays, guess, axis_indices):
+        # The rest of the problem is not an argument: JAX keeps the trees of those.
+        problem = unbound.with_arrays(arrays)
         states, stats = options.solver.run(problem, guess, options.max_steps)
         throw = options.throw and not problem.axes
         outcome, checked = find_outcome(problem, states, stats, throw=throw)
@@ -200,12 +203,11 @@ def _batched_run(options: _Options) -> Callable:
         return states, _with_check(outcome, checked, problem.batch_shape)
 
     @run.def_vmap
-    def _(size, batched, problem: BoundProblem, guess, axis_indices):
-        given = problem, guess, axis_indices
+    def _(size, batched, *given):
         marks = zip(jtu.tree_leaves(given), jtu.tree_leaves(batched), strict=True)
         refuse_explicit("solve", [x for x, b in marks if b])
-        deeper = _with_axis(size, batched, problem, guess, axis_indices)
-        states, outcome = run(*deeper)
+        deeper, arguments = _with_axis(size, batched, unbound, *given)
+        states, outcome = _batched_run(options, deeper)(*arguments)
         states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
         if options.throw:
             # One check for the whole batch. It comes after the transposition, whose
@@ -225,8 +227,8 @@ def _batched_run(options: _Options) -> Callable:
     return run
 
 
-def _with_axis(size: int, batched, problem: BoundProblem, guess, axis_indices):
-    """Return the arguments of a batch as one problem with one more axis.
+def _with_axis(size: int, batched, unbound: BoundProblem, arrays, guess, axis_indices):
+    """Return the problem of a batch, with one more axis, and its arguments.
 
     The cell may communicate along the axis, but a `vmap` rule is not told its name.
     `axis_indices` tells it: the index along a named axis is batched by the `vmap` of
@@ -239,18 +241,18 @@ def _with_axis(size: int, batched, problem: BoundProblem, guess, axis_indices):
     def after_time(x, b):
         return jnp.moveaxis(x, 0, 1) if b else x
 
-    of, in_guess, in_indices = batched
+    in_arrays, in_guess, in_indices = batched
     here = [name for name, along in in_indices.items() if along]
-    axes = jtu.tree_map(lambda b: 0 if b else None, (of.parameters, of.inputs))
-    deeper = problem.under(axes[0], axes[1], here[0] if here else None).replace(
-        inputs=jtu.tree_map(after_time, problem.inputs, of.inputs),
-        h0=jtu.tree_map(everywhere, problem.h0, of.h0),
-    )
+    axes = jtu.tree_map(lambda b: 0 if b else None, tuple(in_arrays[:2]))
+    deeper = unbound.under(axes[0], axes[1], here[0] if here else None)
+    parameters, inputs, h0 = arrays
+    inputs = jtu.tree_map(after_time, inputs, in_arrays[1])
+    h0 = jtu.tree_map(everywhere, h0, in_arrays[2])
     guess = jtu.tree_map(
         lambda x, b: after_time(everywhere(x, b), True), guess, in_guess
     )
     outer = {name: at for name, at in axis_indices.items() if name not in here}
-    return deeper, guess, outer
+    return deeper, ((parameters, inputs, h0), guess, outer)
 
 
 def _axis_indices(recurrence: Recurrence) -> dict[Any, Array]:

@@ -39,8 +39,9 @@ def check_solver(where: str, solver: Any) -> None:
         return
     raise TypeError(
         f"{where}: `solver` is {solver!r:.80}; expected pararnn.Auto(), a method such "
-        "as pararnn.Newton(segments=...), pararnn.Ladder(...), pararnn.Windows(...), "
-        "or pararnn.Sequential()."
+        "as pararnn.Newton(segments=...), pararnn.Ladder(...), "
+        + "pararnn.Windows(...), " * (where != "Windows")
+        + "or pararnn.Sequential()."
         + (" Did you forget to call the class?" if isinstance(solver, type) else "")
     )
 
@@ -194,7 +195,7 @@ class Windows(AbstractSolver):
         return Windows(self.solver.for_stepping(), self.length)
 
     def only_steps(self, steps: int) -> bool:
-        return self.solver.only_steps(self.length)
+        return self.solver.only_steps(steps)
 
     def run(self, problem, guess, limit):
         """Solve the windows, reading inputs and writing states in place."""
