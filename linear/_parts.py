@@ -20,11 +20,6 @@ from ._arguments import Draw
 WIDTH = 4
 
 
-def einsum(formula: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum` at full float32 precision: errors that enter a state stay in it."""
-    return jnp.einsum(formula, a, b, precision=lax.Precision.HIGHEST)
-
-
 def complex_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> Complex[Array, "..."]:
     """Return a fresh complex state for parameters of `dtype`."""
     zeros = jnp.zeros(shape, wide_dtype(dtype))

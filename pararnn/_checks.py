@@ -34,6 +34,18 @@ def check_count(
         )
 
 
+def check_whole_count(where: str, name: str, value: Any, *, least: int = 0) -> None:
+    """`check_count`, where another kind of value is an error of its own.
+
+    **Raises:** `TypeError` for what is not a whole number, `ValueError` below `least`.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(
+            f"{where}: `{name}` is {value!r:.80}; expected a whole number >= {least}."
+        )
+    check_count(where, name, value, least=least)
+
+
 def check_tolerances(where: str, rtol: float | None, atol: float | None) -> None:
     """Refuse tolerances that are negative or NaN.
 

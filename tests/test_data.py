@@ -368,7 +368,7 @@ WRONG = {
     "all of it": (lambda w: w.corpus.split(1.0), ValueError, ["fraction", "1.0"]),
     "nothing of it": (lambda w: w.corpus.split(0), ValueError, ["fraction", "0"]),
     "no number": (lambda w: w.corpus.split("5%"), ValueError, ["fraction", "5%"]),
-    "a seed of a half": (lambda w: w.corpus.split(seed=0.5), ValueError, ["seed"]),
+    "a seed of a half": (lambda w: w.corpus.split(seed=0.5), TypeError, ["seed"]),
     "one byte": (
         lambda w: Corpus(Path("."), ("a",), *3 * [np.ones(1, int)]).split(),
         ValueError,
@@ -419,8 +419,8 @@ WRONG = {
         ["Packed(corpus"],
     ),
     "an empty batch": (lambda w: make_batches(w, 0), ValueError, ["batch_size", "0"]),
-    "a batch of 1.5": (lambda w: make_batches(w, 1.5), ValueError, ["batch_size"]),
-    "a true batch": (lambda w: make_batches(w, True), ValueError, ["batch_size"]),
+    "a batch of 1.5": (lambda w: make_batches(w, 1.5), TypeError, ["batch_size"]),
+    "a true batch": (lambda w: make_batches(w, True), TypeError, ["batch_size"]),
     "a seed of 33 bits": (
         lambda w: make_batches(w, 2, seed=2**32),
         ValueError,

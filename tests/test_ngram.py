@@ -126,7 +126,7 @@ WRONG = {
     ),
     "half a context": (
         lambda w: ngram_bits_per_byte(w, w, context=1.5),
-        ValueError,
+        TypeError,
         ["context", "1.5"],
     ),
     "a corpus": (

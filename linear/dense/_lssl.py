@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from pararnn._parameters import affine, check_flag, check_size, widen
 from pararnn.scan import (
     BlockDiagonal,
+    einsum,
     invert_matrices,
     linear_scan,
     multiply_matrices,
@@ -16,7 +17,6 @@ from pararnn.scan import (
 
 from .._arguments import Draw, check_range
 from .._layer import AbstractLayer
-from .._parts import einsum
 from .._state_spaces import legs
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from pararnn._parameters import affine, check_choice, check_size, leading, linear, widen
-from pararnn.scan import fused_scan
+from pararnn.scan import einsum, fused_scan
 
 from .._arguments import Draw, check_range
 from .._layer import AbstractLayer
@@ -18,7 +18,6 @@ from .._parts import (
     clamped_exp,
     complex_zeros,
     draw_convolution,
-    einsum,
     empty_window,
     short_convolution,
     signed,

@@ -10,11 +10,11 @@ from jaxtyping import Array, Complex, DTypeLike, Float, PRNGKeyArray
 
 from pararnn._checks import is_symbolic, refuse_symbolic
 from pararnn._parameters import check_choice, check_number, check_size, leading, widen
-from pararnn.scan import time_shards
+from pararnn.scan import einsum, time_shards
 
 from .._arguments import Draw, check_range
 from .._layer import AbstractConstantDiagonal
-from .._parts import as_complex, clamped_exp, complex_zeros, einsum
+from .._parts import as_complex, clamped_exp, complex_zeros
 from .._state_spaces import (
     DISCRETISATIONS,
     discretise,

@@ -17,6 +17,7 @@ from .._parameters import (
     widen,
     zeros,
 )
+from ..scan import matmul
 from ._base import AbstractCell
 
 # A matrix of squared singular values is squared ten times, and its norm squares them
@@ -42,20 +43,14 @@ def spectral_norm(weight: Float[Array, "out in"]) -> Float[Array, ""]:
     scale = jnp.where(largest > 0, largest, 1)
     weight = jnp.where(largest > 0, weight / scale, 1)
     rows, columns = weight.shape
-    power = (
-        _product(weight, weight.T) if rows <= columns else _product(weight.T, weight)
-    )
+    power = matmul(weight, weight.T) if rows <= columns else matmul(weight.T, weight)
     logarithm = jnp.zeros((), weight.dtype)
     for step in range(SQUARINGS + 1):
-        power = _product(power, power) if step else power
+        power = matmul(power, power) if step else power
         size = jnp.sqrt(jnp.sum(power**2))
         power = power / size
         logarithm = 2 * logarithm + jnp.log(size)
     return scale * jnp.exp(logarithm / 2 ** (SQUARINGS + 1))
-
-
-def _product(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 class ICLRNNCell(AbstractCell):

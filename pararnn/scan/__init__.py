@@ -1,7 +1,9 @@
 """The scan engine: transitions, and the linear recurrences solved with them."""
 
 from ._arithmetic import (
+    einsum as einsum,
     invert_matrices as invert_matrices,
+    matmul as matmul,
     multiply_matrices as multiply_matrices,
     poison as poison,
     promote as promote,

@@ -43,7 +43,7 @@ def matmul(a: Array, b: Array) -> Array:
 
 
 def einsum(axes: str, a: Array, b: Array) -> Array:
-    """Return `jnp.einsum(axes, a, b)`."""
+    """Return `jnp.einsum(axes, a, b)`, at the full precision of its dtype."""
     return jnp.einsum(axes, a, b, precision=lax.Precision.HIGHEST)
 
 

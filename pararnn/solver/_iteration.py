@@ -180,9 +180,7 @@ def approach_jointly(segments: Segments, method: Method, guess) -> Carry:
     The first ones are returned for sequences whose joint steps do not converge.
     """
     joint = JointSweep(segments)
-    iteration = Iteration(
-        segments, method, JOINT_STEPS, sweep=joint.sweep, makes_exact=False
-    )
+    iteration = Iteration(segments, method, JOINT_STEPS, sweep=joint.sweep)
     start = iteration.start(joint.guess_starts(guess), may_fail=False)
     near = lax.while_loop(iteration.continues, iteration.advance, start)
     kept = near.done
@@ -227,8 +225,8 @@ class Iteration:
     """The loop of a method's steps.
 
     **Arguments:** `limit` on the number of steps; `first_step`, the number of earlier
-    steps, which made no segment exact; `sweep`, which defaults to that of the segments;
-    `makes_exact`, whether each step makes one more segment exact.
+    steps, which made no segment exact; `sweep`, of joint steps, which make none exact
+    either. It defaults to that of the segments: each step makes one more exact.
     """
 
     def __init__(
@@ -239,11 +237,10 @@ class Iteration:
         first_step: int | Array = 0,
         *,
         sweep: Callable[[Array], tuple[Array, Array]] | None = None,
-        makes_exact: bool = True,
     ):
         self.segments, self.method, self.limit = segments, method, limit
         self.sweep = sweep or segments.sweep
-        self.first_step, self.makes_exact = first_step, makes_exact
+        self.first_step, self.makes_exact = first_step, sweep is None
         self.h0, self.recurrence = segments.h0, segments.recurrence
         self.rank = segments.problem.rank
 

@@ -278,8 +278,12 @@ def certify(
     tolerances are those of every method. The last state is replaced by what the cell
     computes from the state before it.
 
-    **Arguments:** `states`, leaves `[T, *batch, ...]`; `rtol`, `atol`, as in
-    [`pararnn.AbstractMethod`][].
+    **Arguments:** `problem`, as `run` was given it; `states`, leaves
+    `[T, *batch, ...]`; `rtol`, `atol`, as in [`pararnn.AbstractMethod`][].
+
+    **Returns:** the states, likewise, and their statistics, arrays `[*batch]`.
+
+    **Raises:** `ValueError` for negative tolerances.
     """
     segments = Segments(problem, Jacobi(rtol=rtol, atol=atol))
     starts = segments.guess_starts(states)

@@ -434,9 +434,5 @@ def is_key(x) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _is_inexact(x) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 def _is_complex(x) -> bool:
     return jnp.issubdtype(x.dtype, jnp.complexfloating)

@@ -182,6 +182,7 @@ class Windows(AbstractSolver):
                 "time. Pass the solver of the windows itself, or use a mesh without an "
                 'axis "time".'
             )
+        self.solver.check(where, steps)
 
     @property
     def residuals_kept(self) -> int:

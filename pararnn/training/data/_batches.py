@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..._checks import check_count
+from ..._checks import check_whole_count
 from ._packed import Packed, Window
 
 try:
@@ -68,11 +68,11 @@ def make_batches(
             f"make_batches: `packed` is {packed!r:.80}, expected "
             "`Packed(corpus, tokenizer, length)`."
         )
-    check_count("make_batches", "batch_size", batch_size, least=1)
-    check_count("make_batches", "threads", threads)
-    check_count("make_batches", "prefetch", prefetch)
+    check_whole_count("make_batches", "batch_size", batch_size, least=1)
+    check_whole_count("make_batches", "threads", threads)
+    check_whole_count("make_batches", "prefetch", prefetch)
     if epochs is not None:
-        check_count("make_batches", "epochs", epochs, least=1)
+        check_whole_count("make_batches", "epochs", epochs, least=1)
     _check_seed(seed)
     index, count = _check_shard(shard)
     windows = grain.MapDataset.source(_PaddedForHosts(packed, count))[index::count]
@@ -99,7 +99,7 @@ def make_batches(
 
 
 def _check_seed(seed: int) -> None:
-    check_count("make_batches", "seed", seed)
+    check_whole_count("make_batches", "seed", seed)
     if seed >= 2**32:
         raise ValueError(
             f"make_batches: `seed` is {seed}, expected less than 2**32: grain draws "
@@ -114,8 +114,8 @@ def _check_shard(shard: tuple[int, int]) -> tuple[int, int]:
             "instance `(jax.process_index(), jax.process_count())`."
         )
     index, count = shard
-    check_count("make_batches", "shard[1]", count, least=1)
-    check_count("make_batches", "shard[0]", index)
+    check_whole_count("make_batches", "shard[1]", count, least=1)
+    check_whole_count("make_batches", "shard[0]", index)
     if index >= count:
         raise ValueError(
             f"make_batches: `shard` is {shard}: of {count} hosts the last has index "

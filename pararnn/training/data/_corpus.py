@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 from jaxtyping import Int64
 
-from ..._checks import check_count
+from ..._checks import check_whole_count
 
 # How far to look for the end of a line when a single document is split.
 MAX_LINE = 1 << 16
@@ -141,7 +141,7 @@ class Corpus:
                 "between 0 and 1, both excluded: the fraction for validation. For "
                 "training without validation use the corpus itself."
             )
-        check_count("Corpus.split", "seed", seed)
+        check_whole_count("Corpus.split", "seed", seed)
         if len(self) == 1:
             return self._cut(fraction)
         hashes = [stable_hash("split", seed, name) / 2**64 for name in self.names]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from ..._checks import check_count
+from ..._checks import check_whole_count
 from ._packed import Packed
 from ._tokenizer import ByteTokenizer
 
@@ -75,7 +75,7 @@ def ngram_bits_per_byte(
     """
     for name, packed in (("train", train), ("validation", validation)):
         _check_bytes(name, packed)
-    check_count("ngram_bits_per_byte", "context", context)
+    check_whole_count("ngram_bits_per_byte", "context", context)
     if context > LONGEST:
         raise ValueError(
             f"ngram_bits_per_byte: `context` is {context}, expected at most {LONGEST}: "

@@ -13,7 +13,7 @@ from typing import Any, Protocol, SupportsIndex, TypedDict
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from ..._checks import check_count
+from ..._checks import check_whole_count
 from ._corpus import Corpus, stable_hash
 from ._tokenizer import ByteTokenizer, Tokenizer
 
@@ -267,8 +267,8 @@ class Packed:
         _check_corpus(corpus)
         _check_tokenizer(tokenizer)
         self.corpus, self.tokenizer = corpus, tokenizer
-        check_count("Packed", "length", length, least=1)
-        check_count("Packed", "seed", seed)
+        check_whole_count("Packed", "length", length, least=1)
+        check_whole_count("Packed", "seed", seed)
         self.length, self.seed = int(length), int(seed)
         encoded = encode_corpus(corpus, tokenizer, cache)
         names = corpus.names
