@@ -112,23 +112,22 @@ class RNN(eqx.Module):
         fresh = self.init_state()
         state = fresh if state is None else state
         cell = self.cell
-        # Whatever needs no state is one matrix product over all steps.
-        split = isinstance(cell, AbstractCell)
+        guesses = isinstance(cell, AbstractCell)
 
-        def guess(gates, state):
-            return _without_derivative(cell.guess, gates, state, reset)
+        def guess(xs, state):
+            return _without_derivative(_guess, cell, xs, state, reset)
 
         # A `FunctionCell` only adds a fresh state or an output, so step by its cell.
         step = cell.function if isinstance(cell, FunctionCell) else cell
         solution = solve(
-            cell.update if split else step,
-            cell.gates(xs) if split else xs,
+            step,
+            xs,
             state,
             solver=self.solver,
             reset=reset,
             reset_state=None if reset is None else fresh,
             # A function, so that `solve` checks everything before the cell is called.
-            initial_guess=guess if split and steps else None,
+            initial_guess=guess if guesses and steps else None,
             throw=self.throw,
         )
         flax = emitting_cell(cell)
@@ -154,6 +153,10 @@ class RNN(eqx.Module):
             return y, state
         state = self.cell(state, x)
         return self.cell.output(state), state
+
+
+def _guess(cell: AbstractCell, xs, state, reset):
+    return cell.guess(cell.gates(xs), state, reset)
 
 
 def _without_derivative(function: Callable, *arguments: Any) -> Any:

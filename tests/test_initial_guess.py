@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from pararnn import Newton, solve
-from pararnn.solver import _initial_guess
-from pararnn.solver._initial_guess import guess_ends
+from pararnn.solver import _segments
+from pararnn.solver._segments import guess_ends
 from tests.problems import scan
 
 WIDTH, BATCH = 3, 2
@@ -45,11 +45,11 @@ def test_every_step_a_segment(steps):
     xs, h0 = problem(steps)
     found = jax.jit(lambda h0, x: guess_ends(cell, h0, x[None], 1))(h0, xs)
     for t in range(steps):
-        if steps < 2 * _initial_guess.COARSE_SEGMENT:
-            first = max(0, t + 1 - _initial_guess.MIN_STEPS)
+        if steps < 2 * _segments.COARSE_SEGMENT:
+            first = max(0, t + 1 - _segments.MIN_STEPS)
         else:
             # Blocks as `split_time` cuts them: of one length, except for the last.
-            length = -(-steps // -(-steps // _initial_guess.COARSE_SEGMENT))
+            length = -(-steps // -(-steps // _segments.COARSE_SEGMENT))
             first = max(0, t // length * length - length)
         wanted = by_hand(h0, xs[first : t + 1])
         np.testing.assert_allclose(found[t], wanted, rtol=1e-12, err_msg=str(t))

@@ -122,6 +122,19 @@ def evaluate(program: jex.core.Jaxpr, *args) -> list[Array]:
     return [out if isinstance(out, jax.Array) else jnp.asarray(out) for out in outs]
 
 
+def read(atom, values: dict) -> Any:
+    """Return the value of a variable or literal."""
+    return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
+
+
+def evaluate_equation(program: jex.core.Jaxpr, eqn, values: dict) -> dict:
+    """Return the results of one equation of a program, by variable."""
+    needed = variables(eqn.invars)
+    alone = sub_jaxpr(program, [eqn], needed, eqn.outvars)
+    outs = evaluate(alone, *(values[v] for v in needed))
+    return dict(zip(eqn.outvars, outs, strict=True))
+
+
 def evaluate_inlined(
     program: jex.core.Jaxpr, *args, calls: frozenset[str]
 ) -> list[Array]:
@@ -130,23 +143,17 @@ def evaluate_inlined(
     Calls in loops and branches are inlined too, unless all are of jitted functions.
     """
     values = dict(zip(program.invars, args, strict=True))
-
-    def read(atom):
-        return atom.val if isinstance(atom, jex.core.Literal) else values[atom]
-
     for eqn in program.eqns:
         if eqn.primitive.name in calls:
             inner = called_jaxpr(eqn)
-            operands = [*inner.consts, *map(read, eqn.invars)]
+            operands = [*inner.consts, *(read(v, values) for v in eqn.invars)]
             outs = evaluate_inlined(consts_to_args(inner), *operands, calls=calls)
+            values |= dict(zip(eqn.outvars, outs, strict=True))
         else:
-            needed = variables(eqn.invars)
             if not (calls - JITTED).isdisjoint(primitives_within(eqn)):
                 eqn = _with_inner_inlined(eqn, calls)
-            alone = sub_jaxpr(program, [eqn], needed, eqn.outvars)
-            outs = evaluate(alone, *(values[v] for v in needed))
-        values |= dict(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in program.outvars]
+            values |= evaluate_equation(program, eqn, values)
+    return [read(v, values) for v in program.outvars]
 
 
 def _with_inner_inlined(eqn, calls: frozenset[str]):

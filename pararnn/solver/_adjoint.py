@@ -50,13 +50,17 @@ class Plan(NamedTuple):
     window: int
 
 
-def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
-    """Choose the schedule.
+def plan_adjoint(
+    adjoint: Adjoint, structure: Structure, steps: int, sequences: int = 1
+) -> Plan:
+    """Choose the schedule for a batch of sequences.
 
     The temporaries of a window should fit in cache and be few, so that the gradient
     needs about the memory of the states. On a CPU, windows of 2**10 to 2**14 numbers
-    are equally fast, and 2**16 takes 20% more time. Materialised Jacobians are faster
-    for blocks of up to 4, and slower from 32 on (docs/devdocs/solver.md).
+    are equally fast, and 2**16 takes 20% more time. But each window adds to the
+    gradient of all weights, which is cheap beside a product of at least 128 rows, and a
+    window of fewer than 8 steps is never faster. Materialised Jacobians are faster for
+    blocks of up to 4, and slower from 32 on (docs/devdocs/solver.md).
 
     **Raises:** `ValueError` for a sweep over time that is sharded across devices.
     """
@@ -74,7 +78,8 @@ def plan_adjoint(adjoint: Adjoint, structure: Structure, steps: int) -> Plan:
         return Plan(structure.size <= 64, _divisor(steps, max(16, steps // 8)))
     if is_symbolic(steps):
         return Plan(structure.size <= 4 and adjoint != "sweep", steps)
-    target = max(16, min(2**12 // max(1, structure.width), steps // 16))
+    numbers, rows = max(1, structure.width * sequences), max(1, 128 // sequences)
+    target = max(8, min(max(2**12 // numbers, rows), steps // 16))
     if adjoint == "sweep":
         return Plan(False, _divisor(steps, target))
     return Plan(structure.size <= 4, _divisor(steps, target))

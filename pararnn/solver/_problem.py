@@ -100,6 +100,13 @@ class Recurrence:
         # changes, operations that differ at each call, and collectives' named axes.
         self.must_step = self.is_impure = False
         self.coupled_along: tuple = ()
+        # Set by `merge_products`.
+        self.derivative_form: Recurrence | None = None
+
+    @property
+    def for_derivative(self) -> "Recurrence":
+        """The same step, in the form whose derivative is fastest."""
+        return self.derivative_form or self
 
     @property
     def constants(self) -> list[Array]:

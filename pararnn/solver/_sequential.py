@@ -9,8 +9,9 @@ from jax import lax
 from jaxtyping import Array, Bool, PyTree
 
 from ..scan import in_windows, join_time, shift, time_shards, vary
-from ._hoist import hoist, hoisting_window
+from ._hoist import hoist, hoisting_window, split_step
 from ._problem import BoundProblem
+from ._replay import Replay
 from ._solution import Stats
 
 # Leaves `[T, *batch, ...]`.
@@ -73,6 +74,13 @@ class AbstractSolver(eqx.Module):
         """Return whether this solver takes one step after the other, and no more."""
         return False
 
+    def choose(self, problem: BoundProblem, channels: int) -> "AbstractSolver":
+        """Return the solver that this one uses for a problem.
+
+        `channels` is the number of entries in one step's states, including the batch.
+        """
+        return self
+
 
 class Sequential(AbstractSolver):
     """Take one step after the other, by `jax.lax.scan`: always exact, never parallel.
@@ -88,29 +96,46 @@ class Sequential(AbstractSolver):
         if time_shards(problem.steps) > 1:
             states = step_in_turns(hoist(problem))
             return states, Stats.exact(problem, are_finite(states, problem.rank))
+        states, _, stats = _run_loop(problem)
+        return states, stats
 
-        def loop(carry, inputs):
-            left = hoist(problem.replace(inputs=inputs))
 
-            def body(carry, x):
-                h, tainted = carry
-                h = left.step(h, x)
-                # 0 as long as all states are finite, NaN from then on. In the loop this
-                # costs a few percent of the time; a pass over all states afterwards
-                # would cost 10 to 40%.
-                tainted = tuple(t + v * 0 for t, v in zip(tainted, h, strict=True))
-                return (h, tainted), h
+def record(
+    problem: BoundProblem, replay: Replay
+) -> tuple[States, tuple[Array, ...], Stats]:
+    """Return the states, the values that a derivative replays, and the statistics."""
+    recorded = replay.recorded
+    return _run_loop(problem.replace(recurrence=recorded, split=split_step(recorded)))
 
-            return lax.scan(body, carry, left.inputs)
 
-        start = problem.h0, tuple(jnp.zeros_like(h) for h in problem.h0)
-        if problem.split is None:
-            (_, tainted), states = loop(start, problem.inputs)
-        else:
-            # Inputs are prepared a window at a time, which stays in cache.
-            window = hoisting_window(problem)
-            (_, tainted), states = in_windows(loop, start, problem.inputs, window)
-        return states, Stats.exact(problem, all_zero(tainted, problem.rank))
+def _run_loop(problem: BoundProblem) -> tuple[States, tuple[Array, ...], Stats]:
+    """Take one step after the other; return states, what else a step returns, stats."""
+    count = len(problem.h0)
+
+    def loop(carry, inputs):
+        left = hoist(problem.replace(inputs=inputs))
+
+        def body(carry, x):
+            h, tainted = carry
+            ends = left.step(h, x)
+            h = ends[:count]
+            # 0 as long as all states are finite, NaN from then on. In the loop this
+            # costs a few percent of the time; a pass over all states afterwards would
+            # cost 10 to 40%.
+            tainted = tuple(t + v * 0 for t, v in zip(tainted, h, strict=True))
+            return (h, tainted), ends
+
+        return lax.scan(body, carry, left.inputs)
+
+    start = problem.h0, tuple(jnp.zeros_like(h) for h in problem.h0)
+    if problem.split is None:
+        (_, tainted), ends = loop(start, problem.inputs)
+    else:
+        # Inputs are prepared a window at a time, which stays in cache.
+        window = hoisting_window(problem)
+        (_, tainted), ends = in_windows(loop, start, problem.inputs, window)
+    stats = Stats.exact(problem, all_zero(tainted, problem.rank))
+    return ends[:count], ends[count:], stats
 
 
 def step_in_turns(problem: BoundProblem) -> tuple[Array, ...]:

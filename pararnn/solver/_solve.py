@@ -22,10 +22,11 @@ from ._adjoint import (
     solve_tangents,
 )
 from ._failure import Outcome, as_result, attach_check, check_batch, find_outcome
-from ._hoist import split_step
+from ._hoist import merge_products, split_step
 from ._inputs import check_like, check_resets, count_steps, make_recurrence
 from ._problem import BoundProblem, Recurrence, Structure
-from ._sequential import AbstractSolver, GivenStates
+from ._replay import MAX_RECOMPUTED, Replay, count_sequences, find_replay
+from ._sequential import AbstractSolver, GivenStates, Sequential, record
 from ._solution import RESULTS, Solution, Stats
 from ._solvers import Auto, check_solver
 from ._stepwise import must_sweep, needs_loop, precompute_unbatchable, why_stepped
@@ -109,6 +110,7 @@ def solve(
     x_leaves = tuple(jnp.asarray(leaf) for leaf in jtu.tree_leaves(xs))
     if steps:
         recurrence, x_leaves = precompute_unbatchable(recurrence, x_leaves)
+        recurrence = merge_products(recurrence)
     if structure is not None:
         structure = declared_structure(structure, recurrence)
     used = _solver_for(recurrence, solver, steps)
@@ -133,24 +135,28 @@ def solve(
         states, outcome = _step_coupled(problem, options)
     else:
         axis_indices = _axis_indices(recurrence)
-        states, outcome = _evaluate(problem, guess, axis_indices, options=options)
+        states, _, outcome = _evaluate(problem, guess, axis_indices, options=options)
     stats = outcome.stats.as_dict() | {"first_nonfinite": outcome.first_nonfinite}
     tree = jtu.tree_unflatten(recurrence.state_tree, states)
     return Solution(tree, as_result(outcome.code), stats, repr(solver))
 
 
 class _Options(NamedTuple):
-    """How to solve a problem."""
+    """How to solve a problem.
+
+    With `replay`, the loop also returns the products that the derivative replays.
+    """
 
     solver: AbstractSolver
     adjoint: Adjoint
     max_steps: int | None
     throw: bool
+    replay: Replay | None = None
 
 
 @eqx.filter_custom_jvp
 def _evaluate(problem: BoundProblem, guess, axis_indices, *, options: _Options):
-    """Return the states, by leaf, and how the solve ended."""
+    """Return the states, by leaf, the values to replay, and how the solve ended."""
     run = _batched_run(options, problem.without_arrays())
     return run(problem.arrays, guess, axis_indices)
 
@@ -159,27 +165,43 @@ def _evaluate(problem: BoundProblem, guess, axis_indices, *, options: _Options):
 def _(primals, tangents, *, options: _Options):
     """Take the derivative at the solution, not through the solver's iterations."""
     (problem, guess, axis_indices), (t_problem, _, _) = primals, tangents
-    recurrence = problem.recurrence
+    problem = problem.replace(differentiated=True)
+    recurrence, plan, structure = problem.recurrence.for_derivative, None, None
+    again = options
     try:
-        states, outcome = _evaluate(
-            problem.replace(differentiated=True), guess, axis_indices, options=options
-        )
-        if must_sweep("solve", recurrence):
-            plan, structure = None, None
-        else:
+        if not must_sweep("solve", recurrence):
             structure = problem.find_structure()
-            plan = plan_adjoint(options.adjoint, structure, problem.steps)
-        known, lost = (problem.parameters, problem.inputs, problem.h0, states), None
+            sequences = count_sequences(problem.arrays)
+            again = _recording(problem, options, sequences)
+            plan = plan_adjoint(options.adjoint, structure, problem.steps, sequences)
+        states, values, outcome = _evaluate(problem, guess, axis_indices, options=again)
+        leaves, reset = problem.inputs
+        known = problem.parameters, (leaves, reset), problem.h0, states
+        t_leaves, t_reset = t_problem.inputs
+        moved = t_problem.parameters, (t_leaves, t_reset), t_problem.h0
+        if again.replay is not None:
+            recurrence = again.replay.replayed
+            known = known[0], ((*leaves, *values), reset), *known[2:]
+            none = (None,) * len(values)
+            moved = moved[0], ((*t_leaves, *none), t_reset), moved[2]
         # With `throw`, states that are not finite raise: they need no derivative.
+        lost = None
         if not options.throw:
             known, lost = replace_nonfinite(*known)
-        moved = t_problem.parameters, t_problem.inputs, t_problem.h0
         t_states = solve_tangents(recurrence, plan, structure, known, moved, lost)
     except NameError as error:
         if recurrence.coupled_along:
             raise _axis_not_in_scope(recurrence, error) from error
         raise
-    return (states, outcome), (t_states, jtu.tree_map(lambda _: None, outcome))
+    t_values = ()
+    if options.replay is None:
+        values = ()
+    else:
+        known = problem.parameters, problem.inputs, problem.h0, states
+        moved = t_problem.parameters, t_problem.inputs, t_problem.h0, t_states
+        t_values = options.replay.tangents(known, moved)
+    none = jtu.tree_map(lambda _: None, outcome)
+    return (states, values, outcome), (t_states, t_values, none)
 
 
 def _batched_run(options: _Options, unbound: BoundProblem) -> Callable:
@@ -195,27 +217,33 @@ def _batched_run(options: _Options, unbound: BoundProblem) -> Callable:
     def run(arrays, guess, axis_indices):
         # The rest of the problem is not an argument: JAX keeps the trees of those.
         problem = unbound.with_arrays(arrays)
-        states, stats = options.solver.run(problem, guess, options.max_steps)
+        if options.replay is None:
+            values = ()
+            states, stats = options.solver.run(problem, guess, options.max_steps)
+        else:
+            states, values, stats = record(problem, options.replay)
         throw = options.throw and not problem.axes
         outcome, checked = find_outcome(problem, states, stats, throw=throw)
         if throw:
             states = attach_check(states, checked, time_axis=0)
-        return states, _with_check(outcome, checked, problem.batch_shape)
+        return states, values, _with_check(outcome, checked, problem.batch_shape)
 
     @run.def_vmap
     def _(size, batched, *given):
         marks = zip(jtu.tree_leaves(given), jtu.tree_leaves(batched), strict=True)
         refuse_explicit("solve", [x for x, b in marks if b])
         deeper, arguments = _with_axis(size, batched, unbound, *given)
-        states, outcome = _batched_run(options, deeper)(*arguments)
-        states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
+        states, values, outcome = _batched_run(options, deeper)(*arguments)
+        states, values = jtu.tree_map(
+            lambda leaf: jnp.moveaxis(leaf, 1, 0), (states, values)
+        )
         if options.throw:
             # One check for the whole batch. It comes after the transposition, whose
             # result can be updated in place.
             checked = check_batch(states, outcome.code)
             states = attach_check(states, checked, time_axis=1)
             outcome = _with_check(outcome, checked, (size,))
-        out = states, outcome
+        out = states, values, outcome
         return out, jtu.tree_map(lambda _: True, out)
 
     def _with_check(outcome: Outcome, checked, shape):
@@ -225,6 +253,19 @@ def _batched_run(options: _Options, unbound: BoundProblem) -> Callable:
         return outcome._replace(checked=checked)
 
     return run
+
+
+def _recording(problem: BoundProblem, options: _Options, sequences: int) -> _Options:
+    """Let the loop return what the derivative replays, where the loop is what runs."""
+    if options.replay is not None or problem.recurrence.coupled_along:
+        return options
+    channels = problem.recurrence.width * sequences
+    if channels <= MAX_RECOMPUTED or time_shards(problem.steps) > 1:
+        return options
+    solver = options.solver.choose(problem, channels)
+    if not isinstance(solver, Sequential):
+        return options
+    return options._replace(replay=find_replay(problem.recurrence))
 
 
 def _with_axis(size: int, batched, unbound: BoundProblem, arrays, guess, axis_indices):
@@ -280,7 +321,7 @@ def _step_coupled(problem: BoundProblem, options: _Options):
     fixed, found = jax.lax.stop_gradient((problem, states))
     given = options._replace(solver=GivenStates(options.solver.residuals_kept))
     axis_indices = _axis_indices(problem.recurrence)
-    _, outcome = _evaluate(fixed, found, axis_indices, options=given)
+    _, _, outcome = _evaluate(fixed, found, axis_indices, options=given)
     if options.throw:
         good = outcome.checked == 0
         states = tuple(jnp.where(good, s, jnp.nan) for s in states)

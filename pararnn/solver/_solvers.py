@@ -101,6 +101,9 @@ class Ladder(AbstractSolver):
     def only_steps(self, steps: int) -> bool:
         return not self.methods
 
+    def choose(self, problem, channels):
+        return self if self.methods else Sequential()
+
     def run(self, problem, guess, limit):
         if not self.methods:
             return Sequential().run(problem, None, None)
@@ -258,17 +261,23 @@ class Auto(AbstractSolver):
     def for_stepping(self) -> AbstractSolver:
         return Sequential()
 
+    def choose(self, problem, channels):
+        return self._ladder(problem, channels, None).choose(problem, channels)
+
     def run(self, problem, guess, limit):
-        ladder = choose_ladder(
+        channels = problem.recurrence.width * math.prod(problem.batch_shape)
+        return self._ladder(problem, channels, limit).run(problem, guess, None)
+
+    def _ladder(self, problem, channels: int, limit: int | None) -> Ladder:
+        return choose_ladder(
             self,
             problem.steps,
-            problem.recurrence.width * math.prod(problem.batch_shape),
+            channels,
             problem.differentiated,
             problem.find_structure,
             limit,
             time_shards(problem.steps),
         )
-        return ladder.run(problem, guess, None)
 
 
 def choose_ladder(

@@ -1,0 +1,225 @@
+"""Replay: the derivative takes matrix products from the loop, which has computed them.
+
+A derivative linearises the cell at the solution, and so evaluates it again. Most of the
+work of a wide cell are its matrix products. The loop computes them anyway, and can
+return them. The derivative then only repeats what is cheap. This takes memory, one
+number for each entry of a product, but no more than backpropagation through the loop.
+
+What is kept are sums of products, such as `W x + U h + b`, if nothing else reads the
+summands. In the repeated step, the kept value stands for the sum and has the derivative
+of the sum. So derivatives of any order are those of the cell.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, PyTree
+
+from .._checks import is_symbolic
+from ..jaxprs import (
+    dependents_of,
+    evaluate,
+    evaluate_equation,
+    inline_jit,
+    primitives_of,
+    read,
+    read_by,
+    sub_jaxpr,
+    variables,
+    written_by,
+)
+from ._adjoint import split_by_tangents
+from ._hoist import LAYOUT_ONLY, PRODUCTS, count_numbers, count_operations, split_at
+from ._problem import Recurrence, _shape_dtype, states_before
+
+# Keeping a number, and reading it again, costs as many operations.
+COST_PER_KEPT = 8
+# Up to so many entries in a step's states, of all sequences, everything is recomputed:
+# that takes a fraction of the memory.
+MAX_RECOMPUTED = 1024
+# What may follow a product within a sum: it adds no work, and no entries.
+_SUMS = {"add", "add_any", "sub", "neg", "convert_element_type", *LAYOUT_ONLY}
+
+
+class Replay(NamedTuple):
+    """A step that also returns its products, and one that is given them.
+
+    **Attributes:**
+
+    - `recorded`: its step returns the leaves of the state, and then the values kept.
+    - `replayed`: its step takes these values as further leaves of the input.
+    """
+
+    recorded: Recurrence
+    replayed: Recurrence
+
+    def tangents(self, primals, tangents) -> tuple[Array, ...]:
+        """Return the tangents of the values kept, leaves `[T, ...]`.
+
+        `primals` are (parameters, inputs, h0, states), and `tangents` theirs.
+        """
+        moved, held = split_by_tangents(primals, tangents)
+
+        def values(moved):
+            parameters, inputs, h0, states = eqx.combine(held, moved)
+            step = jax.vmap(self.recorded.step, in_axes=(None, 0, 0))
+            ends = step(parameters, states_before(h0, states), inputs)
+            return ends[len(states) :]
+
+        return jax.jvp(values, (moved,), (tangents,))[1]
+
+
+def count_sequences(arrays: PyTree[Array]) -> int:
+    """Return how many sequences there are: the product of all batch axes of `vmap`.
+
+    Within `vmap` an array has the shape of one sequence. But a `vmap` rule is told the
+    size of the axis, and so can return something that has this size. A `vmap` that
+    comes later, as that of `jax.vmap(jax.grad(...))`, is not counted; nor is a batch of
+    symbolic size, as in `jax.export`.
+    """
+
+    def counted(size: int):
+        @custom_vmap
+        def one_for_each(arrays):
+            return jnp.zeros(size, bool)
+
+        @one_for_each.def_vmap
+        def _(more, batched, arrays):
+            each = counted(size * more)(arrays)
+            return jnp.broadcast_to(each, (more, *each.shape)), True
+
+        return one_for_each
+
+    count = counted(1)(jax.lax.stop_gradient(arrays)).shape[0]
+    return 1 if is_symbolic(count) else count
+
+
+def find_replay(recurrence: Recurrence) -> Replay | None:
+    """Find the products of a step, or return `None` if keeping them saves nothing."""
+    if recurrence.refinement is not None or recurrence.jaxpr.effects:
+        return None
+    if not PRODUCTS & primitives_of(recurrence.jaxpr):
+        return None
+    program, stages = _find_stages(recurrence)
+    if not stages:
+        return None
+    recorded = copy.copy(recurrence)
+    kept = [v for stage in stages for v in stage.outvars]
+    outvars = [*program.outvars, *kept]
+    recorded.jaxpr = sub_jaxpr(program, program.eqns, program.invars, outvars)
+    replayed = copy.copy(recurrence.for_derivative)
+    structs = [_shape_dtype(v.aval) for v in kept]
+    replayed.jaxpr = _replayed(*_find_stages(replayed), structs)
+    replayed.x_structs = [*recurrence.x_structs, *structs]
+    return Replay(recorded, replayed)
+
+
+def _find_stages(recurrence: Recurrence) -> tuple[jex.core.Jaxpr, list]:
+    """Return the step, and programs of sums of products whose results to keep.
+
+    A product whose operands depend on other products belongs to a later stage. The
+    results of a stage do not depend on each other, so one program computes them all.
+    """
+    program = inline_jit(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
+    moving = program.invars[len(recurrence.constant_structs) :]
+    varying = dependents_of(program, moving)
+    depth: dict[jex.core.Var, int] = dict.fromkeys(varying, 0)
+    members: dict[int, list] = {}
+    sums: set[jex.core.Var] = set()
+    for eqn in program.eqns:
+        operands = varying.intersection(variables(eqn.invars))
+        if not operands:
+            continue
+        deepest = max(depth[v] for v in operands)
+        name = eqn.primitive.name
+        joins = name in _SUMS and operands <= sums
+        joins = joins and all(depth[v] == deepest for v in operands)
+        if name in PRODUCTS or (joins and not _enlarges(eqn, operands)):
+            deepest += name in PRODUCTS
+            members.setdefault(deepest, []).append(eqn)
+            sums.update(eqn.outvars)
+        depth |= dict.fromkeys(eqn.outvars, deepest)
+    stages = (_as_stage(program, members[d]) for d in sorted(members))
+    return program, [stage for stage in stages if stage is not None]
+
+
+def _enlarges(eqn, operands) -> bool:
+    return count_numbers(eqn.outvars) > count_numbers(operands)
+
+
+def _as_stage(program: jex.core.Jaxpr, eqns) -> jex.core.Jaxpr | None:
+    """Return equations as a program, unless computing them again is as cheap."""
+    inside = set(map(id, eqns))
+    outside = read_by(e for e in program.eqns if id(e) not in inside)
+    made = written_by(eqns)
+    # A result that is a state itself is known already.
+    kept = [v for v in made if v in outside and v not in program.outvars]
+    if sum(map(count_operations, eqns)) <= COST_PER_KEPT * count_numbers(kept):
+        return None
+    operands = [v for v in variables([v for e in eqns for v in e.invars])]
+    return sub_jaxpr(program, eqns, [v for v in operands if v not in made], kept)
+
+
+def _replayed(program: jex.core.Jaxpr, stages, structs) -> jex.core.Jaxpr:
+    """Return the program with the results of some stages as its last arguments."""
+    kept = [v for stage in stages for v in stage.outvars]
+    within = {id(e) for stage in stages for e in stage.eqns}
+
+    def run(*arguments):
+        own, given = split_at(arguments, len(program.invars))
+        values = dict(zip(program.invars, own, strict=True))
+        known = dict(zip(kept, given, strict=True))
+
+        def advance(eqns):
+            """Evaluate all equations that only need what is known; return the rest."""
+            left = []
+            for eqn in eqns:
+                if all(v in values for v in variables(eqn.invars)):
+                    values.update(evaluate_equation(program, eqn, values))
+                else:
+                    left.append(eqn)
+            return left
+
+        eqns = advance(e for e in program.eqns if id(e) not in within)
+        for stage in stages:
+            results = [known[v] for v in stage.outvars]
+            outs = _with_known(stage)(results, [values[v] for v in stage.invars])
+            values.update(zip(stage.outvars, outs, strict=True))
+            eqns = advance(eqns)
+        return [read(v, values) for v in program.outvars]
+
+    own = [_shape_dtype(v.aval) for v in program.invars]
+    return jax.make_jaxpr(run)(*own, *structs).jaxpr
+
+
+def _with_known(program: jex.core.Jaxpr) -> Callable:
+    """Return `f(results, operands)`: the results, with the derivative of a program."""
+
+    @jax.custom_jvp
+    def known(results, operands):
+        return results
+
+    def differentiate(primals, tangents):
+        (results, operands), (_, moved) = primals, tangents
+        moves = [not isinstance(t, SymbolicZero) for t in moved]
+
+        def of_moving(*moving):
+            rest = iter(moving)
+            pairs = zip(moves, operands, strict=True)
+            return evaluate(program, *(next(rest) if m else o for m, o in pairs))
+
+        at, along = (
+            tuple(leaf for leaf, m in zip(leaves, moves, strict=True) if m)
+            for leaves in (operands, moved)
+        )
+        return results, jax.jvp(of_moving, at, along)[1]
+
+    known.defjvp(differentiate, symbolic_zeros=True)
+    return known
