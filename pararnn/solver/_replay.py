@@ -158,9 +158,9 @@ def _as_stage(program: jex.core.Jaxpr, eqns) -> jex.core.Jaxpr | None:
     """Return equations as a program, unless computing them again is as cheap."""
     inside = set(map(id, eqns))
     outside = read_by(e for e in program.eqns if id(e) not in inside)
+    outside |= set(variables(program.outvars))
     made = written_by(eqns)
-    # A result that is a state itself is known already.
-    kept = [v for v in made if v in outside and v not in program.outvars]
+    kept = [v for v in made if v in outside]
     if sum(map(count_operations, eqns)) <= COST_PER_KEPT * count_numbers(kept):
         return None
     operands = [v for v in variables([v for e in eqns for v in e.invars])]
