@@ -27,12 +27,14 @@ from . import (
     scaling,
     segments,
     solve,
+    users,
 )
 from ._case import Case, Group, Row, Settings
 from ._report import Results, describe_machine
 from ._summary import render_summary
 
 GROUPS: dict[str, Group] = {
+    "users": users,
     "solve": solve,
     "projections": projections,
     "linear_scan": linear_scan,

@@ -429,7 +429,7 @@ def test_auto_off_the_cpu_goes_by_structure(
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     channels = batch * structure.width
-    ladder = choose_ladder(Auto(), steps, channels, False, lambda: structure)
+    ladder = choose_ladder(Auto(), steps, channels, lambda: structure)
     if segments is None:
         assert ladder.methods == ()
     else:

@@ -310,7 +310,6 @@ class BoundProblem(eqx.Module):
     - `h0`: leaves `[*batch, ...]`.
     - `find_structure()`: the structure of the Jacobian, found at the first call.
     - `split`: the step in two parts, if one of them needs no state; see `hoist`.
-    - `differentiated`: whether this solve is differentiated.
     - `axes`: the batch axes, innermost first. For each: which parameters and inputs
         have it, and its name if the cell communicates along it.
     """
@@ -321,7 +320,6 @@ class BoundProblem(eqx.Module):
     h0: tuple[Array, ...]
     find_structure: Callable[[], Structure] = eqx.field(static=True)
     split: SplitStep | None = eqx.field(static=True, default=None)
-    differentiated: bool = eqx.field(static=True, default=False)
     axes: tuple = eqx.field(static=True, default=())
 
     @property

@@ -165,7 +165,6 @@ def _evaluate(problem: BoundProblem, guess, axis_indices, *, options: _Options):
 def _(primals, tangents, *, options: _Options):
     """Take the derivative at the solution, not through the solver's iterations."""
     (problem, guess, axis_indices), (t_problem, _, _) = primals, tangents
-    problem = problem.replace(differentiated=True)
     recurrence, plan, structure = problem.recurrence.for_derivative, None, None
     again = options
     try:

@@ -273,7 +273,6 @@ class Auto(AbstractSolver):
             self,
             problem.steps,
             channels,
-            problem.differentiated,
             problem.find_structure,
             limit,
             time_shards(problem.steps),
@@ -284,7 +283,6 @@ def choose_ladder(
     auto: Auto,
     steps: int,
     channels: int,
-    differentiated: bool,
     find_structure: Callable[[], Structure],
     limit: int | None = None,
     shards: int = 1,
@@ -292,22 +290,20 @@ def choose_ladder(
     """Return the ladder to climb; without methods it is the sequential loop.
 
     **Arguments:** `channels`, the number of entries in one step's state, including the
-    batch; `differentiated`, whether this solve is differentiated; `limit`, the user's
+    batch; `limit`, the user's
     limit on the steps of each rung; `shards`, the number of devices that share time.
 
-    CPU (2 cores of an AMD EPYC with AVX-512, jax 0.10.2, diagonal GRU in float32; ms
-    for the forward solve, median of 7):
+    CPU: the loop. XLA compiles a small loop to plain machine code, and 16 channels
+    already fill the vector units. Only a single narrow sequence can gain from parallel
+    time, and whether it does depends on the machine (diagonal GRU with one channel in
+    float32, ms for the forward solve; the best of 8 to 256 segments):
 
-    | T      | channels | sequential | Newton, 2 steps, best of 8..256 segments |
-    |--------|----------|------------|------------------------------------------|
-    | 16384  | 1        | 0.62       | 0.28                                     |
-    | 131072 | 1        | 4.94       | 2.27                                     |
-    | 16384  | 16       | 0.99       | 3.5                                      |
-    | 131072 | 16       | 7.3        | 39                                       |
-    | 16384  | 64       | 3.5        | 11                                       |
-
-    XLA compiles a small loop to plain machine code, and 16 channels already fill the
-    vector units. So parallel time only helps a single narrow sequence.
+    | machine                          | T      | loop | Newton, 2 steps |
+    |----------------------------------|--------|------|-----------------|
+    | 2 cores, AMD EPYC, AVX-512 (a)   | 16384  | 0.62 | 0.28            |
+    | the same (a)                     | 131072 | 4.94 | 2.27            |
+    | another such machine (b)         | 4096   | 0.16 | 0.53            |
+    | the same (b)                     | 16384  | 0.63 | 1.03            |
 
     GPU (a model of the cost; not measured): a step of the loop is a few kernel
     launches, which take about 10 us for any cell. Three sweeps of Newton push `size`
@@ -324,15 +320,10 @@ def choose_ladder(
     """
     if is_symbolic(steps, channels) and shards == 1:
         return Ladder(())
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and shards > 1:
-        segments, limits = shards, (1, 3)
-    elif on_cpu:
-        # Segments copy the inputs. With a gradient, where the forward pass takes the
-        # smaller part of the time, the copies would take half of the memory.
-        if channels > 1 or steps < 4096 or differentiated:
+    if jax.default_backend() == "cpu":
+        if shards == 1:
             return Ladder(())
-        segments, limits = 256, (1, 3)
+        segments, limits = shards, (1, 3)
     elif shards == 1 and steps < 64:
         return Ladder(())
     else:
