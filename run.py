@@ -48,7 +48,7 @@ QUICK_COMPILATION = (
 # What a new version of JAX can break: the engine, the solver, cells and layers.
 CORE = (
     *("dependencies", "structure", "transitions", "bad_input", "export", "hoist"),
-    *("fused_scan", "windows", "stack", "rnn"),
+    *("products", "fused_scan", "windows", "stack", "rnn"),
 )
 
 ROOT = Path(__file__).resolve().parent

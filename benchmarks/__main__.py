@@ -27,6 +27,7 @@ from . import (
     scaling,
     segments,
     solve,
+    trained,
     users,
 )
 from ._case import Case, Group, Row, Settings
@@ -35,6 +36,7 @@ from ._summary import render_summary
 
 GROUPS: dict[str, Group] = {
     "users": users,
+    "trained": trained,
     "solve": solve,
     "projections": projections,
     "linear_scan": linear_scan,

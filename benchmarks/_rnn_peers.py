@@ -6,6 +6,8 @@ its own.
 """
 
 import functools as ft
+import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -87,7 +89,8 @@ def by_hand(kind: str, width: int) -> Layer:
         return _time_first(kept[0]), (parameters, x, kept)
 
     def differentiate(kept, cotangents):
-        return backward(*kept, _time_first(cotangents)), None
+        parameters, x, stored = kept
+        return backward(parameters, x, stored, _time_first(cotangents)), None
 
     run.defvjp(keep, differentiate)
     return parameters, run
@@ -180,10 +183,9 @@ PEERS = {"eqx + lax.scan": equinox_scan, "nnx.RNN": flax_rnn, "by hand": by_hand
 
 def torch_programs(kind: str, width: int, xs) -> dict[str, Program]:
     """`torch.nn` on the CPU: value, and value and gradient; empty without torch."""
-    try:
-        import torch
-    except ImportError:
+    if importlib.util.find_spec("torch") is None:
         return {}
+    torch = importlib.import_module("torch")
     layer = getattr(torch.nn, kind)(width, width, batch_first=True)
     inputs = torch.from_numpy(np.array(xs))
 

@@ -10,7 +10,6 @@ import numpy as np
 from jax import lax
 
 import pararnn
-from pararnn.cells import CELLS
 
 from ._case import Case, Settings
 from ._rnn_peers import PEERS, torch_programs, value_and_gradient
@@ -40,7 +39,13 @@ SHAPES = (
     (128, 64, 256),
 )
 RESETS = (128, 128, 256)  # with a reset at 3% of the steps
-OTHER = ("paragru", "paralstm", "slstm", "elman")
+DENSE = {"GRU": pararnn.GRUCell, "LSTM": pararnn.LSTMCell}
+OTHER: dict[str, Callable] = {
+    "ParaGRU": pararnn.ParaGRUCell,
+    "ParaLSTM": pararnn.ParaLSTMCell,
+    "sLSTM": pararnn.SLSTMCell,
+    "Elman": pararnn.ElmanCell,
+}
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -136,7 +141,7 @@ def _measure(layers: dict[str, tuple], shape, settings: Settings, torch_kind=Non
 
 def _measure_dense(kind: str, shape, with_resets: bool, settings: Settings):
     steps, width = shape[1:]
-    cell = CELLS[kind.lower()](width, width, key=jr.key(0))
+    cell = DENSE[kind](width, width, key=jr.key(0))
     if not with_resets:
         layers = {"ours": _layer(cell)}
         layers |= {name: make(kind, width) for name, make in PEERS.items()}
@@ -172,7 +177,7 @@ def _plain(cell, reset=None) -> tuple:
 
 def _measure_other(name: str, shape, settings: Settings):
     width = shape[-1]
-    cell = CELLS[name](width, width, key=jr.key(0))
+    cell = OTHER[name](width, width, key=jr.key(0))
     layers = {"ours": _layer(cell), "scan": _plain(cell)}
     return _measure(layers, shape, settings)
 
