@@ -78,7 +78,7 @@ def plan_adjoint(
         return Plan(structure.size <= 64, _divisor(steps, max(16, steps // 8)))
     if is_symbolic(steps):
         return Plan(structure.size <= 4 and adjoint != "sweep", steps)
-    numbers, rows = max(1, structure.width * sequences), max(1, 128 // sequences)
+    numbers, rows = max(1, structure.width * sequences), max(1, 64 // sequences)
     target = max(8, min(max(2**12 // numbers, rows), steps // 16))
     if adjoint == "sweep":
         return Plan(False, _divisor(steps, target))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from ..scan import in_windows, join_time, shift, time_shards, vary
 from ._hoist import hoist, hoisting_window, split_step
-from ._problem import BoundProblem
+from ._problem import BoundProblem, _shape_dtype
 from ._replay import Replay
 from ._solution import Stats
 
@@ -103,39 +103,53 @@ class Sequential(AbstractSolver):
 def record(
     problem: BoundProblem, replay: Replay
 ) -> tuple[States, tuple[Array, ...], Stats]:
-    """Return the states, the values that a derivative replays, and the statistics."""
+    """Return the states, the values that a derivative replays, and the statistics.
+
+    The values have time after the batch, `[*batch, T, ...]`, as `vmap` needs them.
+    """
     recorded = replay.recorded
     return _run_loop(problem.replace(recurrence=recorded, split=split_step(recorded)))
 
 
 def _run_loop(problem: BoundProblem) -> tuple[States, tuple[Array, ...], Stats]:
     """Take one step after the other; return states, what else a step returns, stats."""
-    count = len(problem.h0)
+    count, rank = len(problem.h0), problem.rank
 
     def loop(carry, inputs):
         left = hoist(problem.replace(inputs=inputs))
 
         def body(carry, x):
-            h, tainted = carry
+            h, tainted, t, kept = carry
             ends = left.step(h, x)
-            h = ends[:count]
+            h, values = ends[:count], ends[count:]
             # 0 as long as all states are finite, NaN from then on. In the loop this
             # costs a few percent of the time; a pass over all states afterwards would
             # cost 10 to 40%.
             tainted = tuple(t + v * 0 for t, v in zip(tainted, h, strict=True))
-            return (h, tainted), ends
+            kept = tuple(
+                lax.dynamic_update_index_in_dim(whole, value, t, rank)
+                for whole, value in zip(kept, values, strict=True)
+            )
+            return (h, tainted, t + 1, kept), h
 
         return lax.scan(body, carry, left.inputs)
 
-    start = problem.h0, tuple(jnp.zeros_like(h) for h in problem.h0)
+    kept = tuple(
+        jnp.zeros((*problem.batch_shape, problem.steps, *s.shape), s.dtype)
+        for s in (
+            _shape_dtype(v.aval) for v in problem.recurrence.jaxpr.outvars[count:]
+        )
+    )
+    finite = tuple(jnp.zeros_like(h) for h in problem.h0)
+    now = jnp.zeros((), jnp.int32)
+    start = problem.h0, finite, *vary((now, kept), problem.h0)
     if problem.split is None:
-        (_, tainted), ends = loop(start, problem.inputs)
+        (_, tainted, _, kept), states = loop(start, problem.inputs)
     else:
         # Inputs are prepared a window at a time, which stays in cache.
         window = hoisting_window(problem)
-        (_, tainted), ends = in_windows(loop, start, problem.inputs, window)
-    stats = Stats.exact(problem, all_zero(tainted, problem.rank))
-    return ends[:count], ends[count:], stats
+        (_, tainted, _, kept), states = in_windows(loop, start, problem.inputs, window)
+    return states, kept, Stats.exact(problem, all_zero(tainted, rank))
 
 
 def step_in_turns(problem: BoundProblem) -> tuple[Array, ...]:

@@ -233,9 +233,7 @@ def _batched_run(options: _Options, unbound: BoundProblem) -> Callable:
         refuse_explicit("solve", [x for x, b in marks if b])
         deeper, arguments = _with_axis(size, batched, unbound, *given)
         states, values, outcome = _batched_run(options, deeper)(*arguments)
-        states, values = jtu.tree_map(
-            lambda leaf: jnp.moveaxis(leaf, 1, 0), (states, values)
-        )
+        states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
         if options.throw:
             # One check for the whole batch. It comes after the transposition, whose
             # result can be updated in place.
