@@ -174,15 +174,11 @@ def _(primals, tangents, *, options: _Options):
             again = _recording(problem, options, sequences)
             plan = plan_adjoint(options.adjoint, structure, problem.steps, sequences)
         states, values, outcome = _evaluate(problem, guess, axis_indices, options=again)
-        leaves, reset = problem.inputs
-        known = problem.parameters, (leaves, reset), problem.h0, states
-        t_leaves, t_reset = t_problem.inputs
-        moved = t_problem.parameters, (t_leaves, t_reset), t_problem.h0
+        known, moved = (*problem.arrays, states), t_problem.arrays
         if again.replay is not None:
             recurrence = again.replay.replayed
-            known = known[0], ((*leaves, *values), reset), *known[2:]
-            none = (None,) * len(values)
-            moved = moved[0], ((*t_leaves, *none), t_reset), moved[2]
+            known = _with_inputs(known, values)
+            moved = _with_inputs(moved, (None,) * len(values))
         # With `throw`, states that are not finite raise: they need no derivative.
         lost = None
         if not options.throw:
@@ -192,15 +188,19 @@ def _(primals, tangents, *, options: _Options):
         if recurrence.coupled_along:
             raise _axis_not_in_scope(recurrence, error) from error
         raise
-    t_values = ()
     if options.replay is None:
-        values = ()
+        values, t_values = (), ()
     else:
-        known = problem.parameters, problem.inputs, problem.h0, states
-        moved = t_problem.parameters, t_problem.inputs, t_problem.h0, t_states
+        known, moved = (*problem.arrays, states), (*t_problem.arrays, t_states)
         t_values = options.replay.tangents(known, moved)
     none = jtu.tree_map(lambda _: None, outcome)
     return (states, values, outcome), (t_states, t_values, none)
+
+
+def _with_inputs(arrays: tuple, more: tuple) -> tuple:
+    """Return a problem's arrays, or their tangents, with more leaves of its inputs."""
+    parameters, (leaves, reset), *rest = arrays
+    return parameters, ((*leaves, *more), reset), *rest
 
 
 def _batched_run(options: _Options, unbound: BoundProblem) -> Callable:
