@@ -370,8 +370,9 @@ def test_segments_many_steps_are_always_enough(segments):
         np.testing.assert_array_less(sol.stats["residual"], 1e-13)
 
 
-def test_auto_is_right_where_newton_fails():
-    """A chaotic sequence that is so long that Newton is tried first."""
+def test_auto_is_right_where_newton_fails(monkeypatch):
+    """A chaotic sequence, by the rule for a GPU, where Newton is tried first."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     xs = jnp.zeros(4096)
     run = jax.jit(lambda h0: solve(logistic, xs, h0, solver=Auto(), max_steps=1))
     sol = run(0.37)
@@ -382,12 +383,18 @@ def test_auto_is_right_where_newton_fails():
     assert_close(sol.states, wanted(0.37), 0)
 
 
-def test_auto_keeps_newtons_answer_where_it_is_certified():
+def test_auto_keeps_newtons_answer_where_it_is_certified(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     f = CELLS["scalar"].f({"a": jnp.asarray(0.3)})
     xs = jr.normal(jr.key(0), (4096,))
     sol = jax.jit(lambda xs: solve(f, xs, 0.0))(xs)
     assert is_success(sol.result) and not bool(sol.stats["sequential"])
     assert_close(sol.states, jax.jit(lambda xs: scan(f, xs, 0.0))(xs), 1e-11)
+
+
+def test_auto_on_a_cpu_is_the_loop():
+    sol = jax.jit(lambda xs: solve(logistic, xs, 0.37))(jnp.zeros(4096))
+    assert bool(sol.stats["sequential"]) and sol.stats["num_steps"] == 0
 
 
 def test_auto_falls_back_for_a_whole_batch():
