@@ -255,3 +255,24 @@ def test_all_sequences_are_counted():
     assert jnp.all(jax.jit(jax.vmap(jax.vmap(count, 1), 2))(xs) == 15)
     # Nothing is counted that is the same for all.
     assert jnp.all(jax.vmap(lambda x: count(xs))(xs) == 1)
+
+
+def test_a_batch_within_a_loop_within_a_batch():
+    """The inner batch is staged before the outer one is known."""
+    arrays, solved, scanned = losses(CELLS["GRUCell"].f, None, None)
+    xs = normal(3, 2, 3, T, D)
+
+    def descend(loss):
+        def one(xs):
+            def body(arrays, _):
+                def total(arrays):
+                    return jax.vmap(lambda x: loss(arrays, x, ONE))(xs).sum()
+
+                gradient = jax.grad(total)(arrays)
+                return jax.tree.map(lambda a, g: a - 1e-3 * g, arrays, gradient), None
+
+            return jax.lax.scan(body, arrays, None, length=2)[0]
+
+        return jax.jit(jax.vmap(one))(xs)
+
+    assert_close(descend(solved), descend(scanned), rtol=1e-9)

@@ -11,6 +11,7 @@ of the sum. So derivatives of any order are those of the cell.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -79,26 +80,23 @@ class Replay(NamedTuple):
 def count_sequences(arrays: PyTree[Array]) -> int:
     """Return how many sequences there are: the product of all batch axes of `vmap`.
 
-    Within `vmap` an array has the shape of one sequence. But a `vmap` rule is told the
-    size of the axis, and so can return something that has this size. A `vmap` that
-    comes later, as that of `jax.vmap(jax.grad(...))`, is not counted; nor is a batch of
-    symbolic size, as in `jax.export`.
+    Within `vmap` an array has the shape of one sequence, but a `vmap` rule is told the
+    size of the axis. A `vmap` that comes later, as in `jax.vmap(jax.grad(...))`, is not
+    counted; nor is a batch of symbolic size, as in `jax.export`.
     """
+    sizes = []
 
-    def counted(size: int):
-        @custom_vmap
-        def one_for_each(arrays):
-            return jnp.zeros(size, bool)
+    @custom_vmap
+    def look(arrays):
+        return jnp.zeros((), bool)
 
-        @one_for_each.def_vmap
-        def _(more, batched, arrays):
-            each = counted(size * more)(arrays)
-            return jnp.broadcast_to(each, (more, *each.shape)), True
+    @look.def_vmap
+    def _(size, batched, arrays):
+        sizes.append(size)
+        return look(arrays), False
 
-        return one_for_each
-
-    count = counted(1)(jax.lax.stop_gradient(arrays)).shape[0]
-    return 1 if is_symbolic(count) else count
+    look(jax.lax.stop_gradient(arrays))
+    return 1 if is_symbolic(*sizes) else math.prod(sizes)
 
 
 def find_replay(recurrence: Recurrence) -> Replay | None:
