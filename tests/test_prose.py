@@ -67,12 +67,18 @@ def words_of_document(path: Path) -> list[tuple[str, int]]:
 def words_of_program(path: Path) -> list[tuple[str, int]]:
     """The words of comments and strings, each with the number of its line."""
     words = []
-    text = {token.STRING, getattr(token, "FSTRING_MIDDLE", token.STRING)}
+    # From Python 3.12 on, an f-string is several tokens.
+    kinds = ("FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END")
+    opens, middle, closes = (getattr(token, name, None) for name in kinds)
     with tokenize.open(path) as file:
         for kind, string, (first, _), _, _ in tokenize.generate_tokens(file.readline):
             if kind == token.COMMENT:
                 string = string.lstrip("#")
-            elif kind in text:
+            elif kind in (opens, closes):
+                string = ""
+            elif kind == middle:
+                pass
+            elif kind == token.STRING:
                 # Of the quotes, only those that open a docstring are kept.
                 string = re.sub(r'^\w*"""', ' """ ', string)
                 string = re.sub(r"""^\w*["']|["']+$""", "", string)
