@@ -15,9 +15,9 @@ class AbstractCell(eqx.Module):
     r"""One step $h_t = f(h_{t-1}, x_t)$, unbatched, called as `cell(state, x)`.
 
     The step is split in two, `update(state, gates(x))`, because the matrix products
-    with the input need no state: a layer computes them for the whole sequence at once,
-    and only the rest is stepped or solved for. Subclassing is a convenience, not a
-    requirement: the solvers take any callable `f(h, x) -> h`.
+    with the input need no state. A solver finds them in any cell and computes them for
+    many steps at once. Subclassing is a convenience, not a requirement: the solvers
+    take any callable `f(h, x) -> h`.
 
     **Attributes:** `d_input` and `d_state`, the sizes of the input and of each array of
     the state.

@@ -58,9 +58,9 @@ def plan_adjoint(
     The temporaries of a window should fit in cache and be few, so that the gradient
     needs about the memory of the states. On a CPU, windows of 2**10 to 2**14 numbers
     are equally fast, and 2**16 takes 20% more time. But each window adds to the
-    gradient of all weights, which is cheap beside a product of at least 128 rows, and a
-    window of fewer than 8 steps is never faster. Materialised Jacobians are faster for
-    blocks of up to 4, and slower from 32 on (docs/devdocs/solver.md).
+    gradient of all weights, which is cheap beside a product of at least 64 rows.
+    Materialised Jacobians are faster for blocks of up to 4, and slower from 32 on
+    (docs/devdocs/solver.md).
 
     **Raises:** `ValueError` for a sweep over time that is sharded across devices.
     """

@@ -27,7 +27,6 @@ from ..jaxprs import (
     dependents_of,
     evaluate,
     evaluate_equation,
-    inline_jit,
     inner_jaxprs,
     primitives_of,
     read,
@@ -57,15 +56,22 @@ MAX_GROWTH = 16
 WINDOW_SIZE, MIN_WINDOW = 2**18, 8
 
 
-def split_step(recurrence: Recurrence) -> SplitStep | None:
-    """Split a step in two, or return `None` if that saves nothing."""
+def program_with_products(recurrence: Recurrence) -> jex.core.Jaxpr | None:
+    """Return the program of a step that may be rewritten, if it has any products."""
     # An implicit step is one loop, and effects must stay in order.
     if recurrence.refinement is not None or recurrence.jaxpr.effects:
         return None
     if not PRODUCTS & primitives_of(recurrence.jaxpr):
         return None
+    return recurrence.inlined()
+
+
+def split_step(recurrence: Recurrence) -> SplitStep | None:
+    """Split a step in two, or return `None` if that saves nothing."""
+    program = program_with_products(recurrence)
+    if program is None:
+        return None
     count, width = len(recurrence.constant_structs), len(recurrence.state_leaves)
-    program = inline_jit(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
     constants, h, x = split_at(program.invars, count, count + width)
     partition = _partition(program, h, x)
     if not partition.worthwhile:
@@ -263,11 +269,9 @@ def merge_products(recurrence: Recurrence) -> Recurrence:
     The weights are stacked twice: the loop is faster where the axis summed over comes
     first, and the derivative where it comes last.
     """
-    if recurrence.refinement is not None or recurrence.jaxpr.effects:
+    program = program_with_products(recurrence)
+    if program is None:
         return recurrence
-    if "dot_general" not in primitives_of(recurrence.jaxpr):
-        return recurrence
-    program = inline_jit(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
     count = len(recurrence.constant_structs)
     constants, moving = program.invars[:count], program.invars[count:]
     groups = _find_groups(program, dependents_of(program, moving))

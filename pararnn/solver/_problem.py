@@ -113,6 +113,10 @@ class Recurrence:
         """The values that the cell closes over, until they are taken."""
         return self._constants[: len(self.constant_structs)]
 
+    def inlined(self) -> jex.core.Jaxpr:
+        """Return the step's program with jitted functions inlined."""
+        return inline_jit(jex.core.ClosedJaxpr(self.jaxpr, [])).jaxpr
+
     def add_constants(self, values, known) -> None:
         """Append more constants."""
         count = len(self.constant_structs)

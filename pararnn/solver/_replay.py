@@ -28,8 +28,6 @@ from ..jaxprs import (
     dependents_of,
     evaluate,
     evaluate_equation,
-    inline_jit,
-    primitives_of,
     read,
     read_by,
     sub_jaxpr,
@@ -37,7 +35,14 @@ from ..jaxprs import (
     written_by,
 )
 from ._adjoint import split_by_tangents
-from ._hoist import LAYOUT_ONLY, PRODUCTS, count_numbers, count_operations, split_at
+from ._hoist import (
+    LAYOUT_ONLY,
+    PRODUCTS,
+    count_numbers,
+    count_operations,
+    program_with_products,
+    split_at,
+)
 from ._problem import Recurrence, _shape_dtype, states_before
 
 # Keeping a number, and reading it again, costs as many operations.
@@ -101,12 +106,9 @@ def count_sequences(arrays: PyTree[Array]) -> int:
 
 def find_replay(recurrence: Recurrence) -> Replay | None:
     """Find the products of a step, or return `None` if keeping them saves nothing."""
-    if recurrence.refinement is not None or recurrence.jaxpr.effects:
-        return None
-    if not PRODUCTS & primitives_of(recurrence.jaxpr):
-        return None
-    program, stages = _find_stages(recurrence)
-    if not stages:
+    program = program_with_products(recurrence)
+    stages = [] if program is None else _find_stages(recurrence, program)
+    if program is None or not stages:
         return None
     recorded = copy.copy(recurrence)
     kept = [v for stage in stages for v in stage.outvars]
@@ -114,18 +116,20 @@ def find_replay(recurrence: Recurrence) -> Replay | None:
     recorded.jaxpr = sub_jaxpr(program, program.eqns, program.invars, outvars)
     replayed = copy.copy(recurrence.for_derivative)
     structs = [_shape_dtype(v.aval) for v in kept]
-    replayed.jaxpr = _replayed(*_find_stages(replayed), structs)
+    again = replayed.inlined()
+    replayed.jaxpr = _replayed(again, _find_stages(replayed, again), structs)
     replayed.x_structs = [*recurrence.x_structs, *structs]
     return Replay(recorded, replayed)
 
 
-def _find_stages(recurrence: Recurrence) -> tuple[jex.core.Jaxpr, list]:
-    """Return the step, and programs of sums of products whose results to keep.
+def _find_stages(
+    recurrence: Recurrence, program: jex.core.Jaxpr
+) -> list[jex.core.Jaxpr]:
+    """Return programs of sums of products whose results are worth keeping.
 
     A product whose operands depend on other products belongs to a later stage. The
     results of a stage do not depend on each other, so one program computes them all.
     """
-    program = inline_jit(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
     moving = program.invars[len(recurrence.constant_structs) :]
     varying = dependents_of(program, moving)
     depth: dict[jex.core.Var, int] = dict.fromkeys(varying, 0)
@@ -145,7 +149,7 @@ def _find_stages(recurrence: Recurrence) -> tuple[jex.core.Jaxpr, list]:
             sums.update(eqn.outvars)
         depth |= dict.fromkeys(eqn.outvars, deepest)
     stages = (_as_stage(program, members[d]) for d in sorted(members))
-    return program, [stage for stage in stages if stage is not None]
+    return [stage for stage in stages if stage is not None]
 
 
 def _enlarges(eqn, operands) -> bool:

@@ -78,6 +78,7 @@ class AbstractSolver(eqx.Module):
         """Return the solver that this one uses for a problem.
 
         `channels` is the number of entries in one step's states, including the batch.
+        Where this is [`pararnn.Sequential`][], a derivative reuses the loop's products.
         """
         return self
 
@@ -119,7 +120,7 @@ def _run_loop(problem: BoundProblem) -> tuple[States, tuple[Array, ...], Stats]:
         left = hoist(problem.replace(inputs=inputs))
 
         def body(carry, x):
-            h, tainted, t, kept = carry
+            h, tainted, now, kept = carry
             ends = left.step(h, x)
             h, values = ends[:count], ends[count:]
             # 0 as long as all states are finite, NaN from then on. In the loop this
@@ -127,10 +128,10 @@ def _run_loop(problem: BoundProblem) -> tuple[States, tuple[Array, ...], Stats]:
             # cost 10 to 40%.
             tainted = tuple(t + v * 0 for t, v in zip(tainted, h, strict=True))
             kept = tuple(
-                lax.dynamic_update_index_in_dim(whole, value, t, rank)
+                lax.dynamic_update_index_in_dim(whole, value, now, rank)
                 for whole, value in zip(kept, values, strict=True)
             )
-            return (h, tainted, t + 1, kept), h
+            return (h, tainted, now + 1, kept), h
 
         return lax.scan(body, carry, left.inputs)
 

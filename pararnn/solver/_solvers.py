@@ -290,8 +290,8 @@ def choose_ladder(
     """Return the ladder to climb; without methods it is the sequential loop.
 
     **Arguments:** `channels`, the number of entries in one step's state, including the
-    batch; `limit`, the user's
-    limit on the steps of each rung; `shards`, the number of devices that share time.
+    batch; `limit`, the user's limit on the steps of each rung; `shards`, the number of
+    devices that share time.
 
     CPU: the loop. XLA compiles a small loop to plain machine code, and 16 channels
     already fill the vector units. Only a single narrow sequence can gain from parallel

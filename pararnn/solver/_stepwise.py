@@ -25,7 +25,6 @@ from ..jaxprs import (
     backward_slice,
     dependents_of,
     evaluate,
-    inline_jit,
     inner_jaxprs,
     read_by,
     sub_jaxpr,
@@ -105,7 +104,7 @@ def precompute_unbatchable(
         rest.refinement = None
     if not _is_unbatchable(recurrence.jaxpr):
         return rest, x_leaves
-    program = inline_jit(jex.core.ClosedJaxpr(recurrence.jaxpr, [])).jaxpr
+    program = recurrence.inlined()
     constants, h, x = _arguments(recurrence, program)
     once, stepped = _find_precomputable(program, h, x)
     before = {id(e) for e in (*once, *stepped)}
