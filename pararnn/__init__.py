@@ -48,6 +48,10 @@ from .models import (
     list_mixers as list_mixers,
     make_mixer as make_mixer,
 )
+from .recurrence import (
+    Structure as Structure,
+    jacobian_structure as jacobian_structure,
+)
 from .scan import (
     AbstractTransition as AbstractTransition,
     BlockDiagonal as BlockDiagonal,
@@ -73,8 +77,6 @@ from .solver import (
     QuasiNewton as QuasiNewton,
     Sequential as Sequential,
     Solution as Solution,
-    Structure as Structure,
     Windows as Windows,
-    jacobian_structure as jacobian_structure,
     solve as solve,
 )

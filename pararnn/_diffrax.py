@@ -14,15 +14,8 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from ._checks import check_bits
 from ._diffrax_step import step_as_cell
-from .solver import (
-    RESULTS,
-    AbstractSolver,
-    Auto,
-    Solution,
-    Structure,
-    check_solver,
-    solve,
-)
+from .recurrence import Structure
+from .solver import RESULTS, AbstractSolver, Auto, Solution, check_solver, solve
 
 
 def integrate(

@@ -14,15 +14,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .scan import invert_matrices, multiply_matrices
-from .solver._adjoint import split_by_tangents
-from .solver._problem import Recurrence
-from .solver._structure import (
+from .recurrence import (
+    Recurrence,
     find_structure,
     from_blocks,
+    split_by_tangents,
     to_blocks,
     transition_factors,
 )
+from .scan import invert_matrices, multiply_matrices
 
 
 class Equation:

@@ -19,9 +19,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._checks import check_bits, is_count
 from ._equation import Equation, solution
+from .recurrence import AbstractImplicitCell, Recurrence
 from .solver._certificate import along_entries, max_abs
-from .solver._inputs import AbstractImplicitCell
-from .solver._problem import Recurrence
 
 
 class Implicit(AbstractImplicitCell):

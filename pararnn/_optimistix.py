@@ -11,14 +11,20 @@ import optimistix as optx
 from jaxtyping import Array, Bool, PyTree
 
 from ._adapters import as_step
-from .solver import AbstractMethod, states_before
+from .recurrence import (
+    check_like,
+    check_resets,
+    count_steps,
+    find_structure,
+    make_recurrence,
+    refuse_unbatchable,
+    states_before,
+)
+from .solver import AbstractMethod
 from .solver._certificate import max_abs
-from .solver._inputs import check_like, check_resets, count_steps, make_recurrence
 from .solver._iteration import Carry, Iteration
 from .solver._problem import BoundProblem
 from .solver._segments import Segments
-from .solver._stepwise import refuse_unbatchable
-from .solver._structure import find_structure
 
 
 class Problem(eqx.Module):

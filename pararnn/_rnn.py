@@ -13,15 +13,9 @@ from ._adapters import FunctionCell, as_cell, emitting_cell
 from ._checks import check_reset
 from ._parameters import check_flag
 from .cells import AbstractCell
+from .recurrence import count_steps, states_before
 from .scan import backwards
-from .solver import (
-    AbstractSolver,
-    Auto,
-    check_solver,
-    count_steps,
-    solve,
-    states_before,
-)
+from .solver import AbstractSolver, Auto, check_solver, solve
 
 
 class RNN(eqx.Module):

@@ -17,9 +17,7 @@ from jax import lax
 import pararnn
 from pararnn import RESULTS, Newton, Sequential, solve
 from pararnn.jaxprs import primitives_of
-from pararnn.solver import _hoist
-from pararnn.solver._hoist import split_step
-from pararnn.solver._inputs import make_recurrence
+from pararnn.recurrence import _hoist, make_recurrence, split_step
 from tests.helpers import assert_close
 from tests.problems import scan
 

@@ -17,10 +17,14 @@ import pytest
 import pararnn
 from pararnn import solve
 from pararnn.jaxprs import primitives_of
-from pararnn.solver import _replay, _solve
-from pararnn.solver._hoist import merge_products
-from pararnn.solver._inputs import make_recurrence
-from pararnn.solver._replay import count_sequences, find_replay
+from pararnn.recurrence import (
+    _replay,
+    count_sequences,
+    find_replay,
+    make_recurrence,
+    merge_products,
+)
+from pararnn.solver import _solve
 from tests.helpers import assert_close
 from tests.problems import scan
 

@@ -25,7 +25,7 @@ from pararnn import (
     Windows,
     solve,
 )
-from pararnn.solver._problem import Recurrence
+from pararnn.recurrence import Recurrence
 from pararnn.solver._solvers import choose_ladder
 from tests.helpers import assert_close
 from tests.problems import (

@@ -11,7 +11,7 @@ from jax import lax
 
 import pararnn
 from pararnn import Newton, Structure, jacobian_structure, solve
-from pararnn.solver import _structure
+from pararnn.recurrence import _structure
 from tests.helpers import assert_close
 from tests.problems import CELLS, instance, scan
 

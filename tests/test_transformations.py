@@ -18,8 +18,7 @@ from jax.experimental import io_callback
 
 import pararnn
 from pararnn import Auto, Ladder, Newton, Sequential, Windows, solve
-from pararnn.solver._inputs import make_recurrence
-from pararnn.solver._stepwise import precompute_unbatchable
+from pararnn.recurrence import make_recurrence, precompute_unbatchable
 from tests.helpers import assert_close, refusal
 
 T, B, N = 12, 4, 3

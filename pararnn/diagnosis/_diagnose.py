@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from .._checks import check_count, is_count
+from ..recurrence import Structure, find_structure
 from ..solver import (
     ELK,
     AbstractMethod,
@@ -16,9 +17,7 @@ from ..solver import (
     Picard,
     QuasiNewton,
     Sequential,
-    Structure,
 )
-from ..solver._structure import find_structure
 from ._growth import Growth, measure_growth
 from ._measure import (
     WHERE,

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ..solver._problem import Recurrence
+from ..recurrence import Recurrence
 from ._measure import CheckedProblem
 
 # This many tangents are pushed from the first state on, and as many are redrawn

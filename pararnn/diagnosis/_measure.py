@@ -16,10 +16,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ..recurrence import Recurrence, check_resets, count_steps, make_recurrence
 from ..solver import ELK, RESULTS, AbstractMethod, Jacobi, Sequential, solve
-from ..solver._inputs import check_resets, count_steps, make_recurrence
 from ..solver._methods import chosen_options, options_of
-from ..solver._problem import Recurrence
 
 WHERE = "diagnose"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..solver import AbstractMethod, Sequential, Structure
+from ..recurrence import Structure
+from ..solver import AbstractMethod, Sequential
 from ._growth import Growth
 from ._measure import MethodReport, name_of
 

@@ -29,6 +29,15 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .._checks import is_symbolic
+from ..recurrence import (
+    Recurrence,
+    Structure,
+    from_blocks,
+    split_by_tangents,
+    states_before,
+    to_blocks,
+    transition_factors,
+)
 from ..scan import (
     poison,
     shift,
@@ -36,8 +45,6 @@ from ..scan import (
     time_shards,
     vary,
 )
-from ._problem import Recurrence, Structure, states_before
-from ._structure import from_blocks, to_blocks, transition_factors
 
 Adjoint = Literal["auto", "parallel", "sweep"]
 ADJOINTS = ("auto", "parallel", "sweep")
@@ -51,14 +58,20 @@ class Plan(NamedTuple):
 
 
 def plan_adjoint(
-    adjoint: Adjoint, structure: Structure, steps: int, sequences: int = 1
+    adjoint: Adjoint,
+    structure: Structure,
+    steps: int,
+    sequences: int = 1,
+    *,
+    replays: bool = False,
 ) -> Plan:
     """Choose the schedule for a batch of sequences.
 
     The temporaries of a window should fit in cache and be few, so that the gradient
     needs about the memory of the states. On a CPU, windows of 2**10 to 2**14 numbers
     are equally fast, and 2**16 takes 20% more time. But each window adds to the
-    gradient of all weights, which is cheap beside a product of at least 64 rows.
+    gradient of all weights, which is cheap beside a product of at least 64 rows. Where
+    wide products are replayed, 512 rows are faster (docs/devdocs/solver.md).
     Materialised Jacobians are faster for blocks of up to 4, and slower from 32 on
     (docs/devdocs/solver.md).
 
@@ -78,8 +91,10 @@ def plan_adjoint(
         return Plan(structure.size <= 64, _divisor(steps, max(16, steps // 8)))
     if is_symbolic(steps):
         return Plan(structure.size <= 4 and adjoint != "sweep", steps)
-    numbers, rows = max(1, structure.width * sequences), max(1, 64 // sequences)
-    target = max(8, min(max(2**12 // numbers, rows), steps // 16))
+    numbers = max(1, structure.width * sequences)
+    rows, least, parts = (512, 4, 8) if replays else (64, 8, 16)
+    wanted = max(2**12 // numbers, rows // sequences)
+    target = max(least, min(wanted, steps // parts))
     if adjoint == "sweep":
         return Plan(False, _divisor(steps, target))
     return Plan(structure.size <= 4, _divisor(steps, target))
@@ -204,13 +219,6 @@ def solve_tangents(
         _, tail = run(d, jnp.asarray(count), rest, t_rest, known, t_parameters)
         out = tuple(jnp.concatenate(pair) for pair in zip(out, tail, strict=True))
     return out
-
-
-def split_by_tangents(primals, tangents):
-    """Split primals into those that have tangents, and the others."""
-    fixed = jtu.tree_map(lambda t: t is None, tangents, is_leaf=lambda t: t is None)
-    held, moved = eqx.partition(primals, fixed)
-    return moved, held
 
 
 def _states_before_window(h0, states, first, length: int):

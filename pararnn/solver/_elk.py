@@ -6,11 +6,10 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ..recurrence import Structure, from_blocks, to_blocks, transition_factors
 from ..scan import Schedule, invert_matrices, multiply_matrices, prefix, run_scan
 from ._methods import AbstractMethod, diagonal, make_push_diagonal, push_exactly
-from ._problem import Structure
 from ._segments import Linearization
-from ._structure import from_blocks, to_blocks, transition_factors
 
 
 class ELK(AbstractMethod):

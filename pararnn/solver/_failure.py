@@ -14,7 +14,7 @@ from jax.interpreters import batching, mlir
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Int
 
-from ..scan import split_time, time_shards, vary
+from ..scan import vary
 from ._problem import BoundProblem
 from ._solution import RESULTS, Stats
 
@@ -41,39 +41,39 @@ class Outcome(NamedTuple):
 
     stats: Stats
     code: Int[Array, "*batch"]  # of the result
-    first_nonfinite: Int[Array, "*batch"]
     # 0, for code that steps outside of the solver; reading it runs the failure check.
     checked: Int[Array, "*batch"] | None = None
 
 
 def find_outcome(
-    problem: BoundProblem, states: tuple[Array, ...], stats: Stats, *, throw: bool
+    problem: BoundProblem, stats: Stats, *, throw: bool
 ) -> tuple[Outcome, Int[Array, ""]]:
     """Find the result of a solve, and the cause if it failed.
 
     Only a failed solve pays for the search. The second value is 0; with `throw`, any
     use of it raises if the solve failed.
     """
-    steps, shape = problem.steps, problem.batch_shape
-    stats = vary(stats, states)
-    good = jnp.all(stats.finite)
+    stats = vary(stats, problem.h0)
+    first = stats.first_nonfinite
+    good = jnp.all(first >= problem.steps)
     if throw:
         good = good & jnp.all(stats.certified)
     code = jnp.where(stats.certified, 0, 1).astype(jnp.int32)
-    zero = vary(jnp.zeros((), jnp.int32), states)
+    zero = vary(jnp.zeros((), jnp.int32), problem.h0)
+    inputs = problem.batch_first()
 
     def all_good():
-        return code, vary(jnp.full(shape, steps, jnp.int32), states), zero
+        return code, zero
 
     def find_failure():
-        first, cause = _find_nonfinite(problem, states)
-        found = jnp.where(first < steps, cause, code)
-        return found, first, _check(found) if throw else zero
+        cause = _find_cause(problem, inputs)
+        found = jnp.where(first < problem.steps, cause, code)
+        return found, _check(found) if throw else zero
 
     # The check is in the same branch as the search: a success costs one conditional.
-    code, first, checked = lax.cond(good, all_good, find_failure)
+    code, checked = lax.cond(good, all_good, find_failure)
     certified = jnp.minimum(stats.certified_steps, first)
-    return Outcome(stats._replace(certified_steps=certified), code, first), checked
+    return Outcome(stats._replace(certified_steps=certified), code), checked
 
 
 def check_batch(states: tuple[Array, ...], code: Array) -> Array:
@@ -129,46 +129,17 @@ def _on_every_device(check: Callable) -> Callable:
     )
 
 
-def _find_nonfinite(problem: BoundProblem, states):
-    """Find the first step whose state is not finite (T if none), and the cause."""
-    steps, shape = problem.steps, problem.batch_shape
-    shards = time_shards(steps)
-    # On one device no axis is added: XLA would copy the sequence to add it.
-    over, devices = (
-        (problem, ()) if shards == 1 else (problem.segmented(shards), (shards,))
-    )
-    times = jnp.arange(steps, dtype=jnp.int32)
-    if devices:
-        times, states = jtu.tree_map(lambda x: split_time(x, shards), (times, states))
-    starts = jtu.tree_map(
-        lambda h: jnp.broadcast_to(h, (*devices, *h.shape)), problem.h0
-    )
-    own = (*devices, *shape)
+def _find_cause(problem: BoundProblem, inputs) -> Int[Array, "*batch"]:
+    """Return why states are not finite. Inputs are `[*batch, T, ...]`."""
+    distinct = problem.recurrence.distinct_constants
 
-    def look(found, at_t):
-        first, *good = found
-        t, leaves, x = at_t
-        bad = jnp.zeros(own, bool)
-        for leaf in leaves:
-            bad = bad | jnp.any(~jnp.isfinite(leaf), tuple(range(len(own), leaf.ndim)))
-        t = t.reshape(*devices, *(1,) * len(shape))
-        first = jnp.where(bad, jnp.minimum(first, t), first)
-        finite = over.lift(_which_are_finite)(over.parameters, starts, x)
-        return (first, *map(jnp.logical_and, good, finite)), None
+    def cause(parameters, h0, inputs):
+        constants, fresh = parameters
+        given = _is_finite((constants[:distinct], fresh, h0))
+        return jnp.where(_is_finite(inputs), jnp.where(given, 4, 3), 2)
 
-    # A loop over time, so that only the states grow with T.
-    start = jnp.full(own, steps, jnp.int32), jnp.ones(own, bool), jnp.ones(own, bool)
-    start = vary(start, states)
-    found, _ = lax.scan(look, start, (times, states, over.inputs))
-    first, good_parameters, good_inputs = found
-    axes = tuple(range(len(devices)))
-    cause = jnp.where(jnp.all(good_parameters, axis=axes), 4, 3)
-    cause = jnp.where(jnp.all(good_inputs, axis=axes), cause, 2).astype(jnp.int32)
-    return jnp.min(first, axis=axes), cause
-
-
-def _which_are_finite(parameters, h0, x):
-    return _is_finite((parameters, h0)), _is_finite(x)
+    found = problem.lift(cause)(problem.parameters, problem.h0, inputs)
+    return found.astype(jnp.int32)
 
 
 def _is_finite(tree) -> Array:

@@ -14,14 +14,13 @@ import wadler_lindig as wl
 from jaxtyping import Array, Float
 
 from .._checks import check_count, check_tolerances, is_count, is_symbolic
+from ..recurrence import Structure, from_blocks, to_blocks, transition_factors
 from ..scan import Schedule, run_scan, vary
-from ._hoist import hoist
 from ._iteration import iterate_on_segments
-from ._problem import BoundProblem, Structure
+from ._problem import BoundProblem, hoist
 from ._segments import Linearization, Push, Segments
 from ._sequential import AbstractSolver, Sequential, States
 from ._solution import Stats
-from ._structure import from_blocks, to_blocks, transition_factors
 
 
 class AbstractMethod(AbstractSolver):

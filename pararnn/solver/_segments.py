@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool
 
 from .._checks import is_symbolic
+from ..recurrence import Structure
 from ..scan import (
     join_time,
     shift,
@@ -33,8 +34,8 @@ from ._certificate import (
     is_within_tolerance,
     max_abs,
 )
-from ._problem import BoundProblem, Structure
-from ._sequential import States, are_finite
+from ._problem import BoundProblem
+from ._sequential import States, find_nonfinite
 from ._solution import Stats
 
 # Steps before the start of each segment: half a segment, within these limits. Newton's
@@ -304,7 +305,7 @@ class Segments:
             certified=trajectory.certified,
             certified_steps=trajectory.certified_steps,
             # Not read off the residuals: the last segment may overflow in its padding.
-            finite=are_finite(states, self.problem.rank),
+            first_nonfinite=find_nonfinite(states, self.problem.rank),
         )
         return states, stats
 

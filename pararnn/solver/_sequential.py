@@ -1,17 +1,16 @@
 """The interface of a solver, and the sequential loop, which is one of them."""
 
 import abc
+import functools as ft
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Int
 
+from ..recurrence import Replay, shape_dtype, split_step
 from ..scan import in_windows, join_time, shift, time_shards, vary
-from ._hoist import hoist, hoisting_window, split_step
-from ._problem import BoundProblem, _shape_dtype
-from ._replay import Replay
+from ._problem import BoundProblem, hoist, hoisting_window
 from ._solution import Stats
 
 # Leaves `[T, *batch, ...]`.
@@ -96,9 +95,9 @@ class Sequential(AbstractSolver):
     def run(self, problem, guess, limit):
         if time_shards(problem.steps) > 1:
             states = step_in_turns(hoist(problem))
-            return states, Stats.exact(problem, are_finite(states, problem.rank))
-        states, _, stats = _run_loop(problem)
-        return states, stats
+            return states, Stats.exact(problem, find_nonfinite(states, problem.rank))
+        results, stats = _run_loop(problem)
+        return tuple(jnp.moveaxis(s, problem.rank, 0) for s in results), stats
 
 
 def record(
@@ -106,51 +105,74 @@ def record(
 ) -> tuple[States, tuple[Array, ...], Stats]:
     """Return the states, the values that a derivative replays, and the statistics.
 
-    The values have time after the batch, `[*batch, T, ...]`, as `vmap` needs them.
+    Both have time after the batch, `[*batch, T, ...]`, as `vmap` needs them.
     """
     recorded = replay.recorded
-    return _run_loop(problem.replace(recurrence=recorded, split=split_step(recorded)))
+    problem = problem.replace(recurrence=recorded, split=split_step(recorded))
+    results, stats = _run_loop(problem)
+    count = len(problem.h0)
+    return results[:count], results[count:], stats
 
 
-def _run_loop(problem: BoundProblem) -> tuple[States, tuple[Array, ...], Stats]:
-    """Take one step after the other; return states, what else a step returns, stats."""
+def _run_loop(problem: BoundProblem) -> tuple[tuple[Array, ...], Stats]:
+    """Take one step after the other.
+
+    **Returns:** all that the steps return, first the states, `[*batch, T, ...]`; and
+    the statistics.
+    """
     count, rank = len(problem.h0), problem.rank
+    given = problem.batch_first()
 
-    def loop(carry, inputs):
-        left = hoist(problem.replace(inputs=inputs))
+    def loop(carry, times):
+        part = problem
+        if problem.split is not None:
+            part = problem.at_window(given, times[0], times.shape[0])
+        left = hoist(part)
 
-        def body(carry, x):
-            h, tainted, now, kept = carry
+        def body(carry, at_t):
+            (h, first, found), (x, t) = carry, at_t
             ends = left.step(h, x)
-            h, values = ends[:count], ends[count:]
-            # 0 as long as all states are finite, NaN from then on. In the loop this
-            # costs a few percent of the time; a pass over all states afterwards would
-            # cost 10 to 40%.
-            tainted = tuple(t + v * 0 for t, v in zip(tainted, h, strict=True))
-            kept = tuple(
-                lax.dynamic_update_index_in_dim(whole, value, now, rank)
-                for whole, value in zip(kept, values, strict=True)
+            h = ends[:count]
+            # In the loop this costs a few percent of the time; a pass over all states
+            # afterwards would cost 10 to 40%.
+            first = _note_nonfinite(first, h, t)
+            # Written where `vmap` needs it: the results of a scan have time first, and
+            # XLA would transpose them.
+            found = tuple(
+                lax.dynamic_update_index_in_dim(whole, value, t, rank)
+                for whole, value in zip(found, ends, strict=True)
             )
-            return (h, tainted, now + 1, kept), h
+            return (h, first, found), None
 
-        return lax.scan(body, carry, left.inputs)
+        return lax.scan(body, carry, (left.inputs, times))
 
-    kept = tuple(
-        jnp.zeros((*problem.batch_shape, problem.steps, *s.shape), s.dtype)
-        for s in (
-            _shape_dtype(v.aval) for v in problem.recurrence.jaxpr.outvars[count:]
-        )
+    results = (shape_dtype(v.aval) for v in problem.recurrence.jaxpr.outvars)
+    # Different numbers: XLA would make one array of zeros and copy it for each leaf.
+    found = tuple(
+        jnp.full((*problem.batch_shape, problem.steps, *s.shape), at, s.dtype)
+        for at, s in enumerate(results)
     )
-    finite = tuple(jnp.zeros_like(h) for h in problem.h0)
-    now = jnp.zeros((), jnp.int32)
-    start = problem.h0, finite, *vary((now, kept), problem.h0)
+    first = {h.shape: jnp.full(h.shape, problem.steps, jnp.int32) for h in problem.h0}
+    start = problem.h0, *vary((first, found), problem.h0)
+    times = jnp.arange(problem.steps, dtype=jnp.int32)
     if problem.split is None:
-        (_, tainted, _, kept), states = loop(start, problem.inputs)
+        (_, first, found), _ = loop(start, times)
     else:
         # Inputs are prepared a window at a time, which stays in cache.
         window = hoisting_window(problem)
-        (_, tainted, _, kept), states = in_windows(loop, start, problem.inputs, window)
-    return states, kept, Stats.exact(problem, all_zero(tainted, rank))
+        (_, first, found), _ = in_windows(loop, start, times, window)
+    first = earliest(first.values(), rank, problem.steps)
+    return found, Stats.exact(problem, first)
+
+
+def _note_nonfinite(first: dict, h: States, t: Array) -> dict:
+    """Note step t at entries that are not finite, in one array for each shape."""
+    found = dict(first)
+    for shape in first:
+        leaves = (leaf for leaf in h if leaf.shape == shape)
+        good = ft.reduce(jnp.logical_and, map(jnp.isfinite, leaves))
+        found[shape] = jnp.where(good, found[shape], jnp.minimum(found[shape], t))
+    return found
 
 
 def step_in_turns(problem: BoundProblem) -> tuple[Array, ...]:
@@ -204,18 +226,28 @@ class GivenStates(AbstractSolver):
 
     def run(self, problem, guess, limit):
         assert guess is not None
-        stats = Stats.exact(problem, are_finite(guess, problem.rank))
+        stats = Stats.exact(problem, find_nonfinite(guess, problem.rank))
         return guess, stats.padded(self.history)
 
 
-def are_finite(states: States, rank: int) -> Bool[Array, " *batch"]:
-    """Return for each sequence whether all states `[T, *batch, ...]` are finite."""
-    return all_zero(tuple(jnp.sum(s * 0, axis=0) for s in states), rank)
+def find_nonfinite(states: States, rank: int) -> Int[Array, " *batch"]:
+    """Return the first step whose state is not finite, T if there is none.
+
+    `states` are `[T, *batch, ...]`.
+    """
+    steps = states[0].shape[0]
+    first = []
+    for leaf in states:
+        times = jnp.arange(steps, dtype=jnp.int32).reshape(-1, *(1,) * (leaf.ndim - 1))
+        found = jnp.where(jnp.isfinite(leaf), steps, times)
+        first.append(jnp.min(found, axis=0, initial=steps))
+    return earliest(first, rank, steps)
 
 
-def all_zero(leaves: PyTree[Array], rank: int) -> Bool[Array, " *batch"]:
-    """Return for each sequence whether all entries `[*batch, ...]` are zero."""
-    zero = jnp.asarray(True)
-    for leaf in jax.tree.leaves(leaves):
-        zero = zero & jnp.all(leaf == 0, axis=tuple(range(rank, leaf.ndim)))
-    return zero
+def earliest(times, rank: int, steps: int) -> Int[Array, " *batch"]:
+    """Return the smallest number of all leaves, `[*batch, ...]`, for each sequence."""
+    first = jnp.asarray(steps, jnp.int32)
+    for leaf in times:
+        own = jnp.min(leaf, axis=tuple(range(rank, leaf.ndim)), initial=steps)
+        first = jnp.minimum(first, own)
+    return first

@@ -51,9 +51,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]
 class Stats(NamedTuple):
     """The statistics of a solve, each an array over the batch.
 
-    `Solution.stats` holds them by name and explains them. Two are internal:
-    `certified`, whether every residual is within its tolerance, and `finite`, whether
-    every state is finite.
+    `Solution.stats` holds them by name and explains them. `certified` is internal:
+    whether every residual is within its tolerance.
     """
 
     num_steps: Int[Array, "*batch"]
@@ -63,13 +62,20 @@ class Stats(NamedTuple):
     sequential: Bool[Array, "*batch"]
     rung: Int[Array, "*batch"]
     nonfinite: Int[Array, "*batch"]
-    finite: Bool[Array, "*batch"]
+    first_nonfinite: Int[Array, "*batch"]
     history: Real[Array, "*batch history"]
 
     @classmethod
-    def of(cls, problem: "BoundProblem", **values: Any) -> "Stats":
-        """Make the statistics of a problem; each defaults to 0, false or empty."""
+    def of(
+        cls, problem: "BoundProblem", *, first_nonfinite: Any, **values: Any
+    ) -> "Stats":
+        """Make the statistics of a problem; others default to 0, false or empty.
+
+        `first_nonfinite` is the first step whose state is not finite, T if there is
+        none.
+        """
         real, shape = problem.recurrence.dtype, problem.batch_shape
+        values["first_nonfinite"] = first_nonfinite
         dtypes: dict[str, Any] = {"residual": real}
         dtypes |= dict.fromkeys(_COUNTS, jnp.int32) | dict.fromkeys(_FLAGS, jnp.bool_)
         fields = {
@@ -80,14 +86,14 @@ class Stats(NamedTuple):
         return cls(**fields, history=history, **values)
 
     @classmethod
-    def exact(cls, problem: "BoundProblem", finite) -> "Stats":
+    def exact(cls, problem: "BoundProblem", first_nonfinite) -> "Stats":
         """Make the statistics of states that were computed one from the other."""
         return cls.of(
             problem,
             certified=True,
             certified_steps=problem.steps,
             sequential=True,
-            finite=finite,
+            first_nonfinite=first_nonfinite,
         )
 
     def padded(self, length: int) -> "Stats":
@@ -119,12 +125,16 @@ class Stats(NamedTuple):
             nonfinite=self.nonfinite + jnp.where(kept, 0, later.nonfinite),
         )
 
-    def over_windows(self, starts: Int[Array, " windows"], steps: int) -> "Stats":
+    def over_windows(
+        self, starts: Int[Array, " windows"], length: int, steps: int
+    ) -> "Stats":
         """Merge the statistics `[windows, *batch]` into those of the sequence."""
         starts = starts.reshape(-1, *(1,) * (self.certified.ndim - 1))
         # The steps up to the first window that is not certified, and the certified
         # steps in it.
         prefix = jnp.where(self.certified, steps, starts + self.certified_steps)
+        here = self.first_nonfinite
+        nonfinite = jnp.where(here < length, starts + here, steps)
         return Stats(
             num_steps=jnp.sum(self.num_steps, 0),
             residual=jnp.max(self.residual, 0),
@@ -133,20 +143,20 @@ class Stats(NamedTuple):
             sequential=jnp.any(self.sequential, 0),
             rung=jnp.max(self.rung, 0),
             nonfinite=jnp.sum(self.nonfinite, 0),
-            finite=jnp.all(self.finite, 0),
+            first_nonfinite=jnp.min(nonfinite, 0),
             history=jnp.nanmax(self.history, 0),
         )
 
     def as_dict(self) -> dict[str, Array]:
         """Return the public statistics by name."""
         public = self._asdict()
-        del public["certified"], public["finite"]
+        del public["certified"]
         history = public.pop("history")
         return public | ({"residual_history": history} if history.shape[-1] else {})
 
 
-_COUNTS = ("num_steps", "certified_steps", "rung", "nonfinite")
-_FLAGS = ("certified", "sequential", "finite")
+_COUNTS = ("num_steps", "certified_steps", "rung", "nonfinite", "first_nonfinite")
+_FLAGS = ("certified", "sequential")
 
 
 class Solution(eqx.Module):

@@ -13,6 +13,26 @@ from jaxtyping import Array, Bool, PyTree
 
 from .._adapters import as_step
 from .._checks import is_count
+from ..recurrence import (
+    MAX_RECOMPUTED,
+    Recurrence,
+    Replay,
+    Structure,
+    check_like,
+    check_resets,
+    count_sequences,
+    count_steps,
+    declared_structure,
+    find_replay,
+    find_structure,
+    make_recurrence,
+    merge_products,
+    must_sweep,
+    needs_loop,
+    precompute_unbatchable,
+    split_step,
+    why_stepped,
+)
 from ..scan import refuse_explicit, time_shards, vary
 from ._adjoint import (
     ADJOINTS,
@@ -22,15 +42,10 @@ from ._adjoint import (
     solve_tangents,
 )
 from ._failure import Outcome, as_result, attach_check, check_batch, find_outcome
-from ._hoist import merge_products, split_step
-from ._inputs import check_like, check_resets, count_steps, make_recurrence
-from ._problem import BoundProblem, Recurrence, Structure
-from ._replay import MAX_RECOMPUTED, Replay, count_sequences, find_replay
+from ._problem import BoundProblem
 from ._sequential import AbstractSolver, GivenStates, Sequential, record
 from ._solution import RESULTS, Solution, Stats
 from ._solvers import Auto, check_solver
-from ._stepwise import must_sweep, needs_loop, precompute_unbatchable, why_stepped
-from ._structure import declared_structure, find_structure
 
 # A trajectory, a name, or a function of (xs, h0); see `solve`.
 Guess = PyTree | str | Callable[[PyTree, PyTree], PyTree] | None
@@ -136,7 +151,7 @@ def solve(
     else:
         axis_indices = _axis_indices(recurrence)
         states, _, outcome = _evaluate(problem, guess, axis_indices, options=options)
-    stats = outcome.stats.as_dict() | {"first_nonfinite": outcome.first_nonfinite}
+    stats = outcome.stats.as_dict()
     tree = jtu.tree_unflatten(recurrence.state_tree, states)
     return Solution(tree, as_result(outcome.code), stats, repr(solver))
 
@@ -172,7 +187,13 @@ def _(primals, tangents, *, options: _Options):
             structure = problem.find_structure()
             sequences = count_sequences(problem.arrays)
             again = _recording(problem, options, sequences)
-            plan = plan_adjoint(options.adjoint, structure, problem.steps, sequences)
+            plan = plan_adjoint(
+                options.adjoint,
+                structure,
+                problem.steps,
+                sequences,
+                replays=again.replay is not None,
+            )
         states, values, outcome = _evaluate(problem, guess, axis_indices, options=again)
         known, moved = (*problem.arrays, states), t_problem.arrays
         if again.replay is not None:
@@ -219,10 +240,11 @@ def _batched_run(options: _Options, unbound: BoundProblem) -> Callable:
         if options.replay is None:
             values = ()
             states, stats = options.solver.run(problem, guess, options.max_steps)
+            states = tuple(jnp.moveaxis(s, 0, problem.rank) for s in states)
         else:
             states, values, stats = record(problem, options.replay)
         throw = options.throw and not problem.axes
-        outcome, checked = find_outcome(problem, states, stats, throw=throw)
+        outcome, checked = find_outcome(problem, stats, throw=throw)
         if throw:
             states = attach_check(states, checked, time_axis=0)
         return states, values, _with_check(outcome, checked, problem.batch_shape)
@@ -233,12 +255,9 @@ def _batched_run(options: _Options, unbound: BoundProblem) -> Callable:
         refuse_explicit("solve", [x for x, b in marks if b])
         deeper, arguments = _with_axis(size, batched, unbound, *given)
         states, values, outcome = _batched_run(options, deeper)(*arguments)
-        states = tuple(jnp.moveaxis(s, 1, 0) for s in states)
-        if options.throw:
-            # One check for the whole batch. It comes after the transposition, whose
-            # result can be updated in place.
+        if options.throw:  # one check for the whole batch
             checked = check_batch(states, outcome.code)
-            states = attach_check(states, checked, time_axis=1)
+            states = attach_check(states, checked, time_axis=deeper.rank)
             outcome = _with_check(outcome, checked, (size,))
         out = states, values, outcome
         return out, jtu.tree_map(lambda _: True, out)
@@ -422,5 +441,4 @@ def _empty_solution(problem: BoundProblem, solver: AbstractSolver) -> Solution:
     ]
     states = jtu.tree_unflatten(problem.recurrence.state_tree, leaves)
     stats = Stats.exact(problem, True).padded(solver.residuals_kept).as_dict()
-    stats["first_nonfinite"] = jnp.asarray(0, jnp.int32)
     return Solution(states, RESULTS.successful, stats, repr(solver))

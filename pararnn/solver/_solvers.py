@@ -17,10 +17,10 @@ from .._checks import (
     is_symbolic,
     refuse_symbolic,
 )
+from ..recurrence import Structure
 from ..scan import time_shards, vary
-from ._hoist import hoist
 from ._methods import AbstractMethod, Jacobi, Newton
-from ._problem import Structure
+from ._problem import hoist
 from ._sequential import AbstractSolver, Sequential, States
 from ._solution import Stats
 
@@ -236,7 +236,7 @@ class Windows(AbstractSolver):
         empty = tuple(vary(jnp.zeros((steps, *h.shape), h.dtype), h) for h in h0)
         numbers = jnp.arange(count, dtype=jnp.int32)
         states, (starts, stats) = lax.scan(body, empty, numbers)
-        return states, stats.over_windows(starts, steps)
+        return states, stats.over_windows(starts, length, steps)
 
 
 class Auto(AbstractSolver):

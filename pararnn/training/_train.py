@@ -9,8 +9,7 @@ from ..models import LanguageModel
 from ._build import Placement, abstract_state, make_tokenizer
 from ._checkpoints import Checkpoints
 from ._config import Config, MeshConfig, differences
-from ._run import CONFIG, Outcome, Run, TrainingFailed
-from ._signals import Interrupts
+from ._run import CONFIG, Interrupts, Outcome, Run, TrainingFailed
 from .data import Tokenizer
 
 

@@ -31,7 +31,7 @@ from ..jaxprs import (
     variables,
     written_by,
 )
-from ._problem import Recurrence, _shape_dtype, is_key, known_index
+from ._recurrence import Recurrence, is_key, known_index, shape_dtype
 
 # The names of all primitives whose `vmap` may be another computation: bits drawn by the
 # compiler's own generator, and functions with a rule of the user's own.
@@ -127,7 +127,7 @@ def precompute_unbatchable(
         program, left, [*constants, *fixed, *h, *x, *moving], program.outvars
     )
     rest.add_constants(values, [known_index(v) for v in values])
-    rest.x_structs = [*recurrence.x_structs, *(_shape_dtype(v.aval) for v in moving)]
+    rest.x_structs = [*recurrence.x_structs, *(shape_dtype(v.aval) for v in moving)]
     rest.must_step = any(map(changes_under_vmap, left))
     rest.is_impure = any(map(_is_impure, left))
     rest.coupled_along = tuple(sorted(set().union(*map(_named_axes_of, left)), key=str))

@@ -20,11 +20,71 @@ from jaxtyping import Array, Float, PyTree
 from ..jaxprs import find_blocks, is_index
 from ..scan import struct, varying_axes
 from ._inputs import make_recurrence
-from ._problem import Recurrence, Structure
+from ._recurrence import Recurrence
 
 _cache: dict[tuple[int, str], np.ndarray] = {}
 _CACHE_SIZE = 256
 _counter = itertools.count()
+
+
+class Structure:
+    """The blocks of a Jacobian `∂f/∂h`.
+
+    **Attributes:**
+
+    - `blocks`: int `[number, size]`, for each block its indices into the flattened
+        state. This has the leaves in pytree order; a complex leaf has its real parts
+        first, then the imaginary ones. Smaller blocks are filled up with `width`.
+    - `width`: the length of the flattened state.
+    - `kind`: `"diagonal"`, `"block_diagonal"` or `"dense"`.
+    """
+
+    def __init__(self, blocks: np.ndarray, width: int):
+        blocks = np.asarray(blocks)
+        listed = np.sort(blocks[blocks != width])
+        if blocks.ndim != 2 or not np.array_equal(listed, np.arange(width)):
+            raise ValueError(
+                f"Structure: `blocks` must be an integer array [number, size] that "
+                f"holds each of 0 .. {width - 1} exactly once, and {width} in the "
+                f"empty places; got {blocks!r:.200}. Anything else would give wrong "
+                "Jacobians."
+            )
+        self.blocks = blocks
+        self.width = width
+
+    @property
+    def size(self) -> int:
+        """Size of the largest block: this many JVPs give the whole Jacobian."""
+        return self.blocks.shape[1]
+
+    @property
+    def kind(self) -> Literal["diagonal", "block_diagonal", "dense"]:
+        if self.size <= 1:
+            return "diagonal"
+        return "dense" if len(self.blocks) == 1 else "block_diagonal"
+
+    def __repr__(self):
+        if self.kind == "block_diagonal":
+            return f"BlockDiagonal({self.size})"
+        return {"diagonal": "Diagonal", "dense": "Dense"}[self.kind]
+
+    def __eq__(self, other):
+        return (
+            isinstance(other, Structure)
+            and self.width == other.width
+            and np.array_equal(self.blocks, other.blocks)
+        )
+
+    def __hash__(self):
+        return hash((self.width, self.blocks.tobytes()))
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """Bool `[size, width]`: JVPs along them hold all columns."""
+        seeds = np.zeros((self.size, self.width + 1), bool)
+        for column in range(self.size):
+            seeds[column, self.blocks[:, column]] = True
+        return seeds[:, :-1]
 
 
 def jacobian_structure(f: Callable, x: PyTree, h: PyTree) -> Structure:

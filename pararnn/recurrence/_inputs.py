@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from .._adapters import as_step
 from .._checks import check_bits, check_reset
-from ._problem import Recurrence
+from ._recurrence import Recurrence
 
 
 class AbstractImplicitCell(eqx.Module):

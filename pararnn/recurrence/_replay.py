@@ -6,14 +6,16 @@ return them. The derivative then only repeats what is cheap. This takes memory, 
 number for each entry of a product, but no more than backpropagation through the loop.
 
 What is kept are sums of products, such as `W x + U h + b`, if nothing else reads the
-summands. In the repeated step, the kept value stands for the sum and has the derivative
-of the sum. So derivatives of any order are those of the cell.
+summands. If all that reads a sum is a function whose derivative follows from its
+result, such as tanh, then the result is kept instead. In the repeated step, the kept
+value stands for the sum, or the result, and has its derivative. So derivatives of any
+order are those of the cell.
 """
 
 import copy
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -34,7 +36,6 @@ from ..jaxprs import (
     variables,
     written_by,
 )
-from ._adjoint import split_by_tangents
 from ._hoist import (
     LAYOUT_ONLY,
     PRODUCTS,
@@ -43,7 +44,7 @@ from ._hoist import (
     program_with_products,
     split_at,
 )
-from ._problem import Recurrence, _shape_dtype, states_before
+from ._recurrence import Recurrence, shape_dtype, split_by_tangents, states_before
 
 # Keeping a number, and reading it again, costs as many operations.
 COST_PER_KEPT = 8
@@ -52,6 +53,12 @@ COST_PER_KEPT = 8
 MAX_RECOMPUTED = 1024
 # What may follow a product within a sum: it adds no work, and no entries.
 _SUMS = {"add", "add_any", "sub", "neg", "convert_element_type", *LAYOUT_ONLY}
+# The derivatives of functions, from their results.
+_SLOPES: dict[str, Callable[[Array], Array]] = {
+    "logistic": lambda y: y * (1 - y),
+    "tanh": lambda y: 1 - y * y,
+    "exp": lambda y: y,
+}
 
 
 class Replay(NamedTuple):
@@ -80,6 +87,22 @@ class Replay(NamedTuple):
             return ends[len(states) :]
 
         return jax.jvp(values, (moved,), (tangents,))[1]
+
+
+class _Stage(NamedTuple):
+    """Sums of products that do not depend on each other, and what is kept of them.
+
+    **Attributes:** `sums`, the program that computes them; `applied`, for each the
+    equation of the function applied to it, or `None`; `kept`, the results.
+    """
+
+    sums: jex.core.Jaxpr
+    applied: list[Any]
+    kept: list[jex.core.Var]
+
+    @property
+    def eqns(self) -> list[Any]:
+        return [*self.sums.eqns, *(e for e in self.applied if e is not None)]
 
 
 def count_sequences(arrays: PyTree[Array]) -> int:
@@ -111,24 +134,21 @@ def find_replay(recurrence: Recurrence) -> Replay | None:
     if program is None or not stages:
         return None
     recorded = copy.copy(recurrence)
-    kept = [v for stage in stages for v in stage.outvars]
+    kept = [v for stage in stages for v in stage.kept]
     outvars = [*program.outvars, *kept]
     recorded.jaxpr = sub_jaxpr(program, program.eqns, program.invars, outvars)
     replayed = copy.copy(recurrence.for_derivative)
-    structs = [_shape_dtype(v.aval) for v in kept]
+    structs = [shape_dtype(v.aval) for v in kept]
     again = replayed.inlined()
     replayed.jaxpr = _replayed(again, _find_stages(replayed, again), structs)
     replayed.x_structs = [*recurrence.x_structs, *structs]
     return Replay(recorded, replayed)
 
 
-def _find_stages(
-    recurrence: Recurrence, program: jex.core.Jaxpr
-) -> list[jex.core.Jaxpr]:
-    """Return programs of sums of products whose results are worth keeping.
+def _find_stages(recurrence: Recurrence, program: jex.core.Jaxpr) -> list[_Stage]:
+    """Return the sums of products that are worth keeping.
 
-    A product whose operands depend on other products belongs to a later stage. The
-    results of a stage do not depend on each other, so one program computes them all.
+    A product whose operands depend on other products belongs to a later stage.
     """
     moving = program.invars[len(recurrence.constant_structs) :]
     varying = dependents_of(program, moving)
@@ -156,8 +176,8 @@ def _enlarges(eqn, operands) -> bool:
     return count_numbers(eqn.outvars) > count_numbers(operands)
 
 
-def _as_stage(program: jex.core.Jaxpr, eqns) -> jex.core.Jaxpr | None:
-    """Return equations as a program, unless computing them again is as cheap."""
+def _as_stage(program: jex.core.Jaxpr, eqns) -> _Stage | None:
+    """Return equations as a stage, unless computing them again is as cheap."""
     inside = set(map(id, eqns))
     outside = read_by(e for e in program.eqns if id(e) not in inside)
     outside |= set(variables(program.outvars))
@@ -166,15 +186,26 @@ def _as_stage(program: jex.core.Jaxpr, eqns) -> jex.core.Jaxpr | None:
     if sum(map(count_operations, eqns)) <= COST_PER_KEPT * count_numbers(kept):
         return None
     operands = [v for v in variables([v for e in eqns for v in e.invars])]
-    return sub_jaxpr(program, eqns, [v for v in operands if v not in made], kept)
+    sums = sub_jaxpr(program, eqns, [v for v in operands if v not in made], kept)
+    applied = [_only_function_of(program, v) for v in kept]
+    pairs = zip(kept, applied, strict=True)
+    return _Stage(sums, applied, [v if e is None else e.outvars[0] for v, e in pairs])
+
+
+def _only_function_of(program: jex.core.Jaxpr, v: jex.core.Var):
+    """Return the equation that alone reads a variable, if its slope is known."""
+    readers = [e for e in program.eqns if v in variables(e.invars)]
+    if len(readers) != 1 or v in variables(program.outvars):
+        return None
+    return readers[0] if readers[0].primitive.name in _SLOPES else None
 
 
 def _replayed(program: jex.core.Jaxpr, stages, structs) -> jex.core.Jaxpr:
     """Return the program with the results of some stages as its last arguments."""
-    kept = [v for stage in stages for v in stage.outvars]
+    kept = [v for stage in stages for v in stage.kept]
     within = {id(e) for stage in stages for e in stage.eqns}
 
-    def run(*arguments):
+    def run(*arguments):  # the arguments of the program, and what was kept
         own, given = split_at(arguments, len(program.invars))
         values = dict(zip(program.invars, own, strict=True))
         known = dict(zip(kept, given, strict=True))
@@ -191,18 +222,19 @@ def _replayed(program: jex.core.Jaxpr, stages, structs) -> jex.core.Jaxpr:
 
         eqns = advance(e for e in program.eqns if id(e) not in within)
         for stage in stages:
-            results = [known[v] for v in stage.outvars]
-            outs = _with_known(stage)(results, [values[v] for v in stage.invars])
-            values.update(zip(stage.outvars, outs, strict=True))
+            results = [known[v] for v in stage.kept]
+            operands = [values[v] for v in stage.sums.invars]
+            outs = _with_known(stage)(results, operands)
+            values.update(zip(stage.kept, outs, strict=True))
             eqns = advance(eqns)
         return [read(v, values) for v in program.outvars]
 
-    own = [_shape_dtype(v.aval) for v in program.invars]
+    own = [shape_dtype(v.aval) for v in program.invars]
     return jax.make_jaxpr(run)(*own, *structs).jaxpr
 
 
-def _with_known(program: jex.core.Jaxpr) -> Callable:
-    """Return `f(results, operands)`: the results, with the derivative of a program."""
+def _with_known(stage: _Stage) -> Callable:
+    """Return `f(results, operands)`: the results, with the derivative of the stage."""
 
     @jax.custom_jvp
     def known(results, operands):
@@ -215,13 +247,17 @@ def _with_known(program: jex.core.Jaxpr) -> Callable:
         def of_moving(*moving):
             rest = iter(moving)
             pairs = zip(moves, operands, strict=True)
-            return evaluate(program, *(next(rest) if m else o for m, o in pairs))
+            return evaluate(stage.sums, *(next(rest) if m else o for m, o in pairs))
 
         at, along = (
             tuple(leaf for leaf, m in zip(leaves, moves, strict=True) if m)
             for leaves in (operands, moved)
         )
-        return results, jax.jvp(of_moving, at, along)[1]
+        t_sums = jax.jvp(of_moving, at, along)[1]
+        return results, [
+            t if eqn is None else _SLOPES[eqn.primitive.name](y) * t
+            for eqn, y, t in zip(stage.applied, results, t_sums, strict=True)
+        ]
 
     known.defjvp(differentiate, symbolic_zeros=True)
     return known

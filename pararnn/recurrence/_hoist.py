@@ -1,13 +1,13 @@
-"""What is computed before the steps: stacked weights, and whatever needs no state.
+"""What can be computed before the steps: stacked weights, and what needs no state.
 
 Cells are written as their equations, `W_r @ h`, `W_z @ h`, `W_n @ h`. At each step
 these are small products, and one with the stacked weights takes up to half the time of
 three. `merge_products` stacks the weights once, before the solve.
 
 Most cells project their input, `W @ x + b`. Inside the step this is a matrix-vector
-product at every step, and in Newton's method at every step of every iteration. `hoist`
-does it for many steps at once, as one matrix product over time. Only the forward solve
-is split this way.
+product at every step, and in Newton's method at every step of every iteration.
+`split_step` takes it out of the step, so that the solver does it for many steps at
+once, as one matrix product over time. Only the forward solve is split this way.
 """
 
 import copy
@@ -17,11 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array
 
-from .._checks import is_symbolic
 from ..jaxprs import (
     backward_slice,
     dependents_of,
@@ -35,12 +33,14 @@ from ..jaxprs import (
     variables,
     written_by,
 )
-from ._problem import BoundProblem, Recurrence, SplitStep, _shape_dtype
+from ._recurrence import Recurrence, shape_dtype
 from ._stepwise import changes_under_vmap
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
 # These compute nothing: XLA fuses them into the operations that read them.
 LAYOUT_ONLY = {"broadcast_in_dim", "reshape", "squeeze", "transpose", "slice", "split"}
+# These cost nothing within a step either: XLA fuses them into what reads them.
+_CHEAP = {"add", "add_any", "sub", "mul", "neg", "convert_element_type"}
 # For all steps at once these would be more work: `vmap` takes every branch, and as many
 # iterations as the longest loop.
 NOT_HOISTABLE = {"cond", "while"}
@@ -51,9 +51,17 @@ COST_PER_STORED = 8
 MIN_GAIN = 1 / 8
 # Hoisted values may be at most this many times as large as a state and an input.
 MAX_GROWTH = 16
-# The sequential loop hoists a window of steps at a time: as many numbers as stay in
-# cache until they are read, but at least MIN_WINDOW steps.
-WINDOW_SIZE, MIN_WINDOW = 2**18, 8
+
+
+class SplitStep(NamedTuple):
+    """A step as `advance(h, kept, prepare(x))`; both also take the cell's constants.
+
+    `kept` are the positions of the leaves of x that `advance` reads itself.
+    """
+
+    prepare: jex.core.Jaxpr
+    kept: tuple[int, ...]
+    advance: Recurrence
 
 
 def program_with_products(recurrence: Recurrence) -> jex.core.Jaxpr | None:
@@ -83,51 +91,9 @@ def split_step(recurrence: Recurrence) -> SplitStep | None:
     advance = copy.copy(recurrence)
     given = [*constants, *h, *left]
     advance.jaxpr = sub_jaxpr(program, partition.advancing, given, program.outvars)
-    advance.x_structs = [_shape_dtype(v.aval) for v in left]
+    advance.x_structs = [shape_dtype(v.aval) for v in left]
     prepare = sub_jaxpr(program, partition.prepared, [*constants, *x], made)
     return SplitStep(prepare, kept, advance)
-
-
-def hoist(problem: BoundProblem) -> BoundProblem:
-    """Compute for all steps what needs no state; return the rest of the problem."""
-    split = problem.split
-    if split is None:
-        return problem
-    (leaves, reset), axes = problem.inputs, []
-    for parameters_axes, (leaves_axes, reset_axis), name in problem.axes:
-        batched = jtu.tree_leaves((parameters_axes[0], leaves_axes))
-        kept = (leaves_axes[i] for i in split.kept)
-        made = (0 if batched else None for _ in split.prepare.outvars)
-        axes.append((parameters_axes, ((*kept, *made), reset_axis), name))
-    kept = (leaves[i] for i in split.kept)
-    inputs = (*kept, *_prepare(problem, split)), reset
-    return problem.replace(
-        recurrence=split.advance, inputs=inputs, axes=tuple(axes), split=None
-    )
-
-
-def _prepare(problem: BoundProblem, split: SplitStep) -> tuple:
-    def at_one_step(constants, leaves):
-        return tuple(evaluate(split.prepare, *constants, *leaves))
-
-    over = at_one_step
-    for (constants_axes, _), (leaves_axes, _), _ in problem.axes:
-        axes = constants_axes, leaves_axes
-        if jtu.tree_leaves(axes):
-            over = jax.vmap(over, in_axes=axes)
-    return jax.vmap(over, in_axes=(None, 0))(problem.parameters[0], problem.inputs[0])
-
-
-def hoisting_window(problem: BoundProblem) -> int:
-    """Return how many steps the sequential loop hoists at a time.
-
-    To save memory, this is at most a sixteenth of all steps, unless that is too few.
-    """
-    steps, sequences = problem.steps, math.prod(problem.batch_shape)
-    if problem.split is None or is_symbolic(steps, sequences):
-        return MIN_WINDOW
-    numbers = sequences * count_numbers(problem.split.prepare.outvars)
-    return max(MIN_WINDOW, min(steps // 16, WINDOW_SIZE // max(1, numbers)))
 
 
 class _Partition(NamedTuple):
@@ -143,7 +109,8 @@ def _partition(program: jex.core.Jaxpr, h, x) -> _Partition:
     """Prepare what depends on the input and not on the state.
 
     Operations at the end of this that only enlarge their operands, such as a broadcast,
-    are left in the step, so that the smaller operands are stored.
+    are left in the step, so that the smaller operands are stored. So are cheap ones,
+    such as the addition of a bias, which would be another pass over what is stored.
     """
     of_x = dependents_of(program, x)
     staying = [
@@ -161,8 +128,9 @@ def _partition(program: jex.core.Jaxpr, h, x) -> _Partition:
             continue
         operands = of_x.intersection(variables(eqn.invars))
         simple = count_operations(eqn) <= count_numbers(eqn.outvars)
-        enlarges = count_numbers(operands - read_later) < count_numbers(made)
-        if simple and enlarges and made.isdisjoint(read_before):
+        growth = count_numbers(made) - count_numbers(operands - read_later)
+        cheap = growth >= 0 and eqn.primitive.name in _CHEAP
+        if simple and (cheap or growth > 0) and made.isdisjoint(read_before):
             delayed.append(eqn)
             read_later |= operands
         else:
@@ -284,6 +252,7 @@ def merge_products(recurrence: Recurrence) -> Recurrence:
     stacks = [stack for last in (True, False) for stack in _stack(groups, found, last)]
     merged = copy.copy(recurrence)
     merged.add_constants(stacks, [None] * len(stacks))
+    merged.distinct_constants = count
     for_derivative = copy.copy(merged)
     merged.jaxpr = _merged(program, groups, stacks, count, True)
     for_derivative.jaxpr = _merged(program, groups, stacks, count, False)
@@ -372,8 +341,8 @@ def _merged(
                 values |= evaluate_equation(program, eqn, values)
         return [read(v, values) for v in program.outvars]
 
-    structs = [_shape_dtype(v.aval) for v in program.invars]
-    structs[before:before] = [_shape_dtype(stack) for stack in stacks]
+    structs = [shape_dtype(v.aval) for v in program.invars]
+    structs[before:before] = [shape_dtype(stack) for stack in stacks]
     return jax.make_jaxpr(run)(*structs).jaxpr
 
 
