@@ -529,7 +529,7 @@ def test_a_failure_is_found_on_any_device():
 
 
 def test_a_failure_of_one_sequence_is_found_on_any_device():
-    """The search and the check are one conditional, whatever devices exchange."""
+    """Cause and check are one conditional, whatever devices exchange."""
     xs = jnp.zeros((32, WIDTH)).at[19, 2].set(jnp.nan)
     cell = pararnn.GRUCell(WIDTH, key=jr.key(0))
     with jax.set_mesh(pararnn.make_mesh(time=8)):

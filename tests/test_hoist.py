@@ -197,6 +197,14 @@ def test_equals_scan(name, solver, batch):
     assert_close(jax.jit(solved)(*arguments), jax.jit(looped)(*arguments), 1e-11)
 
 
+@pytest.mark.parametrize("batch", ["none", "all, h0"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_scan_where_cheap_operations_stay(name, batch, monkeypatch):
+    """As in wide cells."""
+    monkeypatch.setattr(_hoist, "WIDE_ENOUGH", 0)
+    test_equals_scan(name, "sequential", batch)
+
+
 def twice(v):
     other = 0.5 * v if jnp.issubdtype(v.dtype, jnp.inexact) else v[::-1]
     return jnp.stack([v, other])

@@ -572,3 +572,33 @@ def test_optimistix_wants_a_problem():
     with pytest.raises(ValueError, match=r"`y0` is float64\[8\]"):
         finder = RootFinder(Newton())
         optx.root_find(lambda y, _: y, finder, jnp.zeros(8), args=problem)
+
+
+@jax.custom_jvp
+def rounded(h):
+    return jnp.tanh(h)
+
+
+@rounded.defjvp
+def _(primals, tangents):
+    """The value that comes with the derivative is rounded otherwise."""
+    value, tangent = jax.jvp(jnp.tanh, primals, tangents)
+    return value * (1 + 1e-9), tangent
+
+
+@pytest.mark.parametrize("limit", [None, 8], ids=["no limit", "limit"])
+@pytest.mark.parametrize("method", [Newton(8), QuasiNewton(8)], ids=repr)
+def test_steps_that_change_nothing_are_not_repeated(method, limit):
+    """Where a step's program rounds otherwise than the one that certifies, no number of
+    steps would satisfy the certificate."""
+    xs = jnp.sin(jnp.arange(64.0 * 3).reshape(64, 3))
+    reset = jnp.arange(64) % 4 == 1
+
+    def cell(h, x):
+        return rounded(1.5 * h) + x
+
+    sol = solve(cell, xs, jnp.ones(3), solver=method, reset=reset, max_steps=limit)
+    assert sol.stats["num_steps"] <= 3
+    np.testing.assert_allclose(
+        sol.states, scan(cell, xs, jnp.ones(3), reset), rtol=1e-13
+    )

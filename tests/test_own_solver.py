@@ -9,7 +9,7 @@ from jax import lax
 
 import pararnn
 from pararnn import RESULTS, AbstractSolver, Newton, Windows, solve
-from pararnn.solver import certify
+from pararnn.solver import Stats, certify, find_nonfinite
 
 T, N = 40, 3
 
@@ -73,6 +73,30 @@ def test_it_cannot_claim_what_is_not_so(problem):
     )
     with pytest.raises(Exception, match="did not bring the residual"):
         jax.block_until_ready(solve(cell, *problem, solver=FixedPoint(3)).states)
+
+
+class Loop(AbstractSolver):
+    """Step, and make the statistics by hand."""
+
+    finite: bool = eqx.field(static=True)
+
+    def run(self, problem, guess, limit):
+        def step(h, x):
+            h = problem.step(h, x)
+            return h, h
+
+        states = lax.scan(step, problem.h0, problem.inputs)[1]
+        first = True if self.finite else find_nonfinite(states, problem.rank)
+        return states, Stats.exact(problem, first)
+
+
+def test_it_says_which_state_is_not_finite(problem):
+    xs, h0 = problem
+    solution = solve(cell, xs.at[9].set(jnp.nan), h0, solver=Loop(False), throw=False)
+    assert solution.result == RESULTS.nonfinite_inputs
+    assert int(solution.stats["first_nonfinite"]) == 9
+    with pytest.raises(TypeError, match="`first_nonfinite` is a truth value"):
+        solve(cell, xs, h0, solver=Loop(True))
 
 
 @pytest.mark.parametrize("solver", [FixedPoint(T), Windows(FixedPoint(T), 15)])

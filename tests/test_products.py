@@ -75,6 +75,17 @@ def one_product_read_twice(U, W, h, x):
     return jnp.tanh(p + W @ x) + 0.1 * p
 
 
+def gate_and_its_argument(U, W, h, x):
+    s = U @ h + W @ x
+    return jnp.tanh(s) * s
+
+
+def gate_beside_the_state(U, W, h, x):
+    """What is kept is a state too, and the operand of a second product."""
+    first = jax.nn.sigmoid(U @ h[0] + W @ x)
+    return first, jnp.tanh(U @ first + h[1])
+
+
 def state_is_a_product(U, W, h, x):
     return U @ h + W @ x
 
@@ -118,6 +129,8 @@ CELLS = {
         own(two_layers, (6, N), (6, D), (N, 6)), ONE, [(6,), GATE], False
     ),
     "read twice": Cell(own(one_product_read_twice, U, W), ONE, [GATE] * 2, False),
+    "gate and argument": Cell(own(gate_and_its_argument, U, W), ONE, [GATE], False),
+    "gate and state": Cell(own(gate_beside_the_state, U, W), PAIR, [GATE] * 2, False),
     "state is a product": Cell(own(state_is_a_product, U, W), ONE, [GATE], False),
     "bilinear": Cell(own(bilinear, (N * N, D)), ONE, [U, GATE], False),
     "products of inputs": Cell(

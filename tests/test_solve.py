@@ -508,6 +508,16 @@ def test_nonfinite(what, solver):
         jax.block_until_ready(run(throw=True).states)
 
 
+@pytest.mark.parametrize("steps, at, first", [(0, [], 0), (10, [], 10), (10, [7], 7)])
+@pytest.mark.parametrize("solver", [Sequential(), Newton(3)], ids=repr)
+def test_first_nonfinite_over_windows(solver, steps, at, first):
+    """The last two windows of 4 steps overlap, and both contain step 7."""
+    xs = jnp.ones((steps, 2)).at[jnp.asarray(at, int)].set(jnp.nan)
+    windows = pararnn.Windows(solver, 4)
+    sol = solve(lambda h, x: 0.5 * h + x, xs, jnp.zeros(2), solver=windows, throw=False)
+    assert sol.stats["first_nonfinite"] == first
+
+
 # Batches
 
 BATCH = 4

@@ -134,11 +134,11 @@ def test_equals_the_equations(runner, start):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype, slack", [("float32", 1e-3), ("float64", 2e-12)])
+@pytest.mark.parametrize("dtype, slack", [("float32", 3e-6), ("float64", 2e-12)])
 def test_keeps_the_norm_of_its_state(dtype, slack):
-    """Over 10000 steps, up to the rounding of each step."""
+    """Over 20000 steps, however roundings add up."""
     layer = make(8, 16, dtype=dtype)
-    xs = jr.normal(jr.key(1), (10000, 8), dtype)
+    xs = jr.normal(jr.key(1), (20000, 8), dtype)
     _, state = whole(layer, xs)
     size = np.linalg.norm(np.asarray(state, np.float64))
     np.testing.assert_allclose(size, 1, rtol=0, atol=slack)

@@ -97,7 +97,22 @@ class UnitaryRNN(AbstractLayer):
             reset=reset,
             reset_state=None if reset is None else self.init_state(),
         )
+        states = states * _drift(states, state, reset)[:, None]
         return linear(self.W_out, states), states[-1]
+
+
+def _drift(states: Array, start: Array, reset: Array | None) -> Array:
+    """Return what the states have to be multiplied by to keep their norm, `[T]`.
+
+    The norm is that of the start, or 1 after a reset. Without this, rounding adds up to
+    1e-4 in 20000 steps in float32. No derivative is taken, as the exact factor is 1.
+    """
+    states, start = lax.stop_gradient((states, start))
+    wanted = jnp.broadcast_to(jnp.linalg.norm(start), states.shape[:1])
+    if reset is not None:
+        wanted = jnp.where(lax.cummax(reset.astype(jnp.int32)) > 0, 1, wanted)
+    sizes = jnp.linalg.norm(states, axis=1)
+    return jnp.where(sizes == 0, 1, wanted / sizes)
 
 
 def skew_symmetric(
@@ -138,7 +153,9 @@ def orthogonal(
     def square(q):
         q = multiply_matrices(q, q)
         gram = multiply_matrices(jnp.swapaxes(q, -1, -2), q)
-        return multiply_matrices(q, 1.5 * identity - 0.5 * gram)
+        # As a correction of q, whose rounding is unbiased. `q @ (1.5 I - 0.5 gram)`
+        # shrinks every state by 1e-8 a step in float32.
+        return q + multiply_matrices(q, 0.5 * (identity - gram))
 
     def step(q, done):
         missing = done < squarings

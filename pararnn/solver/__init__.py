@@ -11,7 +11,11 @@ from ._methods import (
     certify as certify,
 )
 from ._problem import BoundProblem as BoundProblem
-from ._sequential import AbstractSolver as AbstractSolver, Sequential as Sequential
+from ._sequential import (
+    AbstractSolver as AbstractSolver,
+    Sequential as Sequential,
+    find_nonfinite as find_nonfinite,
+)
 from ._solution import RESULTS as RESULTS, Solution as Solution, Stats as Stats
 from ._solve import solve as solve
 from ._solvers import (

@@ -71,8 +71,9 @@ def plan_adjoint(
     needs about the memory of the states. On a CPU, windows of 2**10 to 2**14 numbers
     are equally fast, and 2**16 takes 20% more time. But each window adds to the
     gradient of all weights, which is cheap beside a product of at least 64 rows. Where
-    wide products are replayed, 512 rows are faster (docs/devdocs/solver.md).
-    Materialised Jacobians are faster for blocks of up to 4, and slower from 32 on
+    wide products are replayed, 512 rows are faster, at least 4 steps, and at most an
+    eighth of them. Of one sequence, materialised Jacobians are faster for blocks of up
+    to 4, and slower from 32 on; of several, only diagonal ones are
     (docs/devdocs/solver.md).
 
     **Raises:** `ValueError` for a sweep over time that is sharded across devices.
@@ -95,9 +96,9 @@ def plan_adjoint(
     rows, least, parts = (512, 4, 8) if replays else (64, 8, 16)
     wanted = max(2**12 // numbers, rows // sequences)
     target = max(least, min(wanted, steps // parts))
-    if adjoint == "sweep":
-        return Plan(False, _divisor(steps, target))
-    return Plan(structure.size <= 4, _divisor(steps, target))
+    largest = 4 if sequences == 1 else 1
+    formed = adjoint != "sweep" and structure.size <= largest
+    return Plan(formed, _divisor(steps, target))
 
 
 def _cannot_sweep(what: str, remedy: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""How a solve ended: the search for a failure, and the check that raises one."""
+"""How a solve ended: the cause of a failure, and the check that raises one."""
 
 import os
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def find_outcome(
 ) -> tuple[Outcome, Int[Array, ""]]:
     """Find the result of a solve, and the cause if it failed.
 
-    Only a failed solve pays for the search. The second value is 0; with `throw`, any
+    Only a failed solve looks for it. The second value is 0; with `throw`, any
     use of it raises if the solve failed.
     """
     stats = vary(stats, problem.h0)
@@ -70,7 +70,7 @@ def find_outcome(
         found = jnp.where(first < problem.steps, cause, code)
         return found, _check(found) if throw else zero
 
-    # The check is in the same branch as the search: a success costs one conditional.
+    # The check is in the same branch: a success costs one conditional.
     code, checked = lax.cond(good, all_good, find_failure)
     certified = jnp.minimum(stats.certified_steps, first)
     return Outcome(stats._replace(certified_steps=certified), code), checked

@@ -35,6 +35,8 @@ from ._segments import Method, Segments, Trajectory, relative
 from ._sequential import States
 from ._solution import Stats
 
+# Corrections of so many roundings cannot improve anything further.
+FEW_ROUNDINGS = 4
 # The limit on joint steps. If they converge, it is quadratically, mostly in 4 to 8.
 JOINT_STEPS = 16
 
@@ -85,21 +87,27 @@ def iterate_on_segments(
         iteration = Iteration(segments, method, limit)
         carry = iteration.start(segments.guess_starts(guess), may_fail=limited)
 
+    def exhausted(carry: Carry):
+        """Return which sequences more steps would not improve."""
+        return carry.stalled | iteration.at_rounding(carry.entry_correction)
+
     def stepping(attempt: Attempt):
         """Return which sequences continue with the method's steps."""
         carry = attempt.carry
-        going = ~attempt.trajectory.ended & ~carry.stalled
+        going = ~attempt.trajectory.ended & ~exhausted(carry)
         return going & (carry.num_steps < limit)
 
     def passing(attempt: Attempt):
         """Return which sequences continue with passes of the cell alone.
 
-        These are sequences that more steps would not improve. Unless the user has set a
-        limit, the passes may go on until the result is that of the loop.
+        These are sequences that more steps would not improve. A pass steps by the
+        program that certifies, which may round otherwise than that of a step. Unless
+        the user has set a limit, the passes may go on until the result is that of the
+        loop.
         """
         carry = attempt.carry
         if limited:
-            left = carry.stalled & (carry.num_steps + carry.passes < limit)
+            left = exhausted(carry) & (carry.num_steps + carry.passes < limit)
         else:
             left = carry.passes < segments.count
         return ~attempt.trajectory.ended & ~stepping(attempt) & left
@@ -361,6 +369,10 @@ class Iteration:
         overflowed = jnp.sum(broken, (0, starts.ndim - 1), dtype=jnp.int32)
         return starts, change, overflowed
 
+    def at_rounding(self, correction: Array) -> Bool[Array, " *batch"]:
+        finest = float(self.recurrence.entry_eps.min(initial=1))
+        return correction <= FEW_ROUNDINGS * finest
+
     def _foresees_convergence(self, correction, before) -> Bool[Array, " *batch"]:
         """Forecast whether the remaining error is below the tolerance.
 
@@ -380,8 +392,7 @@ class Iteration:
             settled = correction <= 0.1 * math.sqrt(rtol)
         else:
             ahead = jnp.where(rate < 1, correction * rate / (1 - rate), jnp.inf)
-            finest = float(self.recurrence.entry_eps.min(initial=1))
-            settled = correction <= 4 * finest
+            settled = self.at_rounding(correction)
         return settled | (ahead <= 0.1 * rtol)
 
     def _keep_best(self, carry: Carry, defects) -> Best | None:

@@ -113,11 +113,6 @@ class BoundProblem(eqx.Module):
         """
         return self._map_inputs(self.inputs, lambda x, rank: jnp.moveaxis(x, 0, rank))
 
-    def time_first(self, inputs: PyTree[Array]) -> "BoundProblem":
-        """Return the problem with inputs given as `[*batch, T, ...]`."""
-        moved = self._map_inputs(inputs, lambda x, rank: jnp.moveaxis(x, rank, 0))
-        return self.replace(inputs=moved)
-
     def at_window(self, inputs: PyTree[Array], start, length: int) -> "BoundProblem":
         """Return the problem of a window of inputs given as `[*batch, T, ...]`."""
 

@@ -39,10 +39,11 @@ class AbstractSolver(eqx.Module):
 
         **Returns:** the states, leaves `[T, *batch, ...]`, and their statistics. Their
         `certified` says whether the states are right. `pararnn.solver.certify` finds
-        out by one evaluation of the cell; `Stats.exact` and `Stats.of` make statistics
-        by hand. To combine solvers, see [`pararnn.Ladder`][]: `keep_certified` merges
-        two answers, and the branches of a `lax.cond` agree after
-        `vary(stats, states)`.
+        out by one evaluation of the cell. `Stats.exact` and `Stats.of` make statistics
+        by hand, given the first step whose state is not finite, which
+        `pararnn.solver.find_nonfinite` finds. To combine solvers, see
+        [`pararnn.Ladder`][]: `keep_certified` merges two answers, and the branches of a
+        `lax.cond` agree after `vary(stats, states)`.
         """
 
     def check(self, where: str, steps: int) -> None:
@@ -133,8 +134,7 @@ def _run_loop(problem: BoundProblem) -> tuple[tuple[Array, ...], Stats]:
             (h, first, found), (x, t) = carry, at_t
             ends = left.step(h, x)
             h = ends[:count]
-            # In the loop this costs a few percent of the time; a pass over all states
-            # afterwards would cost 10 to 40%.
+            # A pass over all states afterwards would cost 10 to 40% of the time.
             first = _note_nonfinite(first, h, t)
             # Written where `vmap` needs it: the results of a scan have time first, and
             # XLA would transpose them.
@@ -152,7 +152,10 @@ def _run_loop(problem: BoundProblem) -> tuple[tuple[Array, ...], Stats]:
         jnp.full((*problem.batch_shape, problem.steps, *s.shape), at, s.dtype)
         for at, s in enumerate(results)
     )
-    first = {h.shape: jnp.full(h.shape, problem.steps, jnp.int32) for h in problem.h0}
+    first = tuple(
+        jnp.full_like(problem.h0[at], problem.steps, jnp.int32)
+        for at in _one_of_each_shape(problem.h0)
+    )
     start = problem.h0, *vary((first, found), problem.h0)
     times = jnp.arange(problem.steps, dtype=jnp.int32)
     if problem.split is None:
@@ -161,18 +164,25 @@ def _run_loop(problem: BoundProblem) -> tuple[tuple[Array, ...], Stats]:
         # Inputs are prepared a window at a time, which stays in cache.
         window = hoisting_window(problem)
         (_, first, found), _ = in_windows(loop, start, times, window)
-    first = earliest(first.values(), rank, problem.steps)
+    first = earliest(first, rank, problem.steps)
     return found, Stats.exact(problem, first)
 
 
-def _note_nonfinite(first: dict, h: States, t: Array) -> dict:
+def _one_of_each_shape(h: States) -> list[int]:
+    shapes = [leaf.shape for leaf in h]
+    return [at for at, shape in enumerate(shapes) if shapes.index(shape) == at]
+
+
+def _note_nonfinite(first: States, h: States, t: Array) -> States:
     """Note step t at entries that are not finite, in one array for each shape."""
-    found = dict(first)
-    for shape in first:
+
+    def note(first, shape):
         leaves = (leaf for leaf in h if leaf.shape == shape)
         good = ft.reduce(jnp.logical_and, map(jnp.isfinite, leaves))
-        found[shape] = jnp.where(good, found[shape], jnp.minimum(found[shape], t))
-    return found
+        return jnp.where(good, first, jnp.minimum(first, t))
+
+    shapes = (h[at].shape for at in _one_of_each_shape(h))
+    return tuple(note(*pair) for pair in zip(first, shapes, strict=True))
 
 
 def step_in_turns(problem: BoundProblem) -> tuple[Array, ...]:

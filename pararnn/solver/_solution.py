@@ -75,6 +75,15 @@ class Stats(NamedTuple):
         none.
         """
         real, shape = problem.recurrence.dtype, problem.batch_shape
+        if getattr(first_nonfinite, "dtype", type(first_nonfinite)) in (
+            bool,
+            jnp.bool_,
+        ):
+            raise TypeError(
+                "Stats: `first_nonfinite` is a truth value; expected the first step "
+                "whose state is not finite (`pararnn.solver.find_nonfinite`), or the "
+                "number of steps if there is none."
+            )
         values["first_nonfinite"] = first_nonfinite
         dtypes: dict[str, Any] = {"residual": real}
         dtypes |= dict.fromkeys(_COUNTS, jnp.int32) | dict.fromkeys(_FLAGS, jnp.bool_)

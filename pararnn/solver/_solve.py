@@ -159,7 +159,7 @@ def solve(
 class _Options(NamedTuple):
     """How to solve a problem.
 
-    With `replay`, the loop also returns the products that the derivative replays.
+    With `replay`, the loop also returns the values that the derivative replays.
     """
 
     solver: AbstractSolver
@@ -440,5 +440,5 @@ def _empty_solution(problem: BoundProblem, solver: AbstractSolver) -> Solution:
         jnp.zeros((0, *s.shape), s.dtype) for s in problem.recurrence.state_leaves
     ]
     states = jtu.tree_unflatten(problem.recurrence.state_tree, leaves)
-    stats = Stats.exact(problem, True).padded(solver.residuals_kept).as_dict()
+    stats = Stats.exact(problem, 0).padded(solver.residuals_kept).as_dict()
     return Solution(states, RESULTS.successful, stats, repr(solver))
