@@ -53,10 +53,12 @@ SOLVERS = {
     "Newton 8": pararnn.Ladder((pararnn.Newton(64),), 8),
     "Auto": pararnn.Auto(),
 }
-# They take as many JVPs at each step as the state is wide: minutes beyond.
-DENSE = {name for name in SOLVERS if "Newton" in name} - {"QuasiNewton"}
-DENSE |= {"ELK, diagonal"}
-LONGEST_DENSE, LONGEST_QUASI = 2048, 8192
+# The longest sequence for methods that take minutes beyond. Up to 2048 they push as
+# many tangents as the state is wide.
+LONGEST = dict.fromkeys(SOLVERS, 2048) | {"QuasiNewton": 8192, "Picard": 8192}
+LONGEST |= dict.fromkeys(("loop", "Jacobi", "Auto"), 131072)
+# Of these, with a state of 256 numbers, even that takes minutes.
+SLOWEST, WIDE = ("DampedNewton", "ELK, diagonal"), ("letters", "text")
 # A solve that takes longer is timed once.
 LONG_SECONDS = 3.0
 
@@ -85,9 +87,7 @@ def _why_left_out(name: str, solver: str, steps: int) -> str | None:
     package = PACKAGES[name]
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
-    if solver in DENSE and steps > LONGEST_DENSE:
-        return "a JVP for each entry of the state, minutes"
-    if solver == "QuasiNewton" and steps > LONGEST_QUASI:
+    if steps > LONGEST[solver] or (solver in SLOWEST and name in WIDE):
         return "minutes"
     return None
 

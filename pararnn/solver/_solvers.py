@@ -312,8 +312,11 @@ def choose_ladder(
     Beyond that the loop runs at once. Below it, segments have 16 steps, or more if
     their Jacobians would take more than 1 GiB in float32.
 
-    No rung is damped: if a few steps of Newton's method do not converge, the loop is
-    cheaper than the many damped steps that would (docs/devdocs/solver.md).
+    The first rung is one step of Jacobi: enough for packed sequences that are shorter
+    than a segment, and cheap beside Newton's steps otherwise (trained cells, in
+    docs/benchmarks.md). No rung is damped: if a few steps of Newton's method do not
+    converge, the loop is cheaper than the many damped steps that would
+    (docs/devdocs/solver.md).
 
     If devices share time, the loop would let only one of them work at a time. So time
     is always cut into segments, on a CPU into one for each device.
