@@ -68,10 +68,13 @@ class Replay(NamedTuple):
     **Attributes:**
 
     - `recorded`: its step returns the leaves of the state, and then the values kept.
+    - `places`: where the values are among what that step returns. A value that is a
+        state too is returned once.
     - `replayed`: its step takes these values as further leaves of the input.
     """
 
     recorded: Recurrence
+    places: tuple[int, ...]
     replayed: Recurrence
 
     def tangents(self, primals, tangents) -> tuple[Array, ...]:
@@ -85,7 +88,7 @@ class Replay(NamedTuple):
             parameters, inputs, h0, states = eqx.combine(held, moved)
             step = jax.vmap(self.recorded.step, in_axes=(None, 0, 0))
             ends = step(parameters, states_before(h0, states), inputs)
-            return ends[len(states) :]
+            return tuple(ends[place] for place in self.places)
 
         return jax.jvp(values, (moved,), (tangents,))[1]
 
@@ -136,14 +139,14 @@ def find_replay(recurrence: Recurrence) -> Replay | None:
         return None
     recorded = copy.copy(recurrence)
     kept = [v for stage in stages for v in stage.kept]
-    outvars = [*program.outvars, *kept]
+    outvars = [*program.outvars, *(v for v in kept if v not in program.outvars)]
     recorded.jaxpr = sub_jaxpr(program, program.eqns, program.invars, outvars)
     replayed = copy.copy(recurrence.for_derivative)
     structs = [shape_dtype(v.aval) for v in kept]
     again = replayed.inlined()
     replayed.jaxpr = _replayed(again, _find_stages(replayed, again), structs)
     replayed.x_structs = [*recurrence.x_structs, *structs]
-    return Replay(recorded, replayed)
+    return Replay(recorded, tuple(map(outvars.index, kept)), replayed)
 
 
 def _find_stages(recurrence: Recurrence, program: jex.core.Jaxpr) -> list[_Stage]:
@@ -186,7 +189,7 @@ def _as_stage(program: jex.core.Jaxpr, eqns) -> _Stage | None:
     kept = [v for v in made if v in outside]
     if sum(map(count_operations, eqns)) <= COST_PER_KEPT * count_numbers(kept):
         return None
-    operands = [v for v in variables([v for e in eqns for v in e.invars])]
+    operands = variables([v for e in eqns for v in e.invars])
     sums = sub_jaxpr(program, eqns, [v for v in operands if v not in made], kept)
     applied = [_only_function_of(program, v) for v in kept]
     pairs = zip(kept, applied, strict=True)

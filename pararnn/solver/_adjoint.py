@@ -71,10 +71,9 @@ def plan_adjoint(
     needs about the memory of the states. On a CPU, windows of 2**10 to 2**14 numbers
     are equally fast, and 2**16 takes 20% more time. But each window adds to the
     gradient of all weights, which is cheap beside a product of at least 64 rows. Where
-    wide products are replayed, 512 rows are faster, at least 4 steps, and at most an
-    eighth of them. Of one sequence, materialised Jacobians are faster for blocks of up
-    to 4, and slower from 32 on; of several, only diagonal ones are
-    (docs/devdocs/solver.md).
+    wide products are replayed, windows of 512 rows are faster. Materialised Jacobians
+    of one sequence are faster for blocks of up to 4, and slower from 32 on; for several
+    sequences, only diagonal ones are faster (docs/devdocs/solver.md).
 
     **Raises:** `ValueError` for a sweep over time that is sharded across devices.
     """

@@ -56,7 +56,7 @@ class Carry(NamedTuple):
     done: Bool[Array, "*batch"]
     correction: Array  # [*batch], the last one, relative to the state
     entry_correction: Array  # [*batch], relative to each entry
-    stalled: Bool[Array, "*batch"]  # at the rounding of the state, not of each entry
+    stalled: Bool[Array, "*batch"]  # more steps would not improve it
     passes: Array  # int [*batch], passes of the cell alone
     nonfinite: Array  # int [*batch]
     history: Array  # [*batch, history]
@@ -87,14 +87,10 @@ def iterate_on_segments(
         iteration = Iteration(segments, method, limit)
         carry = iteration.start(segments.guess_starts(guess), may_fail=limited)
 
-    def exhausted(carry: Carry):
-        """Return which sequences more steps would not improve."""
-        return carry.stalled | iteration.at_rounding(carry.entry_correction)
-
     def stepping(attempt: Attempt):
         """Return which sequences continue with the method's steps."""
         carry = attempt.carry
-        going = ~attempt.trajectory.ended & ~exhausted(carry)
+        going = ~attempt.trajectory.ended & ~carry.stalled
         return going & (carry.num_steps < limit)
 
     def passing(attempt: Attempt):
@@ -107,7 +103,7 @@ def iterate_on_segments(
         """
         carry = attempt.carry
         if limited:
-            left = exhausted(carry) & (carry.num_steps + carry.passes < limit)
+            left = carry.stalled & (carry.num_steps + carry.passes < limit)
         else:
             left = carry.passes < segments.count
         return ~attempt.trajectory.ended & ~stepping(attempt) & left
@@ -290,10 +286,7 @@ class Iteration:
         own = self.segments.change_of_entries(carry.starts, starts)
         own = jnp.where(jnp.isfinite(correction), own, jnp.inf)
         settled = self._foresees_convergence(own, carry.entry_correction)
-        # Entries that are the difference of larger ones are now as exact as steps can
-        # make them. Passes of the cell alone do the rest.
-        stalled = self._foresees_convergence(correction, carry.correction)
-        stalled = stalled & ~settled & (own >= 0.5 * carry.entry_correction)
+        stalled = self._has_stalled(carry, correction, own, settled)
         best = self._keep_best(carry, defects)
         if self.rank:  # a single sequence moves as long as the loop runs
             starts = jnp.where(moving[None, ..., None], starts, carry.starts)
@@ -369,7 +362,20 @@ class Iteration:
         overflowed = jnp.sum(broken, (0, starts.ndim - 1), dtype=jnp.int32)
         return starts, change, overflowed
 
-    def at_rounding(self, correction: Array) -> Bool[Array, " *batch"]:
+    def _has_stalled(self, carry: Carry, correction, own, settled):
+        """Return which sequences more steps would not improve.
+
+        Their corrections are roundings: of an entry itself, or of larger ones of which
+        it is the difference. If the certificate fails nevertheless, passes of the cell
+        alone do the rest.
+        """
+        level = own >= 0.5 * carry.entry_correction
+        level = level & self._foresees_convergence(correction, carry.correction)
+        if not self.method.quadratic:
+            level = level & ~settled
+        return level | self._at_rounding(own)
+
+    def _at_rounding(self, correction: Array) -> Bool[Array, " *batch"]:
         finest = float(self.recurrence.entry_eps.min(initial=1))
         return correction <= FEW_ROUNDINGS * finest
 
@@ -392,7 +398,7 @@ class Iteration:
             settled = correction <= 0.1 * math.sqrt(rtol)
         else:
             ahead = jnp.where(rate < 1, correction * rate / (1 - rate), jnp.inf)
-            settled = self.at_rounding(correction)
+            settled = self._at_rounding(correction)
         return settled | (ahead <= 0.1 * rtol)
 
     def _keep_best(self, carry: Carry, defects) -> Best | None:

@@ -111,8 +111,8 @@ def record(
     recorded = replay.recorded
     problem = problem.replace(recurrence=recorded, split=split_step(recorded))
     results, stats = _run_loop(problem)
-    count = len(problem.h0)
-    return results[:count], results[count:], stats
+    values = tuple(results[place] for place in replay.places)
+    return results[: len(problem.h0)], values, stats
 
 
 def _run_loop(problem: BoundProblem) -> tuple[tuple[Array, ...], Stats]:
